@@ -1,0 +1,134 @@
+// kernels.h: the table of tensor operations. A model calls these and nothing else.
+//
+// Three backends fill the table: cpu (reference, float32), cuda, and dry, which computes nothing but checks every
+// shape, counts operations and bytes, and so predicts cost. One process can hold devices of several backends.
+//
+// Contract, for every entry:
+//  - Tensors are views in memory that the same device allocated (or, for the cpu backend, any host memory).
+//  - Outputs do not overlap inputs unless the entry says "in place". Zero rows are legal everywhere and do nothing.
+//  - Activations have the device's activation type (f32 on cpu). Weights come in f32, bf16 or f16, as in the file.
+//  - Errors are sticky: an operation on a failed device does nothing, and sync() reports the first failure. So a
+//    forward pass reads like the paper's figure, and is checked once. dry reports shape mistakes the same way.
+//  - An operation reads its inputs' rows alone unless it says otherwise; the ones that look across rows (attention,
+//    conv2d, group_norm) are called through struct exec (worker/exec.h), which knows how rows are spread over ranks.
+#ifndef DITFLEET_KERNELS_H
+#define DITFLEET_KERNELS_H
+
+#include "kernels/tensor.h"
+#include "proto/err.h"
+
+struct device; // each backend has its own
+
+enum act { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_GELU_ERF, ACT_QUICK_GELU };
+// silu x*sigmoid(x); gelu_tanh 0.5x(1+tanh(sqrt(2/pi)(x+0.044715x^3))); gelu_erf the exact one;
+// quick_gelu x*sigmoid(1.702x).
+
+// A linear layer whose outputs may come from several weights of a checkpoint (to_q, to_k, to_v as one product).
+#define LINEAR_MAX_PARTS 4
+struct linear {
+    int parts;
+    struct tensor w[LINEAR_MAX_PARTS]; // (n_i, k)
+    struct tensor b[LINEAR_MAX_PARTS]; // (n_i), or none
+    int64_t n, k;                      // n = sum of n_i
+};
+
+struct conv {
+    struct tensor w; // (c_out, kh, kw, c_in): the channels-last layout, made from (c_out, c_in, kh, kw) when loaded
+    struct tensor b; // (c_out)
+};
+
+struct attention_opts {
+    float scale;        // multiplies q.k
+    bool causal;        // query i sees keys 0..i; needs as many queries as keys
+    struct tensor bias; // (heads, queries, keys) f32 added to the scaled scores, or none
+};
+
+struct device_options {
+    int threads; // cpu: threads an operation may use, 1 or more
+};
+
+// What dry counted since it was opened.
+struct kernel_cost {
+    double flops; // 2 for each multiply-add of linear, attention and conv2d
+    double bytes; // each operand read or written once
+};
+
+struct kernels {
+    const char *name;
+    enum dtype activation; // type of activations
+
+    int (*open)(const struct device_options *options, struct device **out, struct err *err);
+    void (*close)(struct device *d);
+    // Waits for all work; returns the first failure since open.
+    int (*sync)(struct device *d, struct err *err);
+    void (*cost)(struct device *d, struct kernel_cost *out); // dry: what was counted; others: zeros
+
+    // Memory of the device, 256-byte aligned; freed by free. dry hands out addresses that nobody may touch.
+    int (*alloc)(struct device *d, size_t bytes, void **out, struct err *err);
+    void (*free)(struct device *d, void *p);
+    // Host to device and back; host is contiguous f32 (or i32, when the tensor is), converted on the way.
+    void (*upload)(struct device *d, struct tensor dst, const void *host);
+    void (*download)(struct device *d, void *host, struct tensor src);
+
+    // ---- rows
+    void (*copy)(struct device *d, struct tensor dst, struct tensor src); // same shape and type, any ld
+    void (*zero)(struct device *d, struct tensor t);
+    // y (m, n) = act(x (m, k) W^T + b)
+    void (*linear)(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
+    void (*activate)(struct device *d, struct tensor x, enum act act);                    // in place
+    void (*add)(struct device *d, struct tensor x, struct tensor y);                      // x += y
+    void (*add_row)(struct device *d, struct tensor x, struct tensor row);                // x (m, n) += row (n)
+    void (*mul)(struct device *d, struct tensor x, struct tensor y);                      // x *= y
+    void (*gate_add)(struct device *d, struct tensor x, struct tensor gate, struct tensor y); // x += gate (n) * y
+    // y = (x - mean) / sqrt(var + eps) * gamma + beta, per row; gamma and beta (n) of any weight type, or none
+    void (*layer_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,
+                       float eps);
+    // y = layer_norm(x) * (1 + scale) + shift; scale and shift (n), activation type (adaLN, Peebles & Xie 2023)
+    void (*modulate)(struct device *d, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift,
+                     float eps);
+    // y = x / sqrt(mean(x^2) + eps) * gamma (T5)
+    void (*rms_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps);
+    // In place on q and k (m, heads, dim): RMS norm over dim with gamma (dim), then rotation of the pairs
+    // (2i, 2i+1) by the angles whose cosine and sine rope (m, dim/2, 2) f32 holds.
+    void (*qk_norm_rope)(struct device *d, struct tensor q, struct tensor k, struct tensor gamma_q,
+                         struct tensor gamma_k, float eps, struct tensor rope);
+    // y (m, n) = table[ids[i]]; ids (m) i32, each within the table
+    void (*embed)(struct device *d, struct tensor y, struct tensor table, struct tensor ids);
+
+    // ---- across rows
+    // out (m, heads, dim) = softmax(scale q k^T + bias) v; q (m, heads, dim), k and v (s, heads, dim), m may differ
+    // from s. All four may be strided views. Heads are independent.
+    void (*attention)(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                      const struct attention_opts *opts);
+    // y (h, w, c_out) from x (h + kh - 1, w, c_in): the caller supplies the rows above and below (zeros at the
+    // picture's edge), the operation pads kw/2 zero columns. Stride 1, kh and kw odd.
+    void (*conv2d)(struct device *d, struct tensor y, struct tensor x, const struct conv *conv);
+    // sums (h, groups, 2) f64 = sum and sum of squares of x (h, w, c) in each row and channel group
+    void (*group_sums)(struct device *d, struct tensor sums, struct tensor x);
+    // y = act(group norm of x (h, w, c)); sums (H, groups, 2) of all H rows of the picture, w and c as in x, added
+    // in row order: the result does not depend on how rows were spread. y may be x.
+    void (*group_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor sums, struct tensor gamma,
+                       struct tensor beta, float eps, enum act act);
+
+    // ---- pictures (h, w, c)
+    void (*upsample2x)(struct device *d, struct tensor y, struct tensor x); // nearest: y (2h, 2w, c)
+    // latent (h, w, c) = tokens (h/2 * w/2, c * 4) / scale + shift; a token holds (c, dy, dx)
+    void (*unpack_latents)(struct device *d, struct tensor latent, struct tensor tokens, float scale, float shift);
+    // y (h, w, c) u8 = round(clamp(x * 0.5 + 0.5, 0, 1) * 255)
+    void (*to_u8)(struct device *d, struct tensor y, struct tensor x);
+
+    // ---- sampler
+    void (*axpy)(struct device *d, struct tensor x, float a, struct tensor y); // x += a * y
+    // out = negative + scale * (positive - negative); out may be either
+    void (*cfg_combine)(struct device *d, struct tensor out, struct tensor negative, struct tensor positive,
+                        float scale);
+};
+
+extern const struct kernels kernels_cpu;
+extern const struct kernels kernels_dry;
+
+// Fills *w from 1 to LINEAR_MAX_PARTS weights (n_i, k) and biases (b NULL: none). Shapes must agree (ERR_INVALID).
+int linear_init(struct linear *w, int parts, const struct tensor *weights, const struct tensor *biases,
+                struct err *err);
+
+#endif
