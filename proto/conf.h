@@ -1,0 +1,96 @@
+// conf.h: one configuration file, one table, one struct that supervisor, worker and command line share.
+//
+// INI, read by inih. Every key has a row in conf.c: name, type, bounds, default, what it is for; conf_print_doc prints
+// the rows. An unknown section or key, a value out of bounds and a key set twice are errors that name file, line, key
+// and what is allowed. Values are plain data after conf_load: nothing here is looked up by name at run time.
+#ifndef DITFLEET_CONF_H
+#define DITFLEET_CONF_H
+
+#include <stdint.h>
+#include <stdio.h>
+
+#include "proto/err.h"
+#include "proto/log.h"
+
+struct conf_list {
+    char **items; // (count), and a NULL after the last
+    int count;
+};
+
+struct conf_model {
+    char *name;      // "flux-demo"
+    char *version;   // "1"
+    char *directory; // diffusers-format directory
+};
+
+enum conf_device { CONF_DEVICE_CPU };
+
+// [group NAME]: ranks that make one image together.
+struct conf_group {
+    char *name;
+    int device;                // enum conf_device
+    int ranks;                 // processes, 1 to 64
+    int threads;               // BLAS threads a rank; 0: conf_group_threads decides
+    int cfg_degree;            // 0: the planner decides
+    int ulysses_degree;        // 0: the planner decides
+    int64_t slab_bytes;        // each rank's window in the shared-memory region
+    struct conf_list model;    // as written: name@version=directory
+    struct conf_model *models; // (model.count), the same, taken apart
+};
+
+// Fields named _s are seconds.
+struct conf {
+    char *path; // the file, absolute
+    struct {
+        char *url;   // redis:// rediss:// unix://   may hold a password: never logged
+        char *queue; // the QUEUE in dit:{QUEUE}:...
+    } redis;
+    struct {
+        char *node;           // default: the host name
+        char *state_dir;      // lock file and control.sock
+        char *worker_program; // "": ditfleet-worker beside the program that runs
+    } fleet;
+    struct {
+        double lease_s;
+        int max_attempts; // of a job's own errors, where the job names none
+        double retention_s;
+    } queue;
+    struct {
+        struct conf_list allow;      // host:port taken although private or loopback
+        struct conf_list file_roots; // absolute directories below which Output.file may lie
+        int retries;
+        double timeout_s; // one PUT
+    } upload;
+    struct { // a worker whose progress counter stands still this long in the stage is hung
+        double load_s, text_s, denoise_s, decode_s, png_s, upload_s;
+    } deadline;
+    struct {
+        double backoff_min_s, backoff_max_s;
+        double healthy_s; // up this long: the next failure starts at backoff_min_s again
+        double grace_s;   // from DRAIN to SIGKILL
+    } restart;
+    struct {
+        int level; // enum log_level
+    } log;
+    struct conf_group *groups; // (n_groups)
+    int n_groups;
+};
+
+// Reads and checks the file. *out is the caller's, freed by conf_free. Errors: ERR_NOT_FOUND, ERR_IO, ERR_INVALID.
+int conf_load(const char *path, struct conf **out, struct err *err);
+// The same from memory, NUL-terminated; name stands for the file in errors.
+int conf_parse(const char *text, const char *name, struct conf **out, struct err *err);
+void conf_free(struct conf *c);
+
+// The table, as a commented example file that conf_load accepts.
+void conf_print_doc(FILE *to);
+
+// NULL when there is no such group.
+const struct conf_group *conf_group_find(const struct conf *c, const char *name);
+// threads, or max(1, cores this process may use / ranks) when it is 0.
+int conf_group_threads(const struct conf_group *g);
+// Every value that a worker of this group reads, as text (malloc, caller frees); two equal texts need no restart.
+// Redis and fleet settings are not in it. NULL: out of memory.
+char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g);
+
+#endif
