@@ -1,0 +1,238 @@
+// queue.h: the queue of jobs in Redis, as PROTOCOL.md lays it out.
+//
+// A struct queue is one connection and the queue's name; a thread that needs the queue opens its own. Every operation
+// below that changes a job is one atomic run of queue.lua, safe to repeat: when a connection breaks, the operation is
+// sent once more over a new one. A holder proves itself by the fence (epoch, nonce); with a stale fence nothing is written
+// and the answer is ERR_STALE, or ERR_CANCELLED or ERR_EXPIRED when that is why the job was taken away.
+// Times are server milliseconds since 1970, durations milliseconds.
+#ifndef DITFLEET_QUEUE_H
+#define DITFLEET_QUEUE_H
+
+#include "proto/job.h"
+#include "proto/redis.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum {
+    QUEUE_ENTRY_SIZE = 48, // a stream id, "1700000000000-0", with its zero
+    QUEUE_NONCE_SIZE = 33, // 32 hexadecimal digits and a zero
+    QUEUE_BATCH = 64,      // most entries one script run handles
+    QUEUE_MAX_POOLS = 64,
+};
+
+struct queue;
+
+enum queue_role {
+    QUEUE_NODE,     // admits, claims, reaps: refuses Redis older than 7.0 and any maxmemory-policy but noeviction
+    QUEUE_PRODUCER, // submits and awaits; the same checks, but left out where access control forbids INFO
+};
+
+// Connects and checks the server. name is [A-Za-z0-9._-], at most 64 bytes; "default" is the usual one.
+int queue_open(struct queue **q, const char *url, const char *name, enum queue_role role,
+               const struct redis_options *options, struct err *e);
+void queue_close(struct queue *q); // NULL is fine
+struct redis *queue_redis(struct queue *q);
+
+// ---- settings: names, defaults and meaning are listed in PROTOCOL.md ("retention_ms", "backoff_ms", ...)
+
+int queue_set(struct queue *q, const char *name, uint64_t value, struct err *e);
+
+// ---- tenants and models
+
+struct queue_tenant {
+    char name[JOB_MAX_TENANT + 1];
+    double weight;    // share of the GPUs relative to other tenants
+    uint64_t waiting; // entries in its door, not yet admitted
+    uint64_t ready;   // admitted and claimable
+};
+
+// Registers a tenant and opens its door, or changes its weight. weight > 0; 1 is usual.
+int queue_tenant_add(struct queue *q, const char *tenant, double weight, struct err *e);
+// *list is the caller's to free().
+int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, struct err *e);
+// The redis-cli line that gives a tenant's user its rights; the password stands as a placeholder. Returns buffer.
+const char *queue_tenant_acl(const struct queue *q, const char *tenant, char *buffer, size_t size);
+
+struct queue_model {
+    char name[JOB_MAX_NAME + 1];
+    char version[JOB_MAX_NAME + 1];
+    bool is_default;       // what the bare name means
+    uint64_t published_ms; // when a node last said that it serves this model
+};
+
+// Says that the fleet has model name@version; version becomes what the bare name means. Nodes repeat this from time to
+// time (say every 10 s), so that it survives a server that lost its data.
+int queue_model_publish(struct queue *q, const char *name, const char *version, struct err *e);
+int queue_model_withdraw(struct queue *q, const char *name, const char *version, struct err *e);
+// *list is the caller's to free().
+int queue_models(struct queue *q, struct queue_model **list, size_t *count, struct err *e);
+
+// ---- the producer's side
+
+// XADD of the packed job; entry receives the stream id, the receipt by which the outcome is found.
+int queue_submit(struct queue *q, const char *tenant, const void *job, size_t length, char entry[QUEUE_ENTRY_SIZE],
+                 struct err *e);
+
+// Calls back for every event until the job of this submission is final, then hands out its Result (the caller frees by
+// result_free). entry NULL: whichever submission has the id. A refused submission is a Result in state DEAD with the
+// reason. timeout_ms < 0: no limit; ERR_TIMEOUT: not final yet. on_event may be NULL; a nonzero return of it ends the
+// waiting and is returned (with *result NULL).
+typedef int queue_on_event(void *arg, const Ditfleet__V1__Event *event);
+int queue_await(struct queue *q, const char *tenant, const char *id, const char *entry, int64_t timeout_ms,
+                queue_on_event *on_event, void *arg, Ditfleet__V1__Result **result, struct err *e);
+
+// Final states stay as they are: *state (may be NULL) is the state after the call. ERR_NOT_FOUND: no such job.
+int queue_cancel(struct queue *q, const char *tenant, const char *id, Ditfleet__V1__State *state, struct err *e);
+
+struct queue_record {
+    char id[JOB_NAME_SIZE];
+    Ditfleet__V1__State state;
+    char pool[JOB_MODEL_SIZE];
+    char priority[16];
+    char worker[JOB_MAX_NAME + 1]; // its last holder
+    char stage[32];
+    char entry[QUEUE_ENTRY_SIZE]; // the submission it came from
+    uint32_t step, steps;
+    uint64_t epoch; // claims so far: the number of the current attempt
+    uint32_t attempts_app, attempts_infra;
+    uint64_t gpu_ms; // the price
+    uint64_t created_ms, updated_ms, lease_ms, due_ms, deadline_ms, now_ms;
+    char error_code[32], error[512]; // of the last failed attempt, "" if none
+    void *payload;                   // the Job; NULL once final, but for DEAD
+    size_t payload_length;
+    void *result; // the Result; NULL while not final
+    size_t result_length;
+};
+
+// ERR_NOT_FOUND: no such job. id may be "@<entry>", which finds the outcome of a refused submission.
+int queue_get(struct queue *q, const char *tenant, const char *id, struct queue_record *record, struct err *e);
+void queue_record_free(struct queue_record *record);
+
+// ---- admission
+
+// The price of a job in GPU-milliseconds, for fairness and the backlog.
+typedef uint64_t queue_price(void *arg, const Ditfleet__V1__Job *job);
+// Pixels x steps x images, scaled so that 1024 x 1024 x 28 steps is 10 GPU-seconds. For callers with no model at hand.
+uint64_t queue_price_default(void *arg, const Ditfleet__V1__Job *job);
+
+struct queue_admitted {
+    unsigned read;      // entries taken from the doors
+    unsigned admitted;  // now QUEUED, DELAYED or (deadline passed) EXPIRED
+    unsigned duplicate; // same id, same bytes: nothing to do
+    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes
+    bool no_models;     // nothing was read: the registry of models is empty, so no model can be called unknown
+};
+
+// One round of admission: takes up to QUEUE_BATCH entries, waiting up to block_ms for the first, and those that a dead
+// admitter left behind. consumer names this admitter ([A-Za-z0-9._-]). Call it in a loop with block_ms of 1000 or less,
+// since new tenants are seen between calls. refused_log (may be NULL) hears of each refusal.
+typedef void queue_on_refusal(void *arg, const char *tenant, const char *id, const char *entry, const struct err *why);
+struct queue_admission {
+    const char *consumer;
+    queue_price *price; // NULL: queue_price_default
+    queue_on_refusal *on_refusal;
+    void *arg; // of both
+};
+int queue_admit(struct queue *q, const struct queue_admission *admission, int block_ms, struct queue_admitted *out,
+                struct err *e);
+
+// ---- the holder's side
+
+struct queue_fence {
+    char tenant[JOB_MAX_TENANT + 1];
+    char id[JOB_NAME_SIZE];
+    uint64_t epoch;
+    char nonce[QUEUE_NONCE_SIZE];
+};
+
+struct queue_job {
+    struct queue_fence fence;
+    char pool[JOB_MODEL_SIZE]; // the resolved "name@version"
+    uint32_t attempts_app, attempts_infra;
+    uint64_t created_ms, lease_ms, deadline_ms; // deadline_ms 0: none
+    void *payload;                              // the Job, validated at admission
+    size_t payload_length;
+};
+
+struct queue_claim {
+    const char *worker;      // [A-Za-z0-9._-], the same over restarts
+    const char *incarnation; // [A-Za-z0-9._-], new at each start of the worker
+    const char *const *pools;
+    size_t n_pools;
+    uint64_t lease_ms;
+    unsigned max; // 1 to QUEUE_BATCH; beyond the first only jobs of the same batch key (pool, size, steps, precision)
+};
+
+// Claims up to want->max jobs into jobs[], *count of them (0: nothing to do). cursor is where queue_wait must start so
+// that no job that became ready after this claim is missed.
+int queue_claim(struct queue *q, const struct queue_claim *want, struct queue_job *jobs, size_t *count,
+                char cursor[QUEUE_ENTRY_SIZE], struct err *e);
+void queue_job_free(struct queue_job *job); // its payload
+
+// Waits until something became ready after cursor, or for timeout_ms. Returns 0 in both cases.
+int queue_wait(struct queue *q, const char *cursor, int timeout_ms, bool *woken, struct err *e);
+
+// Extends the lease to lease_ms from now. Called from the renewing thread over its own connection.
+// ERR_CANCELLED, ERR_EXPIRED, ERR_STALE: stop working on it.
+int queue_beat(struct queue *q, const struct queue_fence *fence, uint64_t lease_ms, struct err *e);
+
+struct queue_progress {
+    Ditfleet__V1__State state; // STATE_RUNNING or STATE_UPLOADING
+    const char *stage;         // "text", "denoise", "decode", "png", "upload"
+    uint32_t step, steps;
+    double eta_seconds;
+};
+// Records where the job is and tells its watchers. The same answers as queue_beat: cancel is seen here once a step.
+int queue_progress(struct queue *q, const struct queue_fence *fence, const struct queue_progress *progress,
+                   struct err *e);
+
+// Commits. result is a packed Result in state SUCCEEDED. Repeating it after success is success.
+int queue_finish(struct queue *q, const struct queue_fence *fence, const void *result, size_t length, struct err *e);
+
+enum queue_cause {
+    QUEUE_CAUSE_APP,  // the job's own error: counts against max_attempts; DEAD at once unless why->retryable
+    QUEUE_CAUSE_INFRA // GPU fault, lost lease, killed: the job is not to blame
+};
+// The attempt failed: RETRY_WAIT with backoff, or DEAD. *state (may be NULL) is what it became.
+int queue_fail(struct queue *q, const struct queue_fence *fence, enum queue_cause cause, const struct err *why,
+               Ditfleet__V1__State *state, struct err *e);
+
+// Back to the queue with no attempt charged: for a worker that drains.
+int queue_release(struct queue *q, const struct queue_fence *fence, struct err *e);
+
+// Everything this incarnation of worker holds fails with cause INFRA, the first time with no backoff. incarnation NULL:
+// any. *count (may be NULL): jobs returned.
+int queue_release_all(struct queue *q, const char *worker, const char *incarnation, const struct err *why,
+                      unsigned *count, struct err *e);
+
+// ---- upkeep
+
+struct queue_reaped {
+    unsigned lost;    // leases that ran out
+    unsigned due;     // delayed jobs made ready
+    unsigned expired; // deadlines passed
+    unsigned orphans; // jobs in no index, put back
+    uint64_t next_ms; // in how many milliseconds the next one falls due, at most 1000
+};
+// One round, bounded; call it again after next_ms.
+int queue_reap(struct queue *q, struct queue_reaped *out, struct err *e);
+
+struct queue_stats {
+    uint64_t queued, delayed, leased, running, uploading, retry_wait; // jobs now in the state
+    uint64_t succeeded, dead, cancelled, expired, refused;            // since the queue's beginning
+    uint64_t retries;
+    uint64_t waiting;     // entries in all doors
+    uint64_t dead_letter; // entries in dlq
+    uint64_t backlog_ms;  // GPU-milliseconds of all non-final jobs: what to scale on
+};
+int queue_stats(struct queue *q, struct queue_stats *stats, struct err *e);
+
+// Non-final jobs, oldest check first, for listings: at most max, *list is the caller's to free().
+struct queue_name {
+    char tenant[JOB_MAX_TENANT + 1];
+    char id[JOB_NAME_SIZE];
+};
+int queue_live(struct queue *q, size_t max, struct queue_name **list, size_t *count, struct err *e);
+
+#endif
