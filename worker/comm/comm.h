@@ -1,7 +1,9 @@
 // comm.h: what ranks of a group say to each other. Backends: self (one rank), shm (processes of one host), dry
 // (counts bytes); nccl later. A collective is called by every rank of the communicator in the same order.
 //
-// Errors are sticky, as in kernels.h: after a failure every call returns at once and comm_check reports the first one.
+// Errors are sticky, as in kernels.h: after a failure in any communicator of this rank every call returns at once and
+// comm_check of each reports the first one. Ranks that call different collectives, or disagree about sizes, get
+// ERR_INTERNAL.
 // Buffers are memory of the device the communicator was made for.
 #ifndef DITFLEET_COMM_H
 #define DITFLEET_COMM_H
@@ -18,7 +20,8 @@ int comm_rank(const struct comm *c);
 int comm_size(const struct comm *c);
 int comm_check(struct comm *c, struct err *err);
 void comm_free(struct comm *c);
-uint64_t comm_bytes_sent(const struct comm *c); // to other ranks, since it was made
+// To other ranks since c was made, by c and the groups made from it; a piece sent to k ranks counts k times.
+uint64_t comm_bytes_sent(const struct comm *c);
 
 // Rank r gets send_counts[r] bytes from send + send_offsets[r] and puts what rank r sends at recv + recv_offsets[r].
 // Counts may be zero. recv_counts[r] equals what rank r sends here (each rank derives both from the plan).
@@ -30,9 +33,18 @@ void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t
 void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root);
 void comm_barrier(struct comm *c);
 
-// The ranks that pass the same color form a communicator, ordered by their rank here. Collective. Freed by comm_free,
-// before its parent.
-int comm_split(struct comm *c, int color, struct comm **out, struct err *err);
+// The ranks first, first + stride, ... (count of them, ranks of c) form a communicator, ordered as listed. Called by
+// exactly these ranks, each with the same arguments; the others need not know. Freed by comm_free, before its parent.
+// ERR_INVALID: ranks that c has not, or the caller is none of them; ERR_UNSUPPORTED: more groups alive at once than the
+// backend keeps (shm: 32 led by one rank). Freed groups are reused, however many are made over a life.
+int comm_group(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
+
+// How long a collective of this rank, in any of its communicators, may wait for a peer before it fails with
+// ERR_TIMEOUT naming the collective and the ranks missing. 0, as at first: for ever (an idle rank waits for its job).
+void comm_set_timeout(struct comm *c, int timeout_ms);
+// Makes every rank's present and future collective, in every communicator, fail with ERR_UNAVAILABLE and this reason;
+// callable from any thread while c lives. The first reason stands.
+void comm_abort(struct comm *c, const char *reason);
 
 // ---- self
 int comm_self_new(struct comm **out, struct err *err);
@@ -42,15 +54,12 @@ int comm_dry_new(int rank, int size, struct comm **out, struct err *err);
 
 // ---- shm: processes of one host over a memfd, woken by futex, never spinning for long
 // Makes the shared region for size ranks and returns its file descriptor (close-on-exec), or -1 with *err.
-// slab_bytes is each rank's window for messages; longer messages go through it in pieces.
+// slab_bytes is each rank's window for messages; longer messages go through it in pieces. The region has no name: it is
+// gone with the last process that holds it.
 int comm_shm_region(int size, int64_t slab_bytes, struct err *err);
-// Attaches to the region as rank. The fd stays the caller's. timeout_ms: how long a collective may wait for a peer
-// before it fails with ERR_TIMEOUT naming the collective and the ranks missing; 0: for ever (an idle rank waiting for
-// its next job).
+// Attaches to the region as rank, or as -1: a watcher, who may only abort. The fd stays the caller's. A rank attaches
+// once in a region's life (else ERR_CONFLICT); a group that lost a rank gets a new region.
+// ERR_CORRUPT: fd is not a region of this version. Calls of one rank come from one thread at a time, but comm_abort.
 int comm_shm_attach(int fd, int rank, struct comm **out, struct err *err);
-void comm_set_timeout(struct comm *c, int timeout_ms);
-// Makes every rank's present and future collective fail with ERR_UNAVAILABLE and this reason; callable from any
-// thread, and from a parent that attached with rank -1.
-void comm_abort(struct comm *c, const char *reason);
 
 #endif
