@@ -544,7 +544,6 @@ static int scan_value(const ProtobufCFieldDescriptor *f, const char *path, struc
     default:
         if (!read_varint(c, &n))
             return truncated(path, e);
-        // A string that claims to be longer than the bytes: say so by its bound where that is what is wrong.
         break;
     }
     if (n > (size_t)(c->end - c->at))
@@ -892,7 +891,7 @@ static int append_pair(ProtobufCMessage *m, const ProtobufCFieldDescriptor *f, c
 
 int job_set_field(Ditfleet__V1__Job *job, const char *name, const char *text, struct err *e)
 {
-    char path[PATH_SIZE];
+    char path[PATH_SIZE / 2];
     snprintf(path, sizeof path, "%s", name);
     for (char *p = path; *p; p++)
         if (*p == '-')

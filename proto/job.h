@@ -1,8 +1,8 @@
 // job.h: the job as every program sees it: parsed from bytes nobody trusts, checked by one table, packed again.
 //
-// The validated job is the protobuf-c struct itself. One table in job.c holds each field's bounds, default and sentence;
-// job_parse, job_validate, the command line's flags, --help and the table of PROTOCOL.md all read it through protobuf-c's
-// descriptors, so a field cannot be checked one way and documented another.
+// The validated job is the protobuf-c struct itself. One table in job.c holds each field's bounds, default and
+// sentence; job_parse, job_validate, the command line's flags, --help and the table of PROTOCOL.md all read it through
+// protobuf-c's descriptors, so a field cannot be checked one way and documented another.
 #ifndef DITFLEET_JOB_H
 #define DITFLEET_JOB_H
 
@@ -30,8 +30,10 @@ struct job_rule {
     double min, max;      // numbers; max 0 and min 0: any value of the type
     size_t max_bytes;     // strings
     size_t max_items;     // repeated fields
+    char separator;       // repeated fields: how job_set_field splits an item's text, '=' or ':'
+    bool required;        // by job_validate
     int (*check)(const char *name, const char *text, struct err *e); // strings that are more than UTF-8; may be NULL
-    const char *form;     // what check allows, in words, for documents and errors
+    const char *form; // what check allows, in words, for documents and errors
 };
 
 // The whole table, in the order of job.proto. The array is constant.
@@ -46,13 +48,17 @@ const char *job_rule_allowed(const struct job_rule *rule, char *buffer, size_t s
 // Prints the table of fields as PROTOCOL.md holds it (Markdown).
 void job_print_table(FILE *out);
 
-// Parses and validates. The caller frees *job by job_free. Any bytes are legal input; on failure *job is NULL and e names
-// the field and what is allowed. ERR_CORRUPT: not a Job; ERR_UNSUPPORTED: a field this version does not know; ERR_INVALID:
-// out of bounds. *id (may be NULL, JOB_NAME_SIZE bytes) receives the job's id if one could be read, else "".
+// Parses and validates. The caller frees *job by job_free. Any bytes are legal input; on failure *job is NULL and e
+// names the field and what is allowed. ERR_CORRUPT: not a Job; ERR_UNSUPPORTED: a field this version does not know;
+// ERR_INVALID: out of bounds. *id (may be NULL, JOB_NAME_SIZE bytes) receives the job's id if one could be read, else
+// "".
 int job_parse(const void *bytes, size_t length, Ditfleet__V1__Job **job, char *id, struct err *e);
 
 // Checks every field against the table, and the fields against each other. The first failure is reported.
 int job_validate(const Ditfleet__V1__Job *job, struct err *e);
+
+// The same for a job that never travels (`ditfleet generate`): required fields (id, model, output) may be missing.
+int job_check_fields(const Ditfleet__V1__Job *job, struct err *e);
 
 // An empty job on the heap, to be filled by job_set_field or by hand with malloc'd strings. NULL: no memory.
 Ditfleet__V1__Job *job_new(void);
@@ -61,9 +67,9 @@ void job_free(Ditfleet__V1__Job *job); // NULL is fine
 // A deep copy; NULL: no memory.
 Ditfleet__V1__Job *job_copy(const Ditfleet__V1__Job *job);
 
-// Sets a field from text: "num_inference_steps" "20", "rng" "cpu-bf16", "labels" "k=v" (appends), "output.url" "http://...",
-// "output.headers" "Name: value" (appends). Dashes in name count as underscores, so a flag's name serves. The value is
-// checked against the field's rule.
+// Sets a field from text: "num_inference_steps" "20", "rng" "cpu-bf16", "labels" "k=v" (appends), "output.url"
+// "http://...", "output.headers" "Name: value" (appends). Dashes in name count as underscores, so a flag's name serves.
+// The value is checked against the field's rule.
 int job_set_field(Ditfleet__V1__Job *job, const char *name, const char *text, struct err *e);
 
 // Enum value <-> the short name that flags and PROTOCOL.md use: "cpu-bf16", "bf16", "high".
@@ -91,10 +97,12 @@ void event_free(Ditfleet__V1__Event *event);    // NULL is fine
 int result_pack_error(const char *id, Ditfleet__V1__State state, const struct err *why, void **bytes, size_t *length,
                       struct err *e);
 
-// A name that travels in keys and members: [A-Za-z0-9._-], 1 to max_bytes. what is the word used in the error: "tenant".
+// A name that travels in keys and members: [A-Za-z0-9._-], 1 to max_bytes. what is the word used in the error:
+// "tenant".
 int job_check_name(const char *what, const char *name, size_t max_bytes, struct err *e);
 
-// Replaces {id}, {attempt} and {index} of an output's url or file. The template has been validated; the caller frees *out.
+// Replaces {id}, {attempt} and {index} of an output's url or file. The template has been validated; the caller frees
+// *out.
 int job_expand_template(const char *template, const char *id, uint32_t attempt, uint32_t index, char **out,
                         struct err *e);
 

@@ -2,9 +2,9 @@
 //
 // A struct queue is one connection and the queue's name; a thread that needs the queue opens its own. Every operation
 // below that changes a job is one atomic run of queue.lua, safe to repeat: when a connection breaks, the operation is
-// sent once more over a new one. A holder proves itself by the fence (epoch, nonce); with a stale fence nothing is written
-// and the answer is ERR_STALE, or ERR_CANCELLED or ERR_EXPIRED when that is why the job was taken away.
-// Times are server milliseconds since 1970, durations milliseconds.
+// sent once more over a new one. A holder proves itself by the fence (epoch, nonce); with a stale fence nothing is
+// written and the answer is ERR_STALE, or ERR_CANCELLED or ERR_EXPIRED when that is why the job was taken away. Times
+// are server milliseconds since 1970, durations milliseconds.
 #ifndef DITFLEET_QUEUE_H
 #define DITFLEET_QUEUE_H
 

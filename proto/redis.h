@@ -1,8 +1,8 @@
 // redis.h: one connection to Redis with deadlines.
 //
-// The socket, its deadlines and TLS are ours (poll, OpenSSL); hiredis formats commands and parses replies, in any version
-// from 0.14 on. A connection belongs to one thread at a time. It connects at the first command, and again after a loss.
-// A command whose reply was lost is never sent again by this layer: whether that is safe only its caller knows.
+// The socket, its deadlines and TLS are ours (poll, OpenSSL); hiredis formats commands and parses replies, in any
+// version from 0.14 on. A connection belongs to one thread at a time. It connects at the first command, and again after
+// a loss. A command whose reply was lost is never sent again by this layer: whether that is safe only its caller knows.
 // Passwords and the values of commands never appear in errors.
 #ifndef DITFLEET_REDIS_H
 #define DITFLEET_REDIS_H
@@ -44,10 +44,10 @@ const char *redis_address(const struct redis *redis);
 // Drops the connection; the next command connects anew.
 void redis_disconnect(struct redis *redis);
 
-// Sends one command and waits for its reply (redis_open's command_ms). *reply (reply may be NULL) is the caller's to free
-// by freeReplyObject. An error reply is an error: ERR_UNAVAILABLE (LOADING, READONLY, ...), ERR_NO_MEMORY (OOM), ERR_IO
-// (MISCONF), ERR_REFUSED (NOAUTH, NOPERM, WRONGPASS), ERR_NOT_FOUND (NOGROUP), ERR_INTERNAL. A lost connection is
-// ERR_UNAVAILABLE, a passed deadline ERR_TIMEOUT; both leave it closed.
+// Sends one command and waits for its reply (redis_open's command_ms). *reply (reply may be NULL) is the caller's to
+// free by freeReplyObject. An error reply is an error: ERR_UNAVAILABLE (LOADING, READONLY, ...), ERR_NO_MEMORY (OOM),
+// ERR_IO (MISCONF), ERR_REFUSED (NOAUTH, NOPERM, WRONGPASS), ERR_NOT_FOUND (NOGROUP), ERR_INTERNAL. A lost connection
+// is ERR_UNAVAILABLE, a passed deadline ERR_TIMEOUT; both leave it closed.
 int redis_command(struct redis *redis, redisReply **reply, struct err *e, const char *format, ...);
 int redis_command_argv(struct redis *redis, redisReply **reply, struct err *e, int argc, const char **argv,
                        const size_t *lengths);
