@@ -52,8 +52,8 @@ struct conf {
     } fleet;
     struct {
         double lease_s;
-        int max_attempts; // of a job's own errors, where the job names none
-        double retention_s;
+        int max_attempts;   // of a job's own errors, where the job names none; 0: as the queue has it
+        double retention_s; // of finished jobs; 0: as the queue has it
     } queue;
     struct {
         struct conf_list allow;      // host:port taken although private or loopback
@@ -89,6 +89,9 @@ void conf_print_doc(FILE *to);
 const struct conf_group *conf_group_find(const struct conf *c, const char *name);
 // threads, or max(1, cores this process may use / ranks) when it is 0.
 int conf_group_threads(const struct conf_group *g);
+// The name under which a group holds jobs, "node.group", the same over restarts. Returns out.
+enum { CONF_WORKER_ID_BYTES = 128 };
+const char *conf_worker_id(const struct conf *c, const char *group, char out[CONF_WORKER_ID_BYTES]);
 // Every value that a worker of this group reads, as text (malloc, caller frees); two equal texts need no restart.
 // Redis and fleet settings are not in it. NULL: out of memory.
 char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g);

@@ -1,0 +1,231 @@
+// The configuration table: what a file may say, and that every refusal names file, line, key and what is allowed.
+#include "proto/conf.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static struct conf *parse(const char *text)
+{
+    struct conf *c = NULL;
+    struct err err = {0};
+    if (conf_parse(text, "f.ini", &c, &err) != 0)
+        fail_msg("refused: %s", err.text);
+    return c;
+}
+
+static void defaults_fill_an_empty_file(void **state)
+{
+    (void)state;
+    struct conf *c = parse("");
+    assert_string_equal(c->redis.url, "redis://127.0.0.1:6379");
+    assert_string_equal(c->redis.queue, "default");
+    assert_true(strlen(c->fleet.node) > 0);
+    assert_true(c->queue.lease_s == 30);
+    assert_true(c->restart.backoff_max_s == 60);
+    assert_int_equal(c->log.level, LOG_INFO);
+    assert_int_equal(c->n_groups, 0);
+    conf_free(c);
+}
+
+static void every_kind_of_value_is_read(void **state)
+{
+    (void)state;
+    struct conf *c =
+        parse("\xef\xbb\xbf; a comment\n[redis]\nurl = unix:///run/r.sock\n[fleet]\nnode=n1\n"
+              "[upload]\nallow = 127.0.0.1:80, [::1]:8080\nallow = host:1\n"
+              "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
+              "[log]\nlevel = debug\n"
+              "[group g1]\nranks = 2\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
+              "[group g2]\nmodel = flux@1=/m");
+    assert_string_equal(c->redis.url, "unix:///run/r.sock");
+    assert_int_equal(c->upload.allow.count, 3);
+    assert_string_equal(c->upload.allow.items[1], "[::1]:8080");
+    assert_string_equal(c->upload.allow.items[2], "host:1");
+    assert_null(c->upload.allow.items[3]);
+    assert_int_equal(c->upload.file_roots.count, 2);
+    assert_string_equal(c->upload.file_roots.items[1], "/b");
+    assert_int_equal(c->upload.retries, 0);
+    assert_true(c->deadline.text_s == 0.25);
+    assert_true(c->deadline.decode_s == 5400);
+    assert_int_equal(c->log.level, LOG_DEBUG);
+    assert_int_equal(c->n_groups, 2);
+    const struct conf_group *g = conf_group_find(c, "g1");
+    assert_non_null(g);
+    assert_int_equal(g->ranks, 2);
+    assert_int_equal(conf_group_threads(g), 3);
+    assert_int_equal(g->slab_bytes, 1 << 20);
+    assert_int_equal(g->model.count, 2);
+    assert_string_equal(g->models[1].name, "b");
+    assert_string_equal(g->models[1].version, "2.1");
+    assert_string_equal(g->models[1].directory, "rel/b");
+    assert_true(conf_group_threads(conf_group_find(c, "g2")) >= 1);
+    assert_null(conf_group_find(c, "g3"));
+    char id[CONF_WORKER_ID_BYTES];
+    assert_string_equal(conf_worker_id(c, "g1", id), "n1.g1");
+    conf_free(c);
+}
+
+static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text, *want[4];
+    } cases[] = {
+        {"[redis]\nurl = http://x", {"f.ini:2", "[redis] url", "redis://"}},
+        {"[redis]\nurl = redis://", {"f.ini:2", "unix:///path"}},
+        {"[redis]\nurle = x", {"f.ini:2", "[redis] urle", "allowed: url queue"}},
+        {"[queue]\n\n\nlease = 0.5", {"f.ini:4", "[queue] lease", "1s to 3600s"}},
+        {"[queue]\nlease = inf", {"lease", "30s"}},
+        {"[queue]\nlease = 0x10", {"lease", "30s"}},
+        {"[queue]\nlease = 10 minutes", {"lease", "500ms"}},
+        {"[queue]\nmax_attempts = 2.5", {"max_attempts", "whole number from 0 to 100"}},
+        {"[queue]\nmax_attempts = 99999999999999999999", {"max_attempts"}},
+        {"[log]\nlevel = loud", {"f.ini:2", "one of debug info warn error"}},
+        {"[nosuch]\n", {"f.ini:1", "[nosuch]", "[group NAME]"}},
+        {"[group]\nranks=1", {"f.ini:1", "needs a name"}},
+        {"[group a.b]\nranks=1", {"needs a name"}},
+        {"[group a]\nranks = 65\nmodel=a@1=/m", {"[group a] ranks", "\"65\"", "1 to 64"}},
+        {"[group a]\nranks = 2", {"[group a] model", "is missing"}},
+        {"[group a]", {"[group a] model", "is missing"}},
+        {"[group a]\nmodel = flux=/x", {"f.ini:2", "name@version=directory"}},
+        {"[group a]\nmodel = f@1=/x\nmodel = f@1=/y", {"[group a] model", "twice"}},
+        {"[group a]\nmodel = f@1=/x\nranks = 1\nranks = 2", {"f.ini:4", "[group a] ranks", "first in line 3"}},
+        {"[group a]\nslab = 3\nmodel = f@1=/x", {"slab", "64K"}},
+        {"[upload]\nallow = 10.0.0.1", {"allow", "host:port"}},
+        {"[upload]\nallow = h:70000", {"allow", "65535"}},
+        {"[upload]\nallow = ::1:80", {"allow", "[address]:port"}},
+        {"[upload]\nfile_roots = relative", {"file_roots", "absolute"}},
+        {"[fleet]\nnode = a b", {"node", "letters"}},
+        {"[fleet]\nstate_dir =", {"state_dir", "bytes"}},
+        {"[restart]\nbackoff_min = 10s\nbackoff_max = 1s", {"backoff_max", "below backoff_min"}},
+        {"ranks = 2", {"f.ini:1", "no section"}},
+        {"[redis]\nwhat is this", {"f.ini:2", "neither"}},
+        {"[redis\nurl = x", {"f.ini:1"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct conf *c = NULL;
+        struct err err = {0};
+        if (conf_parse(cases[i].text, "f.ini", &c, &err) != ERR_INVALID)
+            fail_msg("accepted: %s", cases[i].text);
+        for (int w = 0; w < 4 && cases[i].want[w]; w++)
+            if (!strstr(err.text, cases[i].want[w]))
+                fail_msg("%s: \"%s\" lacks \"%s\"", cases[i].text, err.text, cases[i].want[w]);
+    }
+}
+
+static void secrets_stay_out_of_errors(void **state)
+{
+    (void)state;
+    struct conf *c = NULL;
+    struct err err = {0};
+    assert_int_equal(conf_parse("[redis]\nurl = http://user:hunter2@h\n", "f.ini", &c, &err), ERR_INVALID);
+    assert_null(strstr(err.text, "hunter2"));
+}
+
+static void a_line_that_inih_would_cut_is_refused(void **state)
+{
+    (void)state;
+    char text[700] = "[fleet]\nnode = ";
+    memset(text + strlen(text), 'x', 600);
+    struct conf *c = NULL;
+    struct err err = {0};
+    assert_int_equal(conf_parse(text, "f.ini", &c, &err), ERR_INVALID);
+    assert_non_null(strstr(err.text, "f.ini:2: the line is longer"));
+}
+
+// Every byte string is legal input: each prefix and each one-byte damage of a good file gives a struct or an error.
+static void damaged_files_never_crash(void **state)
+{
+    (void)state;
+    const char *good = "[upload]\nallow = a:1, b:2\n c:3\n[group g]\nmodel = f@1=/x\nslab = 1M\n";
+    char text[128];
+    for (size_t i = 0; i < strlen(good); i++)
+        for (int b = 0; b < 256; b++) {
+            struct conf *c = NULL;
+            struct err err = {0};
+            snprintf(text, sizeof text, "%s", good);
+            text[i] = (char)b;
+            if (conf_parse(text, "f.ini", &c, &err) == 0)
+                conf_free(c);
+            else
+                assert_true(strlen(err.text) > 0);
+        }
+}
+
+// The documentation is a file: as printed, and with every default taken in, it gives the defaults.
+static void the_documentation_is_an_example_file(void **state)
+{
+    (void)state;
+    char *doc = NULL;
+    size_t n = 0;
+    FILE *f = open_memstream(&doc, &n);
+    conf_print_doc(f);
+    fclose(f);
+    conf_free(parse(doc));
+    for (char *line = doc; line; line = strchr(line, '\n') ? strchr(line, '\n') + 1 : NULL)
+        if (line[0] == '#' && line[1] != ' ')
+            line[0] = '\n';
+    char *group = strstr(doc, "[group NAME]"), *empty = strstr(doc, "model = \n");
+    assert_non_null(group);
+    assert_non_null(empty);
+    memcpy(empty, "model=a@b", 9);
+    struct conf *c = NULL;
+    struct err err = {0};
+    assert_int_equal(conf_parse(doc, "doc", &c, &err), ERR_INVALID); // model=a@b lacks its directory
+    if (!strstr(err.text, "[group NAME] model"))
+        fail_msg("%s", err.text);
+    free(doc);
+}
+
+static void fingerprints_tell_what_workers_read(void **state)
+{
+    (void)state;
+    static const char *const same = "[group g]\nmodel = f@1=/x\n[redis]\nqueue = other\n[restart]\ngrace = 1s\n";
+    static const char *const other[] = {"[group g]\nmodel = f@1=/y\n", "[group g]\nmodel = f@1=/x\nranks = 2\n",
+                                        "[group g]\nmodel = f@1=/x\n[deadline]\ntext = 7s\n"};
+    struct conf *a = parse("[group g]\nmodel = f@1=/x\n"), *b = parse(same);
+    char *x = conf_group_fingerprint(a, &a->groups[0]), *y = conf_group_fingerprint(b, &b->groups[0]);
+    assert_string_equal(x, y);
+    free(y);
+    conf_free(b);
+    for (int i = 0; i < 3; i++) {
+        b = parse(other[i]);
+        y = conf_group_fingerprint(b, &b->groups[0]);
+        assert_string_not_equal(x, y);
+        free(y);
+        conf_free(b);
+    }
+    free(x);
+    conf_free(a);
+}
+
+static void a_missing_file_is_named(void **state)
+{
+    (void)state;
+    struct conf *c = NULL;
+    struct err err = {0};
+    assert_int_equal(conf_load("/nonexistent/f.ini", &c, &err), ERR_NOT_FOUND);
+    assert_non_null(strstr(err.text, "/nonexistent/f.ini"));
+    assert_int_not_equal(conf_load("/", &c, &err), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(defaults_fill_an_empty_file),
+        cmocka_unit_test(every_kind_of_value_is_read),
+        cmocka_unit_test(wrong_files_are_refused_by_file_line_key_and_rule),
+        cmocka_unit_test(secrets_stay_out_of_errors),
+        cmocka_unit_test(a_line_that_inih_would_cut_is_refused),
+        cmocka_unit_test(damaged_files_never_crash),
+        cmocka_unit_test(the_documentation_is_an_example_file),
+        cmocka_unit_test(fingerprints_tell_what_workers_read),
+        cmocka_unit_test(a_missing_file_is_named),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
