@@ -95,6 +95,10 @@ struct kernels {
     // y (m, n) = table[ids[i]]; ids (m) i32, each within the table
     void (*embed)(struct device *d, struct tensor y, struct tensor table, struct tensor ids);
 
+    // y (heads, queries, keys) f32 [h][i][j] = table[buckets[j - i + queries - 1]][h]; table (b, heads), buckets
+    // (queries + keys - 1) i32: T5's position bias, a function of the distance alone
+    void (*relative_bias)(struct device *d, struct tensor y, struct tensor table, struct tensor buckets);
+
     // ---- across rows
     // out (m, heads, dim) = softmax(scale q k^T + bias) v; q (m, heads, dim), k and v (s, heads, dim), m may differ
     // from s. All four may be strided views. Heads are independent.

@@ -1,0 +1,176 @@
+// attention.c: softmax(scale q k^T + bias) v without a matrix of scores: keys pass by in blocks, and each query keeps
+// the running maximum and sum of its softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
+//
+// A task is a head and a range of queries. A block of keys and values is packed once a task and met by its queries in
+// tiles of TILE_ROWS; the output rows themselves hold the running weighted sums. Blocks start at multiples of a size
+// that depends on dim alone, so a row's result depends on neither threads nor the other rows.
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/tile.h"
+
+enum { MAX_BLOCK = 512, BLOCK_FLOATS = 64 * 1024 };
+
+struct attention {
+    struct device *d;
+    struct tensor out, q, k, v;
+    const struct attention_opts *opts;
+    int64_t s, dim, block; // keys; block: keys of one block, a multiple of TILE_COLS
+    int64_t ranges;        // ranges of queries a head is split into
+    int64_t range;         // queries of a range
+};
+
+// A thread's scratch, laid out by layout().
+struct space {
+    float *keys;    // panels of (dim, TILE_COLS)
+    float *values;  // panels of (block, TILE_COLS)
+    float *scores;  // (TILE_ROWS, block)
+    float *tile;    // (TILE_ROWS, TILE_COLS)
+    float *highest; // (range) running maxima
+    float *sum;     // (range) running sums
+};
+
+static size_t layout(const struct attention *a, float *base, struct space *s)
+{
+    int64_t padded = ceil_div(a->dim, TILE_COLS) * TILE_COLS;
+    int64_t sizes[] = {a->block * a->dim,     a->block * padded, TILE_ROWS * a->block,
+                       TILE_ROWS * TILE_COLS, a->range,          a->range};
+    float **fields[] = {&s->keys, &s->values, &s->scores, &s->tile, &s->highest, &s->sum};
+    size_t used = 0;
+    for (int i = 0; i < 6; i++) {
+        *fields[i] = base ? base + used : NULL;
+        used += (size_t)(ceil_div(sizes[i], LANES) * LANES);
+    }
+    return used;
+}
+
+static const float *row_of(struct tensor t, int64_t row, int64_t head)
+{
+    return (const float *)t.data + row * t.ld + head * t.n[2];
+}
+
+static void pack_block(const struct attention *a, const struct space *s, int64_t head, int64_t first, int64_t keys)
+{
+    for (int64_t i = 0; i < keys; i += TILE_COLS)
+        tile_pack_transposed(s->keys + i * a->dim, 2, row_of(a->k, first + i, head), DT_F32, a->k.ld,
+                             min64(TILE_COLS, keys - i), a->dim);
+    for (int64_t j = 0; j < a->dim; j += TILE_COLS)
+        tile_pack(s->values + j * a->block, tile_vecs(a->dim - j), row_of(a->v, first, head) + j, a->v.ld,
+                  min64(TILE_COLS, a->dim - j), keys);
+}
+
+// Turns one query's scores into weights e^(score - highest); moves its running maximum and sum. keys: how many it sees.
+// Returns the factor that earlier sums shrink by.
+static float soften(const struct attention *a, float *t, int64_t keys, const float *bias, float *highest, float *sum)
+{
+    vi index;
+    for (int i = 0; i < LANES; i++)
+        index[i] = i;
+    vf top = vset(-INFINITY), total = vset(0);
+    for (int64_t i = 0; i < keys; i += LANES) {
+        vf x = vload(t + i) * a->opts->scale;
+        if (bias)
+            x += vload_n(bias + i, keys - i);
+        if (keys - i < LANES)
+            x = vselect(index < (int32_t)(keys - i), x, vset(-INFINITY));
+        vstore(t + i, x);
+        top = vmax(x, top);
+    }
+    float now = vmax_lane(top) > *highest ? vmax_lane(top) : *highest;
+    float base = now == -INFINITY ? 0 : now; // every key hidden so far: all weights are 0
+    for (int64_t i = 0; i < keys; i += LANES) {
+        vf p = vexp(vload(t + i) - base);
+        vstore(t + i, p);
+        total += p;
+    }
+    float shrink = *highest == -INFINITY ? 0 : expf(*highest - base);
+    *highest = now;
+    *sum = *sum * shrink + vsum(total);
+    return shrink;
+}
+
+// out rows = shrink * out rows + weights times values
+static void accumulate(const struct attention *a, const struct space *s, int64_t head, int64_t query, int rows,
+                       int64_t keys, const float *shrink)
+{
+    struct tile_rows weights = {s->scores, a->block, keys, 0, 1};
+    for (int64_t j = 0; j < a->dim; j += TILE_COLS) {
+        int64_t columns = min64(TILE_COLS, a->dim - j);
+        tile_multiply(rows, tile_vecs(columns), weights, s->values + j * a->block, s->tile, TILE_COLS);
+        for (int r = 0; r < rows; r++) {
+            float *o = (float *)a->out.data + (query + r) * a->out.ld + head * a->dim + j;
+            for (int64_t i = 0; i < columns; i += LANES) {
+                vf new = vload(s->tile + r * TILE_COLS + i);
+                // The first block's shrink is 0, and what out held before must not matter, NaN included.
+                vf old = shrink[r] == 0 ? vset(0) : vload_n(o + i, columns - i) * shrink[r];
+                vstore_n(o + i, old + new, columns - i);
+            }
+        }
+    }
+}
+
+static void tile_of_queries(const struct attention *a, const struct space *s, int64_t head, int64_t query, int rows,
+                            int64_t first, int64_t keys, int64_t state)
+{
+    struct tile_rows q = {row_of(a->q, query, head), a->q.ld, a->dim, 0, 1};
+    const struct tensor *bias = &a->opts->bias;
+    float shrink[TILE_ROWS];
+    for (int64_t i = 0; i < keys; i += TILE_COLS)
+        tile_multiply(rows, 2, q, s->keys + i * a->dim, s->scores + i, a->block);
+    for (int r = 0; r < rows; r++) {
+        float *t = s->scores + r * a->block;
+        int64_t seen = a->opts->causal ? max64(0, min64(keys, query + r + 1 - first)) : keys;
+        const float *row =
+            tensor_none(*bias) ? NULL : (const float *)bias->data + head * bias->ld + (query + r) * bias->n[2] + first;
+        shrink[r] = soften(a, t, seen, row, s->highest + state + r, s->sum + state + r);
+        for (int64_t i = seen; i < keys; i++)
+            t[i] = 0;
+    }
+    accumulate(a, s, head, query, rows, keys, shrink);
+}
+
+static void finish(const struct attention *a, const struct space *s, int64_t head, int64_t from, int64_t to)
+{
+    for (int64_t i = from; i < to; i++) {
+        float *o = (float *)a->out.data + i * a->out.ld + head * a->dim;
+        float sum = s->sum[i - from], factor = sum > 0 || isnan(sum) ? 1 / sum : 0;
+        for (int64_t j = 0; j < a->dim; j += LANES)
+            vstore_n(o + j, sum == 0 ? vset(0) : vload_n(o + j, a->dim - j) * factor, a->dim - j);
+    }
+}
+
+static void task(void *ctx, int64_t task, int thread)
+{
+    const struct attention *a = ctx;
+    int64_t head = task / a->ranges, from = task % a->ranges * a->range, to = min64(a->q.n[0], from + a->range);
+    struct space s;
+    layout(a, a->d->scratch[thread].data, &s);
+    for (int64_t i = 0; i < to - from; i++) {
+        s.highest[i] = -INFINITY;
+        s.sum[i] = 0;
+    }
+    int64_t last = a->opts->causal ? min64(a->s, to) : a->s;
+    for (int64_t first = 0; first < last; first += a->block) {
+        int64_t keys = min64(a->block, last - first);
+        pack_block(a, &s, head, first, keys);
+        for (int64_t i = from; i < to; i += TILE_ROWS)
+            tile_of_queries(a, &s, head, i, (int)min64(TILE_ROWS, to - i), first, keys, i - from);
+    }
+    finish(a, &s, head, from, to);
+}
+
+void cpu_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                   const struct attention_opts *opts)
+{
+    if (!check_attention(&d->check, out, q, k, v, opts) || tensor_count(out) == 0)
+        return;
+    struct attention a = {.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts, .s = k.n[0], .dim = q.n[2]};
+    int64_t fit = max64(1, BLOCK_FLOATS / a.dim / TILE_COLS) * TILE_COLS;
+    a.block = min64(fit, MAX_BLOCK);
+    // Heads are shared out; when they do not balance, each is split into ranges of whole tiles.
+    int64_t tiles = ceil_div(q.n[0], TILE_ROWS), heads = q.n[1];
+    int64_t ranges = heads % d->threads == 0 ? 1 : min64(tiles, ceil_div(4L * d->threads, heads));
+    a.range = ceil_div(tiles, ranges) * TILE_ROWS;
+    a.ranges = ceil_div(q.n[0], a.range);
+    struct space s;
+    if (cpu_scratch(d, layout(&a, NULL, &s)))
+        pool_run(d->pool, heads * a.ranges, task, &a);
+}

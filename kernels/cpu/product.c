@@ -1,0 +1,119 @@
+// product.c: splits a product into tasks of a group of packed weight panels by a block of row tiles.
+//
+// A thread converts and packs the panels it needs into its scratch, panel by panel, and keeps them while its tasks
+// stay in the same group; bias and activation are applied to a tile while it is in the first-level cache.
+#include "kernels/cpu/product.h"
+
+// Packed panels of a group stay in the second-level cache beside the rows that stream by.
+enum { GROUP_FLOATS = 128 * 1024, TILE_FLOATS = TILE_ROWS * TILE_COLS };
+
+struct panel {
+    int part, vecs;
+    int64_t first, columns; // within the part
+    int64_t y_column;
+};
+
+struct plan {
+    const struct product *p;
+    struct device *d;
+    int64_t k, panels, group, blocks; // group: panels a task packs; blocks: blocks of row tiles
+    int64_t *packed;                  // (threads) group in the thread's scratch, -1: none
+};
+
+static struct panel panel_at(const struct linear *w, int64_t index)
+{
+    int64_t column = 0;
+    for (int part = 0;; part++) {
+        int64_t n = w->w[part].n[0], panels = ceil_div(n, TILE_COLS);
+        if (index < panels) {
+            int64_t first = index * TILE_COLS, columns = min64(TILE_COLS, n - first);
+            return (struct panel){part, tile_vecs(columns), first, columns, column + first};
+        }
+        index -= panels;
+        column += n;
+    }
+}
+
+INLINE void finish_act(float *y, int64_t y_ld, const float *c, const vf bias[2], int rows, int64_t columns,
+                       enum act act)
+{
+    for (int r = 0; r < rows; r++, y += y_ld, c += TILE_COLS)
+        for (int64_t v = 0; v * LANES < columns; v++)
+            vstore_n(y + v * LANES, vact(vload(c + v * LANES) + bias[v], act), columns - v * LANES);
+}
+
+#define FINISH(ACT)                                                                                                    \
+    case ACT:                                                                                                          \
+        finish_act(y, y_ld, c, bias, rows, columns, ACT);                                                              \
+        break
+
+static void finish(float *y, int64_t y_ld, const float *c, const vf bias[2], int rows, int64_t columns, enum act act)
+{
+    switch (act) {
+        FINISH(ACT_NONE);
+        FINISH(ACT_SILU);
+        FINISH(ACT_GELU_TANH);
+        FINISH(ACT_GELU_ERF);
+        FINISH(ACT_QUICK_GELU);
+    }
+}
+
+static void panel_bias(const struct linear *w, const struct panel *at, vf bias[2])
+{
+    struct tensor b = w->b[at->part];
+    bias[0] = bias[1] = vset(0);
+    for (int v = 0; v < at->vecs && !tensor_none(b); v++)
+        bias[v] = weight_load(b.data, b.dtype, at->first + (int64_t)v * LANES, at->columns - (int64_t)v * LANES);
+}
+
+static void pack_group(const struct plan *plan, float *to, int64_t first, int64_t last)
+{
+    for (int64_t i = first; i < last; i++, to += plan->k * TILE_COLS) {
+        struct panel at = panel_at(plan->p->w, i);
+        struct tensor w = plan->p->w->w[at.part];
+        const char *data = (const char *)w.data + at.first * w.ld * (int64_t)dtype_size(w.dtype);
+        tile_pack_transposed(to, at.vecs, data, w.dtype, w.ld, at.columns, plan->k);
+    }
+}
+
+static void task(void *ctx, int64_t task, int thread)
+{
+    const struct plan *plan = ctx;
+    const struct product *p = plan->p;
+    int64_t group = task / plan->blocks, block = task % plan->blocks;
+    int64_t first = group * plan->group, last = min64(plan->panels, first + plan->group);
+    float *c = plan->d->scratch[thread].data, *gathered = c + TILE_FLOATS, *packed = gathered + p->gather;
+    if (plan->packed[thread] != group)
+        pack_group(plan, packed, first, last);
+    plan->packed[thread] = group;
+    for (int64_t t = p->tiles * block / plan->blocks, end = p->tiles * (block + 1) / plan->blocks; t < end; t++) {
+        struct tile_rows a;
+        float *y;
+        int rows = p->locate(p, t, gathered, &a, &y);
+        for (int64_t i = first; i < last; i++) {
+            struct panel at = panel_at(p->w, i);
+            vf bias[2];
+            panel_bias(p->w, &at, bias);
+            tile_multiply(rows, at.vecs, a, packed + (i - first) * plan->k * TILE_COLS, c, TILE_COLS);
+            finish(y + at.y_column, p->y_ld, c, bias, rows, at.columns, p->act);
+        }
+    }
+}
+
+void product_run(struct device *d, const struct product *p)
+{
+    int64_t packed[d->threads];
+    struct plan plan = {.p = p, .d = d, .k = p->w->k, .packed = packed};
+    for (int i = 0; i < p->w->parts; i++)
+        plan.panels += ceil_div(p->w->w[i].n[0], TILE_COLS);
+    for (int i = 0; i < d->threads; i++)
+        packed[i] = -1;
+    if (p->tiles == 0 || plan.panels == 0)
+        return;
+    // Each panel is packed once if there are groups enough to share out evenly; otherwise rows are split as well.
+    plan.group = max64(1, min64(plan.panels / d->threads, GROUP_FLOATS / max64(1, plan.k * TILE_COLS)));
+    int64_t groups = ceil_div(plan.panels, plan.group);
+    plan.blocks = groups >= 8L * d->threads ? 1 : min64(p->tiles, d->threads == 1 ? 1 : 4L * d->threads);
+    if (cpu_scratch(d, (size_t)(TILE_FLOATS + p->gather + plan.group * plan.k * TILE_COLS)))
+        pool_run(d->pool, groups * plan.blocks, task, &plan);
+}

@@ -1,0 +1,172 @@
+// vec.h: vectors of floats as the compiler's vector extension gives them, and the functions that libm has no vectors
+// of.
+//
+// The width follows the instruction set that -march names. Nothing else in this folder depends on it.
+#ifndef DITFLEET_VEC_H
+#define DITFLEET_VEC_H
+
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+// TILE_ROWS x 2 vectors of accumulators, 2 vectors of weights and one more fill the register file.
+#ifdef __AVX512F__
+enum { LANES = 16, TILE_ROWS = 14 };
+#else
+enum { LANES = 8, TILE_ROWS = 6 };
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef double vd __attribute__((vector_size(8 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+INLINE vf vset(float x)
+{
+    return x - (vf){0};
+}
+
+INLINE vf vload(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void vstore(float *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes, 1 to LANES; loads leave the others 0.
+INLINE vf vload_n(const float *p, int64_t n)
+{
+    if (n >= LANES)
+        return vload(p);
+    vf v = {0};
+    memcpy(&v, p, (size_t)n * sizeof(float));
+    return v;
+}
+
+INLINE void vstore_n(float *p, vf v, int64_t n)
+{
+    if (n >= LANES)
+        vstore(p, v);
+    else
+        memcpy(p, &v, (size_t)n * sizeof(float));
+}
+
+INLINE vf vselect(vi mask, vf yes, vf no)
+{
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+INLINE vf vmax(vf a, vf b)
+{
+    return vselect(a > b, a, b);
+}
+
+INLINE float vsum(vf v)
+{
+    float s[LANES];
+    memcpy(s, &v, sizeof s);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            s[i] += s[i + half];
+    return s[0];
+}
+
+INLINE float vmax_lane(vf v)
+{
+    float m = v[0];
+    for (int i = 1; i < LANES; i++)
+        m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// n lanes from element i of a weight, as float.
+INLINE vf weight_load(const void *data, enum dtype dtype, int64_t i, int64_t n)
+{
+    size_t lanes = n < LANES ? (size_t)n : LANES;
+    if (dtype == DT_F32) {
+        vf v = {0};
+        memcpy(&v, (const char *)data + i * 4, lanes * 4);
+        return v;
+    }
+    vh h = {0};
+    memcpy(&h, (const char *)data + i * 2, lanes * 2);
+    vu u = __builtin_convertvector(h, vu);
+    if (dtype == DT_BF16)
+        return (vf)(u << 16);
+    vu sign = (u & 0x8000) << 16, rest = u & 0x7fff;
+    vf finite = (vf)(rest << 13) * 0x1p112f;
+    vf special = (vf)(0x7f800000 | (rest & 0x3ff) << 13);
+    return (vf)(sign | (vu)vselect((vi)(rest >= 0x7c00), special, finite));
+}
+
+// e^x within 1 ulp or so for -87.3 <= x <= 88.3; 0 below, e^88.3 above; NaN stays.
+// x = n ln 2 + r, |r| <= ln 2 / 2; ln 2 in two parts after Cody and Waite; e^r by its series to r^7 / 7!.
+INLINE vf vexp(vf x)
+{
+    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+    vi low = x < -87.3f;
+    x = vselect(low, vset(-87.3f), x);
+    x = vselect(x > 88.3f, vset(88.3f), x);
+    vf shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vf r = x - n * 0.693145751953125f - n * 1.42860682e-6f;
+    vf p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vf y = (vf)((vu)p + ((vu)shifted << 23));
+    return vselect(low, vset(0), y);
+}
+
+INLINE vf vsigmoid_times(vf x, vf z) // x * sigmoid(z)
+{
+    return x / (1.0f + vexp(-z));
+}
+
+// x/2 (1 + erf(x / sqrt 2)); erfc after Press et al., Numerical Recipes, 2nd ed., 6.2 (relative error 1.2e-7).
+INLINE vf vgelu_erf(vf x)
+{
+    vf a = vselect(x < 0.0f, -x, x) * 0.70710678f;
+    vf t = 1.0f / (1.0f + 0.5f * a);
+    vf p = t * 0.17087277f - 0.82215223f;
+    p = p * t + 1.48851587f;
+    p = p * t - 1.13520398f;
+    p = p * t + 0.27886807f;
+    p = p * t - 0.18628806f;
+    p = p * t + 0.09678418f;
+    p = p * t + 0.37409196f;
+    p = p * t + 1.00002368f;
+    p = p * t - 1.26551223f;
+    vf half = 0.5f * t * vexp(p - a * a);
+    return x * vselect(x < 0.0f, half, 1.0f - half);
+}
+
+INLINE vf vact(vf x, enum act act)
+{
+    switch (act) {
+    case ACT_SILU:
+        return vsigmoid_times(x, x);
+    case ACT_GELU_TANH: // (1 + tanh u) / 2 = sigmoid(2u)
+        return vsigmoid_times(x, x * (1.59576912f + 0.07135481f * x * x));
+    case ACT_GELU_ERF:
+        return vgelu_erf(x);
+    case ACT_QUICK_GELU:
+        return vsigmoid_times(x, 1.702f * x);
+    case ACT_NONE:
+        break;
+    }
+    return x;
+}
+
+#endif
