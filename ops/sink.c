@@ -73,8 +73,7 @@ static double now_seconds(void)
 static enum MHD_Result answer(struct MHD_Connection *connection, unsigned status, const char *text,
                               const char *retry_after)
 {
-    struct MHD_Response *r =
-        MHD_create_response_from_buffer(strlen(text), (void *)(uintptr_t)text, MHD_RESPMEM_MUST_COPY);
+    struct MHD_Response *r = MHD_create_response_from_buffer(strlen(text), (void *)text, MHD_RESPMEM_MUST_COPY);
     if (!r)
         return MHD_NO;
     MHD_add_response_header(r, "Content-Type", "text/plain");

@@ -1,6 +1,6 @@
-// png.c: libpng, with one filter and run-length deflate. At 1024 x 1024 on one core the Paeth filter with Z_RLE takes
-// 24 ms on a smooth picture and 72 ms on pure noise, and its files are no larger than those of level 6 with every
-// filter tried, which takes 68 to 156 ms: after a good predictor there are no long matches left to look for.
+// png.c: libpng, with one filter and run-length deflate. Measured at 1024 x 1024 on one core, hash included: 15 ms for
+// a smooth picture, 63 ms for one with film grain, 100 ms for pure noise. Level 6 with every filter tried takes two to
+// four times as long for files within 3 % of that: after a good predictor few long matches are left to look for.
 #include "worker/output/png.h"
 
 #include <openssl/evp.h>
@@ -125,7 +125,7 @@ static int prepare_texts(struct writer *w, const struct picture_text *texts, siz
     w->n_texts = n;
     for (size_t i = 0; i < n; i++) {
         TRY(check_key(texts[i].key, e));
-        w->texts[i].key = (char *)(uintptr_t)texts[i].key; // libpng copies it
+        w->texts[i].key = (char *)texts[i].key; // libpng copies it
         TRY(encode_value(texts[i].key, texts[i].value, &w->texts[i], e));
     }
     return 0;

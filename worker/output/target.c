@@ -269,7 +269,7 @@ int target_expand(const char *template, const char *id, uint32_t attempt, uint32
     if (!f)
         return err_set(e, ERR_NO_MEMORY, "no memory for an output target");
     int code = expand_into(f, template, id, attempt, index, e);
-    if (fclose(f) != 0 && !code)
+    if ((fclose(f) != 0 || !*out) && !code)
         code = err_set(e, ERR_NO_MEMORY, "no memory for an output target");
     if (code) {
         free(*out);

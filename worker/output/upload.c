@@ -478,16 +478,18 @@ static int put_url(struct delivery *d, const void *bytes, size_t len, struct upl
     return 0;
 }
 
-static int put_file(struct delivery *d, char *path, const void *bytes, size_t len, struct upload_result *r)
+// *path becomes the result's location.
+static int put_file(struct delivery *d, char **path, const void *bytes, size_t len, struct upload_result *r)
 {
     const char *root, *rest;
-    TRY(target_check_file(d->u->policy, path, &root, &rest, d->err));
+    TRY(target_check_file(d->u->policy, *path, &root, &rest, d->err));
     if (!may_go_on(d))
         return d->err->code;
     r->tries = 1;
     TRY(save_file(root, rest, bytes, len, true, d->err));
-    r->location = strdup(path);
-    return r->location ? 0 : err_set(d->err, ERR_NO_MEMORY, "no memory for an upload's location");
+    r->location = *path;
+    *path = NULL;
+    return 0;
 }
 
 int uploader_put(struct uploader *u, const Ditfleet__V1__Output *output, const char *id, uint32_t attempt,
@@ -500,7 +502,7 @@ int uploader_put(struct uploader *u, const Ditfleet__V1__Output *output, const c
     *result = (struct upload_result){0};
     TRY(expand(output, id, attempt, index, &where, e));
     struct delivery d = {.u = u, .output = output, .url = where, .stop = stop, .context = context, .err = &local};
-    int code = has(output->file) ? put_file(&d, where, bytes, len, result) : put_url(&d, bytes, len, result);
+    int code = has(output->file) ? put_file(&d, &where, bytes, len, result) : put_url(&d, bytes, len, result);
     curl_easy_setopt(u->curl, CURLOPT_HTTPHEADER, NULL); // nothing of the caller's stays in the handle
     curl_easy_setopt(u->curl, CURLOPT_POSTFIELDS, NULL);
     curl_slist_free_all(d.lines);
