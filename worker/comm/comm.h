@@ -35,8 +35,8 @@ void comm_barrier(struct comm *c);
 
 // The ranks first, first + stride, ... (count of them, ranks of c) form a communicator, ordered as listed. Called by
 // exactly these ranks, each with the same arguments; the others need not know. Freed by comm_free, before its parent.
-// ERR_INVALID: ranks that c has not, or the caller is none of them; ERR_UNSUPPORTED: more groups alive at once than the
-// backend keeps (shm: 32 led by one rank). Freed groups are reused, however many are made over a life.
+// ERR_INVALID: ranks that c has not, or the caller is none of them. More groups alive at once than the backend keeps
+// (shm: 32 led by one rank) is a failure of all. Freed groups are reused, however many are made over a life.
 int comm_group(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
 
 // How long a collective of this rank, in any of its communicators, may wait for a peer before it fails with

@@ -1,0 +1,832 @@
+// test_comm.c: ranks as forked processes and as threads exchange bytes whose value every rank can compute; then they
+// stall, disagree, abort and die. Ranks that are threads share one mapping, so a race detector sees them.
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "worker/comm/comm_internal.h"
+
+// In a rank cmocka's asserts do not work: say where and return non-zero.
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                            \
+            return 1;                                                                                                  \
+        }                                                                                                              \
+    } while (0)
+
+static double now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
+}
+
+static void sleep_ms(int ms)
+{
+    poll(NULL, 0, ms);
+}
+
+static uint64_t mix(uint64_t x) // splitmix64
+{
+    x += UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return x ^ (x >> 31);
+}
+
+// ---- running ranks
+
+typedef int (*rank_fn)(struct comm *c, const void *arg);
+
+struct crew {
+    bool threads;
+    int size, fd;
+    rank_fn fn;
+    const void *arg;
+    void *region; // threads
+    int64_t bytes;
+    struct rank {
+        struct crew *crew;
+        int rank, result;
+        pthread_t thread;
+        pid_t pid;
+    } ranks[COMM_MAX_RANKS];
+};
+
+static int run_rank(struct rank *r)
+{
+    struct crew *w = r->crew;
+    struct comm *c = NULL;
+    struct err err = {0};
+    int code = w->threads ? comm_shm_attach_mapped(w->region, w->bytes, r->rank, &c, &err)
+                          : comm_shm_attach(w->fd, r->rank, &c, &err);
+    if (code != 0) {
+        fprintf(stderr, "rank %d: %s\n", r->rank, err.text);
+        return 1;
+    }
+    int result = w->fn(c, w->arg);
+    if (result != 0 && comm_check(c, &err) != 0)
+        fprintf(stderr, "rank %d: %s\n", r->rank, err.text);
+    comm_free(c);
+    return result;
+}
+
+static void *thread_main(void *arg)
+{
+    struct rank *r = arg;
+    r->result = run_rank(r);
+    return NULL;
+}
+
+static void start(struct crew *w, bool threads, int size, int64_t slab, rank_fn fn, const void *arg)
+{
+    struct err err = {0};
+    *w = (struct crew){.threads = threads, .size = size, .fn = fn, .arg = arg};
+    w->fd = comm_shm_region(size, slab, &err);
+    assert_true(w->fd >= 0);
+    if (threads) {
+        struct stat st;
+        assert_int_equal(fstat(w->fd, &st), 0);
+        w->bytes = st.st_size;
+        w->region = mmap(NULL, (size_t)w->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, w->fd, 0);
+        assert_true(w->region != MAP_FAILED);
+    }
+    for (int i = 0; i < size; i++) {
+        struct rank *r = &w->ranks[i];
+        r->crew = w;
+        r->rank = i;
+        if (threads) {
+            assert_int_equal(pthread_create(&r->thread, NULL, thread_main, r), 0);
+        } else if ((r->pid = fork()) == 0) {
+            _exit(run_rank(r));
+        }
+    }
+}
+
+// How many ranks did not return 0.
+static int finish(struct crew *w)
+{
+    int failed = 0;
+    for (int i = 0; i < w->size; i++) {
+        struct rank *r = &w->ranks[i];
+        int status = 0;
+        if (w->threads) {
+            pthread_join(r->thread, NULL);
+            failed += r->result != 0;
+        } else {
+            while (waitpid(r->pid, &status, 0) < 0 && errno == EINTR)
+                ;
+            failed += status != 0;
+        }
+    }
+    if (w->threads)
+        munmap(w->region, (size_t)w->bytes);
+    close(w->fd);
+    return failed;
+}
+
+static int run_ranks(bool threads, int size, int64_t slab, rank_fn fn, const void *arg)
+{
+    struct crew w;
+    start(&w, threads, size, slab, fn, arg);
+    return finish(&w);
+}
+
+// ---- right bytes
+
+struct traffic {
+    uint64_t seed;
+    int rounds;
+    int64_t longest; // of one piece, bytes
+};
+
+static uint8_t byte_at(uint64_t key, int from, int to, int64_t i)
+{
+    return (uint8_t)((mix(key + (uint64_t)(from * 64 + to)) >> 8) + (uint64_t)i * 7);
+}
+
+// A third of the pieces is empty, a third short.
+static int64_t piece_bytes(const struct traffic *t, uint64_t key, int from, int to)
+{
+    uint64_t h = mix(mix(key) + (uint64_t)(from * 64 + to));
+    return h % 3 == 0 ? 0 : (int64_t)((h >> 8) % (uint64_t)(h % 3 == 1 ? 9 : t->longest + 1));
+}
+
+static void fill(uint8_t *to, uint64_t key, int from, int dest, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        to[i] = byte_at(key, from, dest, i);
+}
+
+static bool holds(const uint8_t *p, uint64_t key, int from, int dest, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (p[i] != byte_at(key, from, dest, i))
+            return false;
+    return true;
+}
+
+static int one_all_to_all(struct comm *c, const struct traffic *t, uint64_t key, uint8_t *a, uint8_t *b)
+{
+    int n = comm_size(c), me = comm_rank(c);
+    int64_t sc[COMM_MAX_RANKS], so[COMM_MAX_RANKS], rc[COMM_MAX_RANKS], ro[COMM_MAX_RANKS], at = 0, end = 0;
+    for (int r = n - 1; r >= 0; r--) { // offsets in no particular order
+        sc[r] = piece_bytes(t, key, me, r);
+        rc[r] = piece_bytes(t, key, r, me);
+        so[r] = at;
+        ro[r] = end + 1; // a byte between pieces, which nobody may touch
+        at += sc[r];
+        end += rc[r] + 1;
+        fill(a + so[r], key, me, r, sc[r]);
+    }
+    memset(b, 0xee, (size_t)end + 1);
+    comm_all_to_all(c, a, sc, so, b, rc, ro);
+    CHECK(comm_check(c, NULL) == 0);
+    for (int r = 0; r < n; r++) {
+        CHECK(holds(b + ro[r], key, r, me, rc[r]));
+        CHECK(b[ro[r] - 1] == 0xee && b[ro[r] + rc[r]] == 0xee);
+    }
+    return 0;
+}
+
+static int one_all_gather(struct comm *c, const struct traffic *t, uint64_t key, uint8_t *a, uint8_t *b)
+{
+    int n = comm_size(c), me = comm_rank(c);
+    int64_t counts[COMM_MAX_RANKS], end = 0, mine = 0;
+    for (int r = 0; r < n; r++) {
+        counts[r] = piece_bytes(t, key, r, 0);
+        mine = r == me ? end : mine;
+        end += counts[r];
+    }
+    bool in_place = key % 2 == 0;
+    fill(in_place ? b + mine : a, key, me, 0, counts[me]);
+    comm_all_gather(c, in_place ? b + mine : a, b, counts);
+    CHECK(comm_check(c, NULL) == 0);
+    int64_t at = 0;
+    for (int r = 0; r < n; at += counts[r++])
+        CHECK(holds(b + at, key, r, 0, counts[r]));
+    return 0;
+}
+
+static int one_broadcast(struct comm *c, const struct traffic *t, uint64_t key, uint8_t *a)
+{
+    int root = (int)(key % (uint64_t)comm_size(c));
+    int64_t bytes = piece_bytes(t, key, root, 0);
+    memset(a, 0, (size_t)bytes);
+    if (comm_rank(c) == root)
+        fill(a, key, root, 0, bytes);
+    comm_broadcast(c, a, bytes, root);
+    CHECK(comm_check(c, NULL) == 0);
+    CHECK(holds(a, key, root, 0, bytes));
+    return 0;
+}
+
+static int traffic_rank(struct comm *c, const void *arg)
+{
+    const struct traffic *t = arg;
+    size_t room = (size_t)comm_size(c) * ((size_t)t->longest + 1) + 1;
+    uint8_t *a = malloc(room), *b = malloc(room);
+    int failed = a == NULL || b == NULL;
+    for (int i = 0; i < t->rounds && !failed; i++) {
+        uint64_t key = mix(t->seed + (uint64_t)i);
+        switch (i % 4) {
+        case 0:
+        case 1:
+            failed = one_all_to_all(c, t, key, a, b);
+            break;
+        case 2:
+            failed = one_all_gather(c, t, key, a, b);
+            break;
+        default:
+            failed = one_broadcast(c, t, key, a);
+            comm_barrier(c);
+        }
+    }
+    free(a);
+    free(b);
+    return failed;
+}
+
+static void traffic_is_delivered(void **state)
+{
+    (void)state;
+    const int sizes[] = {1, 2, 3, 4, 6, 8};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        struct traffic roomy = {.seed = 100 + i, .rounds = 120, .longest = 3000};
+        struct traffic tight = {.seed = 200 + i, .rounds = 40, .longest = 1000};
+        for (int threads = 0; threads < 2; threads++) {
+            assert_int_equal(run_ranks(threads, sizes[i], 65536, traffic_rank, &roomy), 0);
+            assert_int_equal(run_ranks(threads, sizes[i], 300, traffic_rank, &tight), 0);
+        }
+    }
+}
+
+static void long_messages_go_in_pieces(void **state)
+{
+    (void)state;
+    struct traffic t = {.seed = 7, .rounds = 16, .longest = 300000};
+    for (int threads = 0; threads < 2; threads++)
+        assert_int_equal(run_ranks(threads, 3, 4096, traffic_rank, &t), 0);
+}
+
+// ---- groups
+
+static int group_total(struct comm *g, int64_t mine, int64_t expected)
+{
+    int64_t all[COMM_MAX_RANKS], counts[COMM_MAX_RANKS], total = 0;
+    for (int r = 0; r < comm_size(g); r++)
+        counts[r] = sizeof mine;
+    comm_all_gather(g, &mine, all, counts);
+    CHECK(comm_check(g, NULL) == 0);
+    for (int r = 0; r < comm_size(g); r++)
+        total += all[r];
+    CHECK(total == expected);
+    return 0;
+}
+
+// Each turn makes three: halves of the four ranks, a pair or a single within the half, odd and even ranks. Ranks free
+// them turns later than their leaders do, each at another time.
+static int groups_rank(struct comm *c, const void *arg)
+{
+    enum { LATE = 8 };
+    int turns = *(const int *)arg, me = comm_rank(c);
+    struct comm *held[LATE][3] = {0};
+    int late = 1 + (me * 5) % LATE;
+    for (int i = 0; i < turns; i++) {
+        struct comm **g = held[i % late];
+        for (int k = 2; k >= 0; k--)
+            comm_free(g[k]);
+        int half = me / 2 * 2, other = me % 2;
+        CHECK(comm_group(c, half, 1, 2, &g[0], NULL) == 0);
+        CHECK(comm_rank(g[0]) == me - half && comm_size(g[0]) == 2);
+        if (i % 3 == 0)
+            CHECK(comm_group(g[0], other, 1, 1, &g[1], NULL) == 0);
+        else
+            CHECK(comm_group(g[0], 0, 1, 2, &g[1], NULL) == 0);
+        CHECK(comm_group(c, other, 2, 2, &g[2], NULL) == 0);
+        CHECK(comm_rank(g[2]) == me / 2);
+        if (i % 16 == 0) {
+            CHECK(group_total(g[0], me + i, 2 * half + 1 + 2 * i) == 0);
+            CHECK(group_total(g[1], me, i % 3 == 0 ? me : 2 * half + 1) == 0);
+            CHECK(group_total(g[2], me, 2 * other + 2) == 0);
+            CHECK(group_total(c, me, 6) == 0);
+        }
+    }
+    for (int i = 0; i < late; i++)
+        for (int k = 2; k >= 0; k--)
+            comm_free(held[i][k]);
+    CHECK(group_total(c, me, 6) == 0);
+    return 0;
+}
+
+// The leader frees at once, the other holds as many as there can be.
+static int hoarder_rank(struct comm *c, const void *arg)
+{
+    int turns = *(const int *)arg;
+    struct comm *held[32] = {0};
+    for (int i = 0; i < turns; i++) {
+        struct comm **g = &held[comm_rank(c) == 0 ? 0 : i % 32];
+        if (i % 64 == 63)
+            sleep_ms(comm_rank(c)); // let the leader fall asleep over it
+        comm_free(*g);
+        CHECK(comm_group(c, 0, 1, 2, g, NULL) == 0);
+    }
+    for (int i = 0; i < 32; i++)
+        comm_free(held[i]);
+    return 0;
+}
+
+static void groups_are_reused(void **state)
+{
+    (void)state;
+    int hoarded = 1000;
+    for (int threads = 0; threads < 2; threads++)
+        assert_int_equal(run_ranks(threads, 2, 4096, hoarder_rank, &hoarded), 0);
+    int turns = 3400; // 10,200 groups a rank
+    assert_int_equal(run_ranks(false, 4, 4096, groups_rank, &turns), 0);
+    turns = 400;
+    assert_int_equal(run_ranks(true, 4, 4096, groups_rank, &turns), 0);
+}
+
+// Uneven traffic in a group of a group, strided, of 8.
+static int nested_rank(struct comm *c, const void *arg)
+{
+    struct comm *odd = NULL, *pair = NULL;
+    int me = comm_rank(c);
+    CHECK(comm_group(c, me % 2, 2, 4, &odd, NULL) == 0);
+    CHECK(comm_group(odd, me / 2 % 2, 2, 2, &pair, NULL) == 0);
+    CHECK(comm_rank(pair) == me / 4);
+    int failed = traffic_rank(odd, arg) + traffic_rank(pair, arg) + traffic_rank(c, arg);
+    CHECK(comm_bytes_sent(c) > comm_bytes_sent(odd) && comm_bytes_sent(odd) > comm_bytes_sent(pair));
+    comm_free(pair);
+    comm_free(odd);
+    return failed;
+}
+
+static void groups_nest(void **state)
+{
+    (void)state;
+    struct traffic t = {.seed = 11, .rounds = 24, .longest = 500};
+    for (int threads = 0; threads < 2; threads++)
+        assert_int_equal(run_ranks(threads, 8, 1024, nested_rank, &t), 0);
+}
+
+static int too_many_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    enum { MOST = 32 };
+    struct comm *g[MOST + 1] = {0};
+    struct err err = {0};
+    int code = 0, made = 0;
+    while (made <= MOST && (code = comm_group(c, 0, 1, 2, &g[made], &err)) == 0)
+        made++;
+    CHECK(made == MOST && g[MOST] == NULL);
+    CHECK(code == (comm_rank(c) == 0 ? ERR_UNSUPPORTED : ERR_UNAVAILABLE));
+    CHECK(strstr(err.text, "32") != NULL);
+    while (made > 0)
+        comm_free(g[--made]);
+    return 0;
+}
+
+static int bad_group_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    struct comm *g = NULL;
+    struct err err = {0};
+    const int bad[][3] = {{-1, 1, 1}, {0, 0, 1}, {0, 1, 0}, {0, 1, 4}, {2, 2, 2}, {3, 1, 1}, {0, 1 << 30, 3}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(comm_group(c, bad[i][0], bad[i][1], bad[i][2], &g, &err) == ERR_INVALID && g == NULL);
+    CHECK(comm_group(c, (comm_rank(c) + 1) % 3, 1, 1, &g, &err) == ERR_INVALID && strstr(err.text, "none of"));
+    CHECK(comm_check(c, NULL) == 0);
+    return 0;
+}
+
+static void wrong_groups_are_refused(void **state)
+{
+    (void)state;
+    assert_int_equal(run_ranks(false, 2, 4096, too_many_rank, NULL), 0);
+    assert_int_equal(run_ranks(true, 3, 4096, bad_group_rank, NULL), 0);
+}
+
+// ---- waits that end badly
+
+static int failed_with(struct comm *c, enum err_code code, const char *words)
+{
+    struct err err = {0};
+    comm_check(c, &err);
+    if (err.code != code || strstr(err.text, words) == NULL) {
+        fprintf(stderr, "rank %d: expected %s with \"%s\", got %s: %s\n", comm_rank(c), err_name(code), words,
+                err_name(err.code), err.text);
+        return 1;
+    }
+    double before = now_ms();
+    comm_set_timeout(c, 20000);
+    comm_barrier(c); // sticky: at once
+    CHECK(now_ms() - before < 5000);
+    return 0;
+}
+
+static int stall_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    comm_barrier(c);
+    CHECK(comm_check(c, NULL) == 0);
+    if (comm_rank(c) % 2 == 1)
+        return 0;
+    comm_set_timeout(c, 100);
+    double before = now_ms();
+    int word = 0;
+    comm_broadcast(c, &word, sizeof word, 0);
+    double took = now_ms() - before;
+    CHECK(took >= 99 && took < 5000);
+    return failed_with(c, ERR_TIMEOUT, "broadcast 2 of rank") || failed_with(c, ERR_TIMEOUT, "missing ranks 1,3 of");
+}
+
+static int group_stall_rank(struct comm *c, const void *arg)
+{
+    int absent = *(const int *)arg;
+    if (comm_rank(c) == absent)
+        return 0;
+    comm_set_timeout(c, 80);
+    struct comm *g = NULL;
+    struct err err = {0};
+    CHECK(comm_group(c, 1, 2, 2, &g, &err) == ERR_TIMEOUT && g == NULL);
+    char words[64];
+    snprintf(words, sizeof words, "missing ranks %d of", absent);
+    return failed_with(c, ERR_TIMEOUT, words);
+}
+
+static int only_13(struct comm *c, const void *arg)
+{
+    return comm_rank(c) % 2 == 1 ? group_stall_rank(c, arg) : 0;
+}
+
+static void waits_time_out(void **state)
+{
+    (void)state;
+    for (int threads = 0; threads < 2; threads++) {
+        assert_int_equal(run_ranks(threads, 4, 4096, stall_rank, NULL), 0);
+        for (int absent = 1; absent < 4; absent += 2)
+            assert_int_equal(run_ranks(threads, 4, 4096, only_13, &absent), 0);
+    }
+}
+
+static int until_stopped_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    struct comm *pair = NULL;
+    CHECK(comm_rank(c) == 2 || comm_group(c, 0, 1, 2, &pair, NULL) == 0);
+    while (comm_rank(c) == 2 && comm_check(c, NULL) == 0) // waits for nobody; looks
+        sleep_ms(1);
+    while (pair != NULL && comm_rank(c) == 1 && comm_check(pair, NULL) == 0) // for a peer who does not come
+        comm_barrier(pair);
+    if (comm_rank(c) == 0)
+        comm_barrier(c);
+    CHECK(failed_with(c, ERR_UNAVAILABLE, "stopped: rank 7 was hit by a meteor") == 0);
+    comm_free(pair);
+    return 0;
+}
+
+static void abort_wakes_everybody(void **state)
+{
+    (void)state;
+    for (int threads = 0; threads < 2; threads++) {
+        struct crew w;
+        struct comm *watcher = NULL;
+        struct err err = {0};
+        start(&w, threads, 3, 4096, until_stopped_rank, NULL);
+        assert_int_equal(threads ? comm_shm_attach_mapped(w.region, w.bytes, -1, &watcher, &err)
+                                 : comm_shm_attach(w.fd, -1, &watcher, &err),
+                         0);
+        sleep_ms(60);
+        comm_abort(watcher, "rank 7 was hit by a meteor");
+        for (int i = 0; i < 6; i++)
+            comm_abort(watcher, "a later reason");
+        comm_free(watcher);
+        assert_int_equal(finish(&w), 0);
+    }
+}
+
+static void *abort_thread(void *arg)
+{
+    sleep_ms(30);
+    comm_abort(arg, "the lease is lost");
+    return NULL;
+}
+
+static int abort_own_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    if (comm_rank(c) == 1)
+        return 0; // never calls
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, abort_thread, c) == 0);
+    comm_barrier(c);
+    pthread_join(thread, NULL);
+    return failed_with(c, ERR_UNAVAILABLE, "the lease is lost");
+}
+
+static void abort_comes_from_any_thread(void **state)
+{
+    (void)state;
+    for (int threads = 0; threads < 2; threads++)
+        assert_int_equal(run_ranks(threads, 2, 4096, abort_own_rank, NULL), 0);
+}
+
+// Works until something fails, then expects it to be this.
+static int busy_rank(struct comm *c, const void *arg)
+{
+    comm_set_timeout(c, 250);
+    struct comm *pair = NULL;
+    uint8_t *in = calloc(1, 4000), *out = calloc(3, 4000);
+    const int64_t counts[3] = {4000, 0, 4000}, pair_counts[2] = {100, 200};
+    while (comm_check(c, NULL) == 0) {
+        comm_all_gather(c, in, out, counts);
+        if (comm_rank(c) > 0 && comm_group(c, 1, 1, 2, &pair, NULL) == 0) {
+            comm_all_gather(pair, in, out, pair_counts);
+            comm_free(pair);
+        }
+    }
+    free(in);
+    free(out);
+    struct err err = {0};
+    comm_check(c, &err);
+    if (strcmp(arg, "timeout") != 0)
+        return err.code != ERR_UNAVAILABLE || strstr(err.text, arg) == NULL;
+    // Rank 0 may miss rank 1, who waits for rank 2 in the pair.
+    return err.code != ERR_TIMEOUT || strstr(err.text, comm_rank(c) == 1 ? "2 of the whole" : "missing ranks") == NULL;
+}
+
+static void killed_rank_hangs_nobody(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 6; i++) {
+        struct crew w;
+        struct err err = {0};
+        struct comm *watcher = NULL;
+        bool tell = i % 2 == 1;
+        start(&w, false, 3, 1024, busy_rank, tell ? "rank 2 died" : "timeout");
+        assert_int_equal(comm_shm_attach(w.fd, -1, &watcher, &err), 0);
+        sleep_ms(10 + (int)(mix((uint64_t)i) % 8));
+        double killed = now_ms();
+        kill(w.ranks[2].pid, SIGKILL);
+        if (tell)
+            comm_abort(watcher, "rank 2 died");
+        comm_free(watcher);
+        assert_int_equal(finish(&w), 1);
+        assert_true(now_ms() - killed < 5000);
+    }
+}
+
+// ---- disagreement
+
+static int mismatch_rank(struct comm *c, const void *arg)
+{
+    int kind = *(const int *)arg, odd = comm_rank(c) == 1;
+    uint8_t in[600] = {0}, out[600] = {0};
+    int64_t counts[3] = {8, 8, 8}, others[3] = {8, 8, 8}, offsets[3] = {0, 200, 400};
+    comm_barrier(c);
+    switch (kind) {
+    case 0: // another operation
+        if (odd)
+            comm_broadcast(c, in, 8, 0);
+        else
+            comm_all_to_all(c, in, counts, offsets, out, counts, offsets);
+        break;
+    case 1: // another size
+        comm_broadcast(c, in, odd ? 16 : 8, 0);
+        break;
+    case 2: // another root
+        comm_broadcast(c, in, 8, odd);
+        break;
+    case 3: // gather of other counts
+        counts[2] += odd;
+        comm_all_gather(c, in, out, counts);
+        break;
+    default: // rank 0 expects of rank 1 what it does not send: rank 2 sees nothing wrong but is stopped
+        others[1] += comm_rank(c) == 0;
+        comm_all_to_all(c, in, counts, offsets, out, others, offsets);
+        comm_barrier(c);
+    }
+    CHECK(out[0] == 0 && out[200] == 0 && out[400] == 0);
+    enum err_code code = comm_check(c, NULL);
+    if (kind < 4 || comm_rank(c) == 0)
+        return code != ERR_INTERNAL;
+    return code != ERR_UNAVAILABLE || failed_with(c, code, "rank 1 sends 8 bytes where 9 are expected");
+}
+
+static int bad_counts_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    int64_t counts[1] = {-1}, zero[1] = {0}, one[1] = {1};
+    uint8_t byte = 0;
+    struct comm *self = NULL;
+    CHECK(comm_self_new(&self, NULL) == 0);
+    comm_all_gather(self, &byte, &byte, counts);
+    CHECK(comm_check(self, NULL) == ERR_INTERNAL);
+    comm_free(self);
+    CHECK(comm_self_new(&self, NULL) == 0);
+    comm_all_to_all(self, &byte, zero, zero, &byte, one, zero);
+    CHECK(comm_check(self, NULL) == ERR_INTERNAL);
+    comm_free(self);
+    comm_broadcast(c, &byte, 1, 2);
+    return failed_with(c, ERR_INTERNAL, "from rank 2");
+}
+
+static void mismatch_is_told(void **state)
+{
+    (void)state;
+    for (int threads = 0; threads < 2; threads++) {
+        for (int kind = 0; kind < 5; kind++)
+            assert_int_equal(run_ranks(threads, 3, 4096, mismatch_rank, &kind), 0);
+        assert_int_equal(run_ranks(threads, 2, 4096, bad_counts_rank, NULL), 0);
+    }
+}
+
+// ---- attaching
+
+static void assert_refused(int fd, int rank, enum err_code code)
+{
+    struct comm *c = NULL;
+    struct err err = {0};
+    assert_int_equal(comm_shm_attach(fd, rank, &c, &err), code);
+    assert_null(c);
+    assert_true(err.text[0] != 0);
+}
+
+static void foreign_descriptors_are_refused(void **state)
+{
+    (void)state;
+    struct err err = {0};
+    assert_int_equal(comm_shm_region(0, 4096, &err), -1);
+    assert_int_equal(comm_shm_region(COMM_MAX_RANKS + 1, 4096, &err), -1);
+    assert_int_equal(comm_shm_region(2, 16, &err), -1);
+    assert_int_equal(err.code, ERR_INVALID);
+    int pipes[2], null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    assert_int_equal(pipe(pipes), 0);
+    assert_refused(-1, 0, ERR_CORRUPT);
+    assert_refused(null, 0, ERR_CORRUPT);
+    assert_refused(pipes[0], 0, ERR_CORRUPT);
+    close(null);
+    close(pipes[0]);
+    close(pipes[1]);
+    for (off_t bytes = 0; bytes < 1 << 20; bytes = bytes * 7 + 100) {
+        int fd = memfd_create("foreign", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        assert_int_equal(ftruncate(fd, bytes), 0);
+        assert_refused(fd, 0, ERR_CORRUPT);
+        assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK), 0);
+        assert_refused(fd, 0, ERR_CORRUPT);
+        close(fd);
+    }
+    // Magic, version, ranks, slab and total are the first 32 bytes: whichever is off by a bit, it is refused.
+    int fd = comm_shm_region(3, 4096, &err);
+    assert_int_equal(fcntl(fd, F_GETFD) & FD_CLOEXEC, FD_CLOEXEC);
+    for (int i = 0; i < 32 * 8; i++) {
+        uint8_t byte = 0, flipped = 0;
+        assert_int_equal(pread(fd, &byte, 1, i / 8), 1);
+        flipped = (uint8_t)(byte ^ (1 << i % 8));
+        assert_int_equal(pwrite(fd, &flipped, 1, i / 8), 1);
+        // a slab that fits the same pages is as good as the true one
+        struct comm *c = NULL;
+        int code = comm_shm_attach(fd, -1, &c, &err);
+        assert_true(code == ERR_CORRUPT || (code == 0 && i >= 16 * 8 && i < 24 * 8));
+        comm_free(c);
+        assert_int_equal(pwrite(fd, &byte, 1, i / 8), 1);
+    }
+    assert_refused(fd, 3, ERR_INVALID);
+    assert_refused(fd, -2, ERR_INVALID);
+    struct comm *c = NULL, *watcher = NULL;
+    assert_int_equal(comm_shm_attach(fd, 1, &c, &err), 0);
+    assert_refused(fd, 1, ERR_CONFLICT);
+    comm_free(c);
+    assert_refused(fd, 1, ERR_CONFLICT); // its place in the sequence is gone
+    assert_int_equal(comm_shm_attach(fd, -1, &watcher, &err), 0);
+    close(fd);
+    comm_barrier(watcher);
+    assert_int_equal(comm_check(watcher, &err), ERR_INVALID);
+    comm_free(watcher);
+}
+
+// ---- self and dry
+
+static void self_copies(void **state)
+{
+    (void)state;
+    struct comm *c = NULL, *g = NULL;
+    struct err err = {0};
+    assert_int_equal(comm_self_new(&c, &err), 0);
+    struct traffic t = {.seed = 5, .rounds = 100, .longest = 100};
+    assert_int_equal(traffic_rank(c, &t), 0);
+    assert_int_equal(comm_group(c, 0, 1, 1, &g, &err), 0);
+    assert_int_equal(traffic_rank(g, &t), 0);
+    assert_int_equal(comm_bytes_sent(c), 0);
+    comm_abort(g, "enough");
+    assert_int_equal(failed_with(c, ERR_UNAVAILABLE, "enough"), 0);
+    comm_free(g);
+    comm_free(c);
+}
+
+static void dry_counts(void **state)
+{
+    (void)state;
+    struct comm *c = NULL, *g = NULL;
+    struct err err = {0};
+    const int64_t counts[6] = {10, 20, 30, 40, 50, 60}, offsets[6] = {0};
+    assert_int_equal(comm_dry_new(6, 6, &c, &err), ERR_INVALID);
+    assert_int_equal(comm_dry_new(3, 6, &c, &err), 0);
+    comm_all_to_all(c, NULL, counts, offsets, NULL, counts, offsets);
+    assert_int_equal(comm_bytes_sent(c), 210 - 40);
+    assert_int_equal(comm_group(c, 1, 2, 3, &g, &err), 0);
+    assert_int_equal(comm_rank(g), 1);
+    assert_int_equal(comm_size(g), 3);
+    comm_all_gather(g, NULL, NULL, counts);
+    comm_broadcast(g, NULL, 7, 1);
+    comm_broadcast(g, NULL, 7, 0);
+    comm_barrier(g);
+    assert_int_equal(comm_bytes_sent(g), 2 * 20 + 2 * 7);
+    assert_int_equal(comm_bytes_sent(c), 170 + 54);
+    assert_int_equal(comm_check(c, &err), 0);
+    comm_free(g);
+    comm_free(c);
+}
+
+// ---- figures, and nothing left
+
+static int latency_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    enum { TURNS = 4000, BIG = 1 << 20, WIDE = 30 };
+    int64_t counts[2] = {64, 64}, offsets[2] = {0, 64}, big[2] = {BIG, BIG};
+    uint8_t in[128] = {0}, out[128], *wide = calloc(3, BIG);
+    double t0 = now_ms();
+    for (int i = 0; i < TURNS; i++)
+        comm_barrier(c);
+    double t1 = now_ms();
+    for (int i = 0; i < TURNS; i++)
+        comm_all_to_all(c, in, counts, offsets, out, counts, offsets);
+    double t2 = now_ms();
+    for (int i = 0; i < WIDE; i++)
+        comm_all_gather(c, wide, wide + BIG, big);
+    double t3 = now_ms();
+    free(wide);
+    if (comm_rank(c) == 0)
+        printf("2 processes: barrier %.2f us, all_to_all of 64 bytes %.2f us, all_gather of 1 MiB each %.0f us\n",
+               (t1 - t0) * 1e3 / TURNS, (t2 - t1) * 1e3 / TURNS, (t3 - t2) * 1e3 / WIDE);
+    fflush(stdout);
+    return comm_check(c, NULL);
+}
+
+static void latency(void **state)
+{
+    (void)state;
+    assert_int_equal(run_ranks(false, 2, 4 << 20, latency_rank, NULL), 0);
+}
+
+static void nothing_stays_mapped(void **state)
+{
+    (void)state;
+    FILE *maps = fopen("/proc/self/maps", "re");
+    assert_non_null(maps);
+    char line[1024];
+    while (fgets(line, sizeof line, maps) != NULL)
+        assert_null(strstr(line, "ditfleet-comm"));
+    fclose(maps);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(traffic_is_delivered),
+        cmocka_unit_test(long_messages_go_in_pieces),
+        cmocka_unit_test(groups_are_reused),
+        cmocka_unit_test(groups_nest),
+        cmocka_unit_test(wrong_groups_are_refused),
+        cmocka_unit_test(waits_time_out),
+        cmocka_unit_test(abort_wakes_everybody),
+        cmocka_unit_test(abort_comes_from_any_thread),
+        cmocka_unit_test(killed_rank_hangs_nobody),
+        cmocka_unit_test(mismatch_is_told),
+        cmocka_unit_test(foreign_descriptors_are_refused),
+        cmocka_unit_test(self_copies),
+        cmocka_unit_test(dry_counts),
+        cmocka_unit_test(latency),
+        cmocka_unit_test(nothing_stays_mapped),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,189 @@
+// comm.c: the part of comm.h that is the same for every backend: arguments, the sticky error, abort, bytes counted.
+#include "worker/comm/comm_internal.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char *const op_names[] = {
+    [COMM_BARRIER] = "barrier",     [COMM_ALL_TO_ALL] = "all_to_all", [COMM_ALL_GATHER] = "all_gather",
+    [COMM_BROADCAST] = "broadcast", [COMM_GROUP] = "group",
+};
+
+void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, struct abort_note *note)
+{
+    *c = (struct comm){.ops = ops, .root = c, .rank = rank, .size = size, .note = note};
+}
+
+int comm_rank(const struct comm *c)
+{
+    return c->rank;
+}
+
+int comm_size(const struct comm *c)
+{
+    return c->size;
+}
+
+uint64_t comm_bytes_sent(const struct comm *c)
+{
+    return c->bytes_sent;
+}
+
+void comm_set_timeout(struct comm *c, int timeout_ms)
+{
+    c->root->timeout_ms = timeout_ms > 0 ? timeout_ms : 0;
+}
+
+void comm_free(struct comm *c)
+{
+    if (c != NULL)
+        c->ops->free(c);
+}
+
+void comm_copy(void *to, int64_t to_offset, const void *from, int64_t from_offset, int64_t bytes)
+{
+    if (bytes > 0 && (char *)to + to_offset != (const char *)from + from_offset)
+        memcpy((char *)to + to_offset, (const char *)from + from_offset, (size_t)bytes);
+}
+
+// ---- failure
+
+int comm_fail(struct comm *c, enum err_code code, enum comm_op op, const char *format, ...)
+{
+    struct err *first = &c->root->error;
+    if (first->code != ERR_NONE)
+        return code;
+    char text[sizeof first->text];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return err_set(first, code, "%s %llu of rank %d of %d: %s", op_names[op], (unsigned long long)c->sequence, c->rank,
+                   c->size, text);
+}
+
+int comm_fail_aborted(struct comm *c)
+{
+    const struct abort_note *note = c->root->note;
+    struct err *first = &c->root->error;
+    const char *reason = note->reason[atomic_load(&note->chosen) - 1];
+    if (first->code == ERR_NONE)
+        err_set(first, ERR_UNAVAILABLE, "the group of ranks was stopped: %s",
+                reason[0] != 0 ? reason : "no reason kept");
+    return first->code;
+}
+
+int comm_check(struct comm *c, struct err *err)
+{
+    if (c->root->error.code == ERR_NONE && comm_aborted(c))
+        comm_fail_aborted(c);
+    if (c->root->error.code != ERR_NONE && err != NULL)
+        *err = c->root->error;
+    return c->root->error.code;
+}
+
+void comm_abort(struct comm *c, const char *reason)
+{
+    struct abort_note *note = c->root->note;
+    if (!comm_aborted(c)) {
+        unsigned none = 0, slot = atomic_fetch_add(&note->drawn, 1);
+        if (slot < ABORT_SLOTS)
+            snprintf(note->reason[slot], sizeof note->reason[slot], "%s", reason);
+        else
+            slot = ABORT_SLOTS;
+        atomic_compare_exchange_strong(&note->chosen, &none, slot + 1);
+    }
+    if (c->ops->wake != NULL)
+        c->ops->wake(c);
+}
+
+// ---- collectives
+
+// Whether a collective may begin. Opening a group is no concern of the ranks outside it: their count does not move.
+static bool begin(struct comm *c, enum comm_op op)
+{
+    c->sequence += op != COMM_GROUP;
+    if (c->rank < 0)
+        comm_fail(c, ERR_INVALID, op, "a watcher takes no part");
+    return comm_check(c, NULL) == ERR_NONE;
+}
+
+// Counts are sane, so that sums of COMM_MAX_RANKS of them stay far from overflow.
+static bool counts_valid(struct comm *c, enum comm_op op, const int64_t *counts)
+{
+    for (int r = 0; r < c->size; r++) {
+        if (counts[r] < 0 || counts[r] > INT64_MAX / COMM_MAX_RANKS) {
+            comm_fail(c, ERR_INTERNAL, op, "a count of %lld bytes for rank %d", (long long)counts[r], r);
+            return false;
+        }
+    }
+    return true;
+}
+
+static void count_sent(struct comm *c, int64_t bytes)
+{
+    for (; c != NULL; c = c->parent)
+        c->bytes_sent += (uint64_t)bytes;
+}
+
+void comm_all_to_all(struct comm *c, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
+                     void *recv, const int64_t *recv_counts, const int64_t *recv_offsets)
+{
+    if (!begin(c, COMM_ALL_TO_ALL) || !counts_valid(c, COMM_ALL_TO_ALL, send_counts) ||
+        !counts_valid(c, COMM_ALL_TO_ALL, recv_counts))
+        return;
+    if (send_counts[c->rank] != recv_counts[c->rank]) {
+        comm_fail(c, ERR_INTERNAL, COMM_ALL_TO_ALL, "sends itself %lld bytes and expects %lld",
+                  (long long)send_counts[c->rank], (long long)recv_counts[c->rank]);
+        return;
+    }
+    for (int r = 0; r < c->size; r++)
+        count_sent(c, r == c->rank ? 0 : send_counts[r]);
+    c->ops->all_to_all(c, send, send_counts, send_offsets, recv, recv_counts, recv_offsets);
+}
+
+void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t *counts)
+{
+    if (!begin(c, COMM_ALL_GATHER) || !counts_valid(c, COMM_ALL_GATHER, counts))
+        return;
+    count_sent(c, counts[c->rank] * (c->size - 1));
+    c->ops->all_gather(c, send, recv, counts);
+}
+
+void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root)
+{
+    if (!begin(c, COMM_BROADCAST))
+        return;
+    if (root < 0 || root >= c->size || bytes < 0 || bytes > INT64_MAX / COMM_MAX_RANKS) {
+        comm_fail(c, ERR_INTERNAL, COMM_BROADCAST, "%lld bytes from rank %d", (long long)bytes, root);
+        return;
+    }
+    if (root == c->rank)
+        count_sent(c, bytes * (c->size - 1));
+    c->ops->broadcast(c, buffer, bytes, root);
+}
+
+void comm_barrier(struct comm *c)
+{
+    if (begin(c, COMM_BARRIER))
+        c->ops->barrier(c);
+}
+
+int comm_group(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err)
+{
+    *out = NULL;
+    if (first < 0 || stride < 1 || count < 1 || first >= c->size || count - 1 > (c->size - 1 - first) / stride)
+        return err_set(err, ERR_INVALID, "group: %d ranks from %d on in steps of %d are not within the %d there are",
+                       count, first, stride, c->size);
+    int place = c->rank - first;
+    if (place < 0 || place % stride != 0 || place / stride >= count)
+        return err_set(err, ERR_INVALID, "group: rank %d is none of the %d ranks from %d on in steps of %d", c->rank,
+                       count, first, stride);
+    if (!begin(c, COMM_GROUP))
+        return comm_check(c, err);
+    TRY(c->ops->group(c, first, stride, count, out, err));
+    (*out)->root = c->root;
+    (*out)->parent = c;
+    return 0;
+}

@@ -1,0 +1,66 @@
+// comm_internal.h: what the backends of comm.h share. comm.c checks arguments, counts bytes and keeps the sticky error,
+// then calls through comm_ops; a backend moves the bytes. Nobody outside worker/comm includes this but its test.
+#ifndef DITFLEET_COMM_INTERNAL_H
+#define DITFLEET_COMM_INTERNAL_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "worker/comm/comm.h"
+
+enum comm_op { COMM_BARRIER, COMM_ALL_TO_ALL, COMM_ALL_GATHER, COMM_BROADCAST, COMM_GROUP };
+
+// Called with checked arguments, never after a failure. A failure is told by comm_fail.
+struct comm_ops {
+    void (*all_to_all)(struct comm *c, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
+                       void *recv, const int64_t *recv_counts, const int64_t *recv_offsets);
+    void (*all_gather)(struct comm *c, const void *send, void *recv, const int64_t *counts);
+    void (*broadcast)(struct comm *c, void *buffer, int64_t bytes, int root);
+    void (*barrier)(struct comm *c);
+    // Makes the backend's struct with rank and size set; comm.c links it to root and parent.
+    int (*group)(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
+    void (*wake)(struct comm *c); // an abort was noted: nobody may sleep through it. Any thread.
+    void (*free)(struct comm *c);
+};
+
+// An abort. For shm it lies in the region, seen by every rank. Who aborts draws a slot of its own, writes its reason
+// and then makes it the one that counts unless another is: nobody waits for a writer that died half way.
+#define ABORT_SLOTS 4
+struct abort_note {
+    atomic_uint drawn;                 // slots drawn
+    atomic_uint chosen;                // 1 + the slot that counts; 0: no abort
+    char reason[ABORT_SLOTS + 1][240]; // the last stays empty, for those who come too late to draw
+};
+
+// First member of every backend's struct.
+struct comm {
+    const struct comm_ops *ops;
+    struct comm *root;   // what all groups descend from: keeps error, note and timeout for them all
+    struct comm *parent; // NULL: this is the root
+    int rank, size;
+    uint64_t sequence; // collectives begun: errors name it
+    uint64_t bytes_sent;
+    // of the root alone
+    struct err error; // the first failure
+    struct abort_note *note;
+    int timeout_ms;
+};
+
+// Fills a root's common part.
+void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, struct abort_note *note);
+// Keeps the failure unless there is one; returns code. The text begins with the collective's name and number.
+int comm_fail(struct comm *c, enum err_code code, enum comm_op op, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+int comm_fail_aborted(struct comm *c); // as above, with the abort's reason
+static inline bool comm_aborted(const struct comm *c)
+{
+    return atomic_load(&c->root->note->chosen) != 0;
+}
+
+// The piece for oneself. May be empty, or in its place already.
+void comm_copy(void *to, int64_t to_offset, const void *from, int64_t from_offset, int64_t bytes);
+
+// shm over a mapping that outlives the communicator: ranks that are threads share one, as a race detector needs.
+int comm_shm_attach_mapped(void *region, int64_t bytes, int rank, struct comm **out, struct err *err);
+
+#endif
