@@ -1,0 +1,275 @@
+#include "worker/engine.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "worker/stages.h"
+
+struct engine {
+    const struct kernels *k;
+    struct device_options device_options;
+    struct device *d;
+    struct arena *arena; // grown to what a job needs, kept for the next
+    size_t arena_bytes;
+    struct comm *data, *control;
+    int64_t memory_limit;
+};
+
+int engine_new(const struct engine_options *options, struct engine **out, struct err *err)
+{
+    *out = NULL;
+    struct engine *e = calloc(1, sizeof *e);
+    if (!e)
+        return err_set(err, ERR_NO_MEMORY, "no memory for an engine");
+    e->k = options->kernels;
+    e->device_options = options->device;
+    e->data = options->data;
+    e->control = options->control;
+    e->memory_limit = options->memory_limit;
+    int rc = e->k->open(&options->device, &e->d, err);
+    if (rc != 0) {
+        free(e);
+        return rc;
+    }
+    *out = e;
+    return 0;
+}
+
+void engine_free(struct engine *e)
+{
+    if (!e)
+        return;
+    arena_free(e->arena);
+    e->k->close(e->d);
+    free(e);
+}
+
+void engine_result_free(struct engine_result *r)
+{
+    free(r->pixels);
+    r->pixels = NULL;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+// ---- what the stages share
+
+int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err)
+{
+    if (r->dry)
+        return exec_check(&r->world, err);
+    TRY(exec_check(&r->world, err));
+    TRY(comm_check(r->branch.comm, err));
+    struct err stop = {.code = ERR_NONE};
+    if (r->hooks->progress)
+        r->hooks->progress(r->hooks->arg, stage, step, (int)r->job->num_inference_steps, &stop);
+    if (comm_size(r->control) > 1)
+        comm_broadcast(r->control, &stop, sizeof stop, 0);
+    TRY(comm_check(r->control, err));
+    return stop.code == ERR_NONE ? 0 : err_set(err, stop.code, "%s", stop.text);
+}
+
+void run_trace(struct run *r, const char *name, struct tensor t)
+{
+    if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
+        return;
+    float *host = malloc(tensor_bytes(t));
+    if (!host)
+        return;
+    r->world.k->download(r->world.d, host, t);
+    const bool pooled = t.dims == 2 && t.n[0] == 1; // (1, n) already has its batch dimension
+    r->hooks->trace(r->hooks->arg, name,
+                    pooled ? tensor_2d(host, DT_F32, 1, t.n[1]) : tensor_of(host, DT_F32, 3, 1, t.n[0], t.n[1], 1));
+    free(host);
+}
+
+// ---- a job
+
+static void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan)
+{
+    static const struct engine_hooks none = {0};
+    const int64_t scale = vae_scale(m->vae);
+    *r = (struct run){.model = m, .job = job, .plan = *plan, .hooks = &none};
+    r->branches = job_true_cfg(job) ? 2 : 1;
+    r->latent_h = job->height / scale;
+    r->latent_w = job->width / scale;
+    r->image_tokens = (r->latent_h / 2) * (r->latent_w / 2);
+    r->text_tokens = job->max_sequence_length;
+}
+
+// The communicators of the plan: this rank's branch, and its counterpart in the other one.
+static int join_groups(struct run *r, struct comm *world, struct err *err)
+{
+    const int me = comm_rank(world), u = r->plan.ulysses;
+    r->world.comm = world;
+    TRY(comm_group(world, me / u * u, 1, u, &r->branch.comm, err));
+    if (r->plan.cfg == 2)
+        TRY(comm_group(world, me % u, u, 2, &r->pair, err));
+    r->world.attention = &attention_local;
+    r->branch.attention = u > 1 ? &attention_ulysses : &attention_local;
+    return 0;
+}
+
+static void leave_groups(struct run *r)
+{
+    comm_free(r->pair);
+    comm_free(r->branch.comm);
+    r->pair = r->branch.comm = NULL;
+}
+
+static void use_device(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)
+{
+    r->world.k = r->branch.k = k;
+    r->world.d = r->branch.d = d;
+    r->world.arena = r->branch.arena = arena;
+}
+
+// The path from prompts to pixels, for every backend and number of ranks. noise: of all images, NULL in a dry run.
+static int make_pictures(struct run *r, const float *noise, struct engine_result *out, struct err *err)
+{
+    struct prompt prompts[BRANCHES];
+    const int64_t channels = r->model->info.channels, picture = (int64_t)r->job->width * r->job->height * 3;
+    const double start = now();
+    TRY(encode_prompts(r, prompts, out->prompt_cut, err));
+    out->encode_seconds = now() - start;
+    for (uint32_t i = 0; i < r->job->num_images; i++) {
+        const size_t mark = arena_mark(r->world.arena);
+        struct tensor tokens = exec_tensor(&r->world, 2, r->image_tokens, channels, 1, 1);
+        const double begin = now();
+        TRY(denoise(r, prompts, noise ? noise + i * r->image_tokens * channels : NULL, tokens, err));
+        const double between = now();
+        TRY(decode(r, tokens, out->pixels ? out->pixels + i * picture : NULL, err));
+        out->denoise_seconds += between - begin;
+        out->decode_seconds += now() - between;
+        arena_release(r->world.arena, mark);
+    }
+    return 0;
+}
+
+static int predict(struct run *r, int rank, struct engine_estimate *out, struct err *err)
+{
+    struct comm *comm = NULL;
+    struct device *d = NULL;
+    struct arena *arena = NULL;
+    struct engine_result unused = {0};
+    const struct device_options options = {.threads = 1};
+    r->dry = true;
+    int rc = comm_dry_new(rank, r->plan.ranks, &comm, err);
+    if (rc == 0)
+        rc = kernels_dry.open(&options, &d, err);
+    if (rc == 0)
+        rc = arena_new(&kernels_dry, d, ARENA_UNBOUNDED, &arena, err);
+    if (rc == 0) {
+        use_device(r, &kernels_dry, d, arena);
+        rc = join_groups(r, comm, err);
+    }
+    if (rc == 0)
+        rc = make_pictures(r, NULL, &unused, err);
+    if (rc == 0) {
+        out->activation_bytes = arena_peak(arena);
+        kernels_dry.cost(d, &out->cost);
+    }
+    leave_groups(r);
+    arena_free(arena);
+    if (d)
+        kernels_dry.close(d);
+    comm_free(comm);
+    return rc;
+}
+
+int engine_predict(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
+                   struct engine_estimate *out, struct err *err)
+{
+    struct run r;
+    *out = (struct engine_estimate){0};
+    run_init(&r, m, job, plan);
+    return predict(&r, comm_rank(e->data), out, err);
+}
+
+// Bytes the host could still give, from the kernel's own estimate.
+static int64_t host_memory_free(void)
+{
+    long long kib = INT64_MAX / 1024;
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "re");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %lld", &kib) == 1)
+            break;
+    if (f)
+        fclose(f);
+    return kib * 1024;
+}
+
+static int reserve(struct engine *e, const Ditfleet__V1__Job *job, size_t bytes, int ranks, struct err *err)
+{
+    if (bytes <= e->arena_bytes)
+        return 0;
+    arena_free(e->arena);
+    e->arena = NULL;
+    e->arena_bytes = 0;
+    const int64_t limit = e->memory_limit ? e->memory_limit : host_memory_free() / ranks;
+    if ((int64_t)bytes > limit)
+        return err_set(err, ERR_UNSUPPORTED,
+                       "width %u x height %u needs %.2f GiB of activations on each of %d ranks, but %.2f GiB are free; "
+                       "ask for a smaller picture or use more ranks",
+                       job->width, job->height, (double)bytes / (1 << 30), ranks, (double)limit / (1 << 30));
+    TRY(arena_new(e->k, e->d, bytes, &e->arena, err));
+    e->arena_bytes = bytes;
+    return 0;
+}
+
+// Two more tensors of the whole picture that only a traced run holds.
+static size_t trace_bytes(const struct engine_hooks *hooks, const Ditfleet__V1__Job *job)
+{
+    return hooks->trace ? (size_t)job->width * job->height * 3 * sizeof(float) * 2 + (1 << 20) : 0;
+}
+
+static int run_prepared(struct engine *e, struct run *r, struct engine_result *out, struct err *err)
+{
+    const Ditfleet__V1__Job *job = r->job;
+    const size_t noise_bytes = (size_t)(job->num_images * r->image_tokens * r->model->info.channels) * sizeof(float);
+    float *noise = malloc(noise_bytes);
+    if (comm_rank(e->data) == 0)
+        out->pixels = malloc((size_t)job->num_images * job->width * job->height * 3);
+    int rc = 0;
+    if (!noise || (comm_rank(e->data) == 0 && !out->pixels))
+        rc = err_set(err, ERR_NO_MEMORY, "no memory for %u pictures of %u x %u", job->num_images, job->width,
+                     job->height);
+    if (rc == 0)
+        rc = noise_tokens(r, noise, err);
+    if (rc == 0)
+        rc = join_groups(r, e->data, err);
+    if (rc == 0)
+        rc = make_pictures(r, noise, out, err);
+    leave_groups(r);
+    free(noise);
+    return rc;
+}
+
+int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+               const struct engine_hooks *hooks, struct engine_result *out, struct err *err)
+{
+    struct run r;
+    struct engine_estimate estimate;
+    *out = (struct engine_result){0};
+    TRY(plan_make(&m->info, comm_size(e->data), job_true_cfg(job), want->cfg, want->ulysses, &out->plan, err));
+    TRY(engine_predict(e, m, job, &out->plan, &estimate, err));
+    TRY(reserve(e, job, estimate.activation_bytes + trace_bytes(hooks, job), comm_size(e->data), err));
+    run_init(&r, m, job, &out->plan);
+    r.hooks = hooks;
+    r.control = e->control;
+    use_device(&r, e->k, e->d, e->arena);
+    const size_t mark = arena_mark(e->arena);
+    int rc = run_prepared(e, &r, out, err);
+    arena_release(e->arena, mark);
+    if (rc != 0)
+        engine_result_free(out);
+    return rc;
+}

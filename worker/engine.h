@@ -1,0 +1,56 @@
+// engine.h: one job's pictures on a group of ranks: text, noise, denoise, decode. Every rank of the group calls
+// engine_run with the same job; rank 0 gets the pixels.
+#ifndef DITFLEET_ENGINE_H
+#define DITFLEET_ENGINE_H
+
+#include "worker/exec.h"
+#include "worker/model.h"
+#include "worker/plan.h"
+
+struct engine;
+
+// Borrowed things outlive the engine. data carries tensors between the ranks' devices, control small words between
+// their hosts; on CPU ranks both may be the same communicator.
+struct engine_options {
+    const struct kernels *kernels;
+    struct device_options device;
+    struct comm *data, *control;
+    int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free
+};
+
+int engine_new(const struct engine_options *options, struct engine **out, struct err *err);
+void engine_free(struct engine *e);
+
+enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE };
+
+// Asked at the start of each stage and after each denoising step, on every rank. On rank 0 a nonzero return (an
+// err_code, with *err filled) ends the job on all ranks; elsewhere the return is ignored.
+struct engine_hooks {
+    int (*progress)(void *arg, enum engine_stage stage, int step, int steps, struct err *err);
+    // NULL, or on every rank of the group: hands out what passes through, named as in the reference's recordings. Only
+    // rank 0 is called. data is host memory, valid during the call.
+    void (*trace)(void *arg, const char *name, struct tensor data);
+    void *arg;
+};
+
+struct engine_result {
+    uint8_t *pixels; // (num_images, height, width, 3) on rank 0, freed by engine_result_free; NULL elsewhere
+    struct plan plan;
+    double encode_seconds, denoise_seconds, decode_seconds;
+    bool prompt_cut[4]; // prompt, prompt_2, negative_prompt, negative_prompt_2 were longer than the encoders take
+};
+void engine_result_free(struct engine_result *r);
+
+// job as model_resolve_job left it. want: degrees, 0 where the engine is to choose (its ranks are ignored).
+int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+               const struct engine_hooks *hooks, struct engine_result *out, struct err *err);
+
+// What engine_run would take on this rank, from the same forward pass over the dry backend.
+struct engine_estimate {
+    size_t activation_bytes; // the largest live set
+    struct kernel_cost cost; // of this rank, all steps
+};
+int engine_predict(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
+                   struct engine_estimate *out, struct err *err);
+
+#endif

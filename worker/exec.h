@@ -1,0 +1,76 @@
+// exec.h: the execution context: which backend computes, and how one image's rows are spread over ranks.
+//
+// A model is written once against this. What acts on a row alone is called in the table of operations (x->k->linear and
+// so on); the three operations that look across rows go through the functions below, which exchange what is needed
+// with the other ranks. With one rank they are plain calls.
+#ifndef DITFLEET_EXEC_H
+#define DITFLEET_EXEC_H
+
+#include "kernels/arena.h"
+#include "kernels/kernels.h"
+#include "worker/comm/comm.h"
+#include "worker/parallel/spread.h"
+
+struct exec {
+    const struct kernels *k;
+    struct device *d;
+    struct arena *arena;
+    struct comm *comm;                      // ranks that share the rows of one image
+    const struct attention_link *attention; // first link of the chain
+};
+
+// One attention over the rows of all ranks. This rank holds rows[rank] of them.
+struct attention_call {
+    int layer;             // counts a model's attentions; links that keep keys and values tell them apart by it
+    struct tensor out;     // (rows, heads, dim)
+    struct tensor q, k, v; // (rows, heads, dim), any ld
+    const int64_t *rows;   // of every rank, in the order of the communicator
+    struct attention_opts opts;
+};
+
+// A way to attend across ranks. Links form a chain, outermost first; each transforms the call and hands it to next;
+// the last one, local, computes. A link is chosen by the plan; no model knows which are there.
+struct attention_link {
+    void (*attend)(const struct attention_link *self, struct exec *x, const struct attention_call *call);
+    const struct attention_link *next;
+    void *state; // the link's own
+};
+
+// Keys and values are here whole: compute.
+extern const struct attention_link attention_local;
+// Each rank gathers everybody's keys and values and attends with its own queries. Any number of heads.
+extern const struct attention_link attention_gathered;
+// DeepSpeed-Ulysses (Jacobs et al. 2023): all-to-all from rows to heads and back. heads % ranks == 0.
+extern const struct attention_link attention_ulysses;
+
+static inline void exec_attend(struct exec *x, const struct attention_call *call)
+{
+    x->attention->attend(x->attention, x, call);
+}
+
+// A convolution's input (h, w, c): an arena tensor with EXEC_HALO rows of room above and below what is returned.
+#define EXEC_HALO 1
+struct tensor exec_conv_input(struct exec *x, int64_t h, int64_t w, int64_t c);
+
+// y (h, w, c_out) = conv of this rank's rows of a picture spread as rows says. Kernels of 1 or 3; for 3, in comes from
+// exec_conv_input, and the rows around it are fetched from their owners into its room.
+void exec_conv(struct exec *x, struct tensor y, struct tensor in, const struct conv *conv, const struct spread *rows);
+
+// y = act(group norm(x)) over the whole picture of which x holds this rank's rows. y may be x. The sums of all ranks
+// are added in row order, so the result does not depend on the spread.
+void exec_group_norm(struct exec *x, struct tensor y, struct tensor in, struct tensor gamma, struct tensor beta,
+                     int64_t groups, float eps, enum act act, const struct spread *rows);
+
+// whole (all rows, n) gets every rank's rows of it; mine (this rank's rows) may lie in its place. Row-contiguous.
+void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const struct spread *rows);
+
+// Waits for the device and the other ranks' messages; the first failure of arena, device or communicator.
+int exec_check(struct exec *x, struct err *err);
+
+// An undefined tensor of the activation type in the arena.
+static inline struct tensor exec_tensor(struct exec *x, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3)
+{
+    return arena_tensor(x->arena, x->k->activation, dims, n0, n1, n2, n3);
+}
+
+#endif

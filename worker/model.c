@@ -1,0 +1,215 @@
+#include "worker/model.h"
+
+#include <openssl/evp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "worker/config.h"
+#include "worker/rng.h"
+#include "worker/weights.h"
+
+enum { SEQUENCE_LIMIT = 512 }; // the reference pipeline's
+
+static int check_pipeline(const char *dir, struct err *err)
+{
+    struct config *c = config_open(dir, "model_index.json", err);
+    config_require(c, "_class_name", "FluxPipeline");
+    return config_close(c, err);
+}
+
+static int load_limits(struct model *m, struct err *err)
+{
+    struct model_limits *l = &m->limits;
+    const int64_t side = 128 * vae_scale(m->vae);
+    *l = (struct model_limits){.default_width = side,
+                               .default_height = side,
+                               .default_num_inference_steps = 28,
+                               .default_max_sequence_length = SEQUENCE_LIMIT,
+                               .default_guidance_scale = 3.5,
+                               .min_side = m->side_multiple,
+                               .max_side = 8192,
+                               .max_pixels = (int64_t)4096 * 4096};
+    char path[1024];
+    snprintf(path, sizeof path, "%s/ditfleet.json", m->dir);
+    if (access(path, F_OK) != 0)
+        return 0;
+    struct config *c = config_open(m->dir, "ditfleet.json", err);
+    config_int_or(c, "default_width", 16, 16384, &l->default_width);
+    config_int_or(c, "default_height", 16, 16384, &l->default_height);
+    config_int_or(c, "default_num_inference_steps", 1, SAMPLER_MAX_STEPS, &l->default_num_inference_steps);
+    config_int_or(c, "default_max_sequence_length", 1, SEQUENCE_LIMIT, &l->default_max_sequence_length);
+    config_float_or(c, "default_guidance_scale", 0, 100, &l->default_guidance_scale);
+    config_int_or(c, "min_side", 16, 16384, &l->min_side);
+    config_int_or(c, "max_side", l->min_side, 16384, &l->max_side);
+    config_int_or(c, "max_pixels", 256, (int64_t)16384 * 16384, &l->max_pixels);
+    return config_close(c, err);
+}
+
+// The parts must fit each other: every width that one produces and another consumes.
+static int check_fit(const struct model *m, struct err *err)
+{
+    const struct {
+        const char *what, *with;
+        int64_t found, wanted;
+    } rows[] = {
+        {"text_encoder hidden_size", "transformer pooled_projection_dim", clip_hidden(m->clip), m->info.pooled_dim},
+        {"text_encoder_2 d_model", "transformer joint_attention_dim", t5_hidden(m->t5), m->info.text_dim},
+        {"4 x vae latent_channels", "transformer in_channels", 4 * vae_latent_channels(m->vae), m->info.channels},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (rows[i].found != rows[i].wanted)
+            return err_set(err, ERR_INVALID, "%s: %s is %lld but %s is %lld", m->dir, rows[i].what,
+                           (long long)rows[i].found, rows[i].with, (long long)rows[i].wanted);
+    if (clip_tokenizer_id_limit(m->clip_tokenizer) > clip_vocabulary(m->clip))
+        return err_set(err, ERR_INVALID, "%s: tokenizer makes ids up to %d but text_encoder's vocab_size is %lld",
+                       m->dir, clip_tokenizer_id_limit(m->clip_tokenizer) - 1, (long long)clip_vocabulary(m->clip));
+    if (t5_tokenizer_id_limit(m->t5_tokenizer) > t5_vocabulary(m->t5))
+        return err_set(err, ERR_INVALID, "%s: tokenizer_2 makes ids up to %d but text_encoder_2's vocab_size is %lld",
+                       m->dir, t5_tokenizer_id_limit(m->t5_tokenizer) - 1, (long long)t5_vocabulary(m->t5));
+    return 0;
+}
+
+static void fingerprint(struct model *m)
+{
+    const struct weights *parts[] = {clip_weights(m->clip), t5_weights(m->t5), flux_weights(m->dit),
+                                     vae_weights(m->vae)};
+    uint8_t digest[32];
+    EVP_MD_CTX *md = EVP_MD_CTX_new();
+    EVP_DigestInit_ex(md, EVP_sha256(), NULL);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        weights_fingerprint(parts[i], digest);
+        EVP_DigestUpdate(md, digest, sizeof digest);
+    }
+    EVP_DigestUpdate(md, &m->sampler.shift, sizeof m->sampler.shift);
+    EVP_DigestUpdate(md, &m->sampler.dynamic, sizeof m->sampler.dynamic);
+    EVP_DigestFinal_ex(md, digest, NULL);
+    EVP_MD_CTX_free(md);
+    for (int i = 0; i < 32; i++)
+        snprintf(m->hash + 2 * i, 3, "%02x", digest[i]);
+}
+
+static const char *part(char path[1024], const char *dir, const char *name)
+{
+    snprintf(path, 1024, "%.900s/%s", dir, name);
+    return path;
+}
+
+static int load_parts(struct model *m, struct err *err)
+{
+    char path[1024];
+    TRY(check_pipeline(m->dir, err));
+    TRY(sampler_load(part(path, m->dir, "scheduler"), &m->sampler, err));
+    TRY(clip_tokenizer_load(part(path, m->dir, "tokenizer"), &m->clip_tokenizer, err));
+    TRY(t5_tokenizer_load(part(path, m->dir, "tokenizer_2"), &m->t5_tokenizer, err));
+    TRY(clip_load(part(path, m->dir, "text_encoder"), &m->clip, err));
+    TRY(t5_load(part(path, m->dir, "text_encoder_2"), &m->t5, err));
+    TRY(flux_load(part(path, m->dir, "transformer"), &m->dit, err));
+    TRY(vae_load(part(path, m->dir, "vae"), &m->vae, err));
+    m->dit->ops->info(m->dit, &m->info);
+    m->side_multiple = 2 * vae_scale(m->vae);
+    TRY(check_fit(m, err));
+    return load_limits(m, err);
+}
+
+int model_load(const char *dir, struct model **out, struct err *err)
+{
+    *out = NULL;
+    struct model *m = calloc(1, sizeof *m);
+    if (m)
+        m->dir = strdup(dir);
+    if (!m || !m->dir) {
+        free(m);
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
+    }
+    int rc = load_parts(m, err);
+    if (rc != 0) {
+        model_free(m);
+        return rc;
+    }
+    fingerprint(m);
+    *out = m;
+    return 0;
+}
+
+void model_free(struct model *m)
+{
+    if (!m)
+        return;
+    clip_tokenizer_free(m->clip_tokenizer);
+    t5_tokenizer_free(m->t5_tokenizer);
+    clip_free(m->clip);
+    t5_free(m->t5);
+    if (m->dit)
+        m->dit->ops->free(m->dit);
+    vae_free(m->vae);
+    free(m->dir);
+    free(m);
+}
+
+int64_t model_bytes(const struct model *m)
+{
+    return weights_bytes(clip_weights(m->clip)) + weights_bytes(t5_weights(m->t5)) +
+           weights_bytes(flux_weights(m->dit)) + weights_bytes(vae_weights(m->vae));
+}
+
+bool job_true_cfg(const Ditfleet__V1__Job *job)
+{
+    return job->negative_prompt__case != DITFLEET__V1__JOB__NEGATIVE_PROMPT___NOT_SET && job->true_cfg_scale > 1;
+}
+
+static void fill_defaults(const struct model_limits *l, Ditfleet__V1__Job *job)
+{
+    if (!job->width)
+        job->width = (uint32_t)l->default_width;
+    if (!job->height)
+        job->height = (uint32_t)l->default_height;
+    if (!job->num_inference_steps)
+        job->num_inference_steps = (uint32_t)l->default_num_inference_steps;
+    if (!job->max_sequence_length)
+        job->max_sequence_length = (uint32_t)l->default_max_sequence_length;
+    if (!job->num_images)
+        job->num_images = 1;
+    if (!job->rng_sm_count)
+        job->rng_sm_count = 132;
+    if (!job->guidance_scale__case) {
+        job->guidance_scale__case = DITFLEET__V1__JOB__GUIDANCE_SCALE__GUIDANCE_SCALE;
+        job->guidance_scale = (float)l->default_guidance_scale;
+    }
+    if (!job->true_cfg_scale__case) {
+        job->true_cfg_scale__case = DITFLEET__V1__JOB__TRUE_CFG_SCALE__TRUE_CFG_SCALE;
+        job->true_cfg_scale = 1;
+    }
+}
+
+static int check_size(const struct model *m, const char *field, int64_t side, struct err *err)
+{
+    const struct model_limits *l = &m->limits;
+    if (side % m->side_multiple == 0 && side >= l->min_side && side <= l->max_side)
+        return 0;
+    return err_set(err, ERR_INVALID, "%s %lld: this model takes multiples of %lld from %lld to %lld", field,
+                   (long long)side, (long long)m->side_multiple, (long long)l->min_side, (long long)l->max_side);
+}
+
+int model_resolve_job(const struct model *m, Ditfleet__V1__Job *job, struct err *err)
+{
+    const struct model_limits *l = &m->limits;
+    fill_defaults(l, job);
+    TRY(check_size(m, "width", job->width, err));
+    TRY(check_size(m, "height", job->height, err));
+    if ((int64_t)job->width * job->height > l->max_pixels)
+        return err_set(err, ERR_INVALID, "width x height is %lld pixels; this model takes at most %lld",
+                       (long long)job->width * job->height, (long long)l->max_pixels);
+    if (job->max_sequence_length > SEQUENCE_LIMIT)
+        return err_set(err, ERR_INVALID, "max_sequence_length %u: this model takes 1 to %d tokens",
+                       job->max_sequence_length, SEQUENCE_LIMIT);
+    if (job->scheduler && *job->scheduler && strcmp(job->scheduler, "FlowMatchEulerDiscreteScheduler") != 0)
+        return err_set(err, ERR_UNSUPPORTED, "scheduler %.60s: this model runs FlowMatchEulerDiscreteScheduler",
+                       job->scheduler);
+    if (!job->seed__case) {
+        job->seed__case = DITFLEET__V1__JOB__SEED__SEED;
+        return rng_fresh_seed(&job->seed, err);
+    }
+    return 0;
+}

@@ -1,0 +1,76 @@
+// dit.h: a diffusion transformer as runners see it: embed, block(i), head over some rows of one image.
+//
+// The loop over blocks belongs to the runner (worker/parallel/), and so does the choice of rows: all of this rank's, or
+// one patch of them, with the text rows or without. A model derives nothing from height and width: it gets spans of
+// rows and their position ids.
+#ifndef DITFLEET_DIT_H
+#define DITFLEET_DIT_H
+
+#include "worker/exec.h"
+
+struct dit; // a loaded model; each model file has its own
+
+// What one prompt contributes to every step: prepared once before the loop, kept in the arena.
+struct dit_cond {
+    struct tensor text; // (text rows of this rank, hidden) the prompt, embedded
+    struct tensor mod;  // (steps, width) every block's modulation at every step: they depend on time and prompt alone
+};
+
+// The rows a pass carries: text rows first, then image rows. Spans count within the whole text and image.
+struct dit_rows {
+    struct span text, image;
+    struct tensor rope;     // (text.count + image.count, head_dim / 2, 2) cosines and sines of their positions
+    const int64_t *of_rank; // rows that each rank of x->comm carries in this pass
+};
+
+struct dit_pass {
+    const struct dit_cond *cond;
+    const struct dit_rows *rows;
+    int step;
+    struct tensor hidden; // (text.count + image.count, hidden)
+};
+
+struct dit_info {
+    int blocks;
+    int64_t heads, head_dim, hidden;
+    int64_t channels;      // of an image token, in and out
+    int64_t position_axes; // numbers in a position id
+    int64_t text_dim, pooled_dim;
+    bool guidance; // takes the distilled guidance scale
+};
+
+struct dit_ops {
+    void (*info)(const struct dit *m, struct dit_info *out);
+    // sigmas[steps] of the schedule, 1 to 0; prompt (text rows of this rank, text_dim); pooled (1, pooled_dim).
+    // Allocates cond's tensors in x->arena.
+    void (*prepare)(const struct dit *m, struct exec *x, const float *sigmas, int steps, float guidance,
+                    struct tensor prompt, struct tensor pooled, struct dit_cond *cond);
+    // rope (rows, head_dim / 2, 2) host floats from ids (rows, position_axes).
+    void (*rope)(const struct dit *m, const float *ids, int64_t rows, float *out);
+    void (*embed)(const struct dit *m, struct exec *x, struct dit_pass *p, struct tensor tokens);
+    void (*block)(const struct dit *m, struct exec *x, struct dit_pass *p, int i);
+    void (*head)(const struct dit *m, struct exec *x, struct dit_pass *p, struct tensor out);
+    void (*free)(struct dit *m);
+};
+
+struct dit {
+    const struct dit_ops *ops;
+};
+
+// FLUX.1 (dev and schnell). dir: the folder "transformer" of a diffusers directory.
+int flux_load(const char *dir, struct dit **out, struct err *err);
+// What the model's file says of itself, for its fingerprint and memory accounting.
+struct weights;
+struct weights *flux_weights(const struct dit *m);
+
+// A runner takes tokens (image rows, channels) through the model to out (same shape): predicts the velocity.
+struct runner {
+    void (*run)(const struct runner *self, const struct dit *m, struct exec *x, const struct dit_cond *cond,
+                const struct dit_rows *rows, int step, struct tensor tokens, struct tensor out);
+    void *state;
+};
+
+// Every block on every rank, each with its own rows.
+extern const struct runner runner_whole;
+
+#endif

@@ -1,0 +1,422 @@
+// FLUX.1's transformer (Black Forest Labs 2024; diffusers FluxTransformer2DModel is the reference implementation).
+//
+// Details that caused bugs elsewhere:
+//  - Text rows come first in the joint sequence; in the single blocks both share one set of weights.
+//  - AdaLN-zero chunks are (shift, scale, gate) for attention, then for the MLP; norm_out's are (scale, shift).
+//  - The single block's output projection takes [attention | mlp], in this order.
+//  - Frequencies of RoPE are float64, their cosines float32; text positions are zero on all axes.
+//  - Time and guidance reach their sinusoid multiplied by 1000; cosines come first.
+//  - The modulations depend on time and prompt only: computed for all steps before the loop.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "worker/config.h"
+#include "worker/models/dit.h"
+#include "worker/weights.h"
+
+enum { MAX_BLOCKS = 256, SINUSOID = 256, MLP_RATIO = 4, AXES = 3 };
+static const float EPS = 1e-6F;
+
+// One stream (text or image) of a double block.
+struct stream {
+    struct linear mod; // 6 chunks: shift, scale, gate of attention; of the MLP
+    struct linear qkv;
+    struct tensor norm_q, norm_k; // (head_dim)
+    struct linear out;
+    struct linear up, down;
+    int64_t mod_at; // first column in dit_cond.mod
+};
+
+struct double_block {
+    struct stream text, image;
+};
+
+struct single_block {
+    struct linear mod; // 3 chunks: shift, scale, gate
+    struct linear qkv, up, out;
+    struct tensor norm_q, norm_k;
+    int64_t mod_at;
+};
+
+struct mlp_embedder {
+    struct linear in, out;
+};
+
+struct flux {
+    struct dit dit;
+    struct weights *weights;
+    int64_t n_double, n_single, heads, head_dim, dim, channels, text_dim, pooled_dim;
+    int64_t axes[AXES];
+    int n_axes;
+    bool guidance;
+    struct linear embed_image, embed_text, proj_out, mod_out;
+    struct mlp_embedder time, pooled, scale; // scale: guidance
+    struct double_block *doubles;
+    struct single_block *singles;
+    int64_t mod_out_at, mod_width;
+};
+
+static const struct flux *flux_of(const struct dit *m)
+{
+    return (const struct flux *)m;
+}
+
+static void info(const struct dit *m, struct dit_info *out)
+{
+    const struct flux *f = flux_of(m);
+    *out = (struct dit_info){.blocks = (int)(f->n_double + f->n_single),
+                             .heads = f->heads,
+                             .head_dim = f->head_dim,
+                             .hidden = f->dim,
+                             .channels = f->channels,
+                             .position_axes = f->n_axes,
+                             .text_dim = f->text_dim,
+                             .pooled_dim = f->pooled_dim,
+                             .guidance = f->guidance};
+}
+
+// ---- before the loop
+
+// Timesteps(256, flip_sin_to_cos, downscale_freq_shift 0) of diffusers: cosines first.
+static void sinusoid(float t, float out[SINUSOID])
+{
+    const int half = SINUSOID / 2;
+    for (int i = 0; i < half; i++) {
+        float angle = t * expf(-logf(10000.0F) * (float)i / (float)half);
+        out[i] = cosf(angle);
+        out[half + i] = sinf(angle);
+    }
+}
+
+static void embed_mlp(struct exec *x, const struct mlp_embedder *e, struct tensor y, struct tensor in)
+{
+    const size_t mark = arena_mark(x->arena);
+    struct tensor inner = exec_tensor(x, 2, in.n[0], e->in.n, 1, 1);
+    x->k->linear(x->d, inner, in, &e->in, ACT_SILU);
+    x->k->linear(x->d, y, inner, &e->out, ACT_NONE);
+    arena_release(x->arena, mark);
+}
+
+// y (n, dim) = MLP(sinusoid(1000 * values[i])), n at most as many as steps
+static void embed_scalars(struct exec *x, const struct mlp_embedder *e, struct tensor y, const float *values)
+{
+    const size_t mark = arena_mark(x->arena);
+    struct tensor waves = exec_tensor(x, 2, y.n[0], SINUSOID, 1, 1);
+    for (int64_t i = 0; i < y.n[0]; i++) {
+        float row[SINUSOID];
+        sinusoid(values[i] * 1000.0F, row);
+        x->k->upload(x->d, tensor_rows(waves, i, 1), row);
+    }
+    embed_mlp(x, e, y, waves);
+    arena_release(x->arena, mark);
+}
+
+static void prepare(const struct dit *m, struct exec *x, const float *sigmas, int steps, float guidance,
+                    struct tensor prompt, struct tensor pooled, struct dit_cond *cond)
+{
+    const struct flux *f = flux_of(m);
+    cond->text = exec_tensor(x, 2, prompt.n[0], f->dim, 1, 1);
+    cond->mod = exec_tensor(x, 2, steps, f->mod_width, 1, 1);
+    x->k->linear(x->d, cond->text, prompt, &f->embed_text, ACT_NONE);
+
+    const size_t mark = arena_mark(x->arena);
+    struct tensor c = exec_tensor(x, 2, steps, f->dim, 1, 1); // the conditioning vector of each step
+    struct tensor once = exec_tensor(x, 2, 1, f->dim, 1, 1);  // the parts that are the same for all
+    struct tensor row = tensor_reshape(once, 1, f->dim, 1, 1, 1);
+    embed_scalars(x, &f->time, c, sigmas);
+    embed_mlp(x, &f->pooled, once, pooled);
+    x->k->add_row(x->d, c, row);
+    if (f->guidance) {
+        embed_scalars(x, &f->scale, once, &guidance);
+        x->k->add_row(x->d, c, row);
+    }
+    x->k->activate(x->d, c, ACT_SILU);
+    for (int64_t i = 0; i < f->n_double; i++) {
+        const struct stream *s[2] = {&f->doubles[i].text, &f->doubles[i].image};
+        for (int j = 0; j < 2; j++)
+            x->k->linear(x->d, tensor_cols(cond->mod, s[j]->mod_at, s[j]->mod.n), c, &s[j]->mod, ACT_NONE);
+    }
+    for (int64_t i = 0; i < f->n_single; i++)
+        x->k->linear(x->d, tensor_cols(cond->mod, f->singles[i].mod_at, f->singles[i].mod.n), c, &f->singles[i].mod,
+                     ACT_NONE);
+    x->k->linear(x->d, tensor_cols(cond->mod, f->mod_out_at, f->mod_out.n), c, &f->mod_out, ACT_NONE);
+    arena_release(x->arena, mark);
+}
+
+static void rope(const struct dit *m, const float *ids, int64_t rows, float *out)
+{
+    const struct flux *f = flux_of(m);
+    for (int64_t r = 0; r < rows; r++)
+        for (int a = 0; a < f->n_axes; a++)
+            for (int64_t i = 0; i < f->axes[a]; i += 2) {
+                double angle = (double)ids[r * f->n_axes + a] / pow(10000.0, (double)i / (double)f->axes[a]);
+                *out++ = (float)cos(angle);
+                *out++ = (float)sin(angle);
+            }
+}
+
+// ---- the forward pass
+
+// Chunk i of the modulation that starts at column at, for the pass's step: (dim)
+static struct tensor chunk(const struct flux *f, const struct dit_pass *p, int64_t at, int i)
+{
+    struct tensor row = tensor_cols(tensor_rows(p->cond->mod, p->step, 1), at + i * f->dim, f->dim);
+    return tensor_reshape(row, 1, f->dim, 1, 1, 1);
+}
+
+static struct tensor text_rows(const struct dit_pass *p, struct tensor t)
+{
+    return tensor_rows(t, 0, p->rows->text.count);
+}
+
+static struct tensor image_rows(const struct dit_pass *p, struct tensor t)
+{
+    return tensor_rows(t, p->rows->text.count, p->rows->image.count);
+}
+
+static struct tensor split_heads(const struct flux *f, struct tensor t)
+{
+    return tensor_reshape(t, 3, t.n[0], f->heads, f->head_dim, 1);
+}
+
+static void embed(const struct dit *m, struct exec *x, struct dit_pass *p, struct tensor tokens)
+{
+    x->k->copy(x->d, text_rows(p, p->hidden), tensor_rows(p->cond->text, 0, p->rows->text.count));
+    x->k->linear(x->d, image_rows(p, p->hidden), tokens, &flux_of(m)->embed_image, ACT_NONE);
+}
+
+// out (rows, dim) = attention of all rows with each other; qkv (rows, 3 * dim) already normed and rotated
+static void attend(const struct flux *f, struct exec *x, const struct dit_pass *p, int layer, struct tensor out,
+                   struct tensor qkv)
+{
+    exec_attend(x, &(struct attention_call){.layer = layer,
+                                            .out = split_heads(f, out),
+                                            .q = split_heads(f, tensor_cols(qkv, 0, f->dim)),
+                                            .k = split_heads(f, tensor_cols(qkv, f->dim, f->dim)),
+                                            .v = split_heads(f, tensor_cols(qkv, 2 * f->dim, f->dim)),
+                                            .rows = p->rows->of_rank,
+                                            .opts.scale = 1.0F / sqrtf((float)f->head_dim)});
+}
+
+static void norm_and_rotate(const struct flux *f, struct exec *x, struct tensor qkv, struct tensor norm_q,
+                            struct tensor norm_k, struct tensor rope_rows)
+{
+    x->k->qk_norm_rope(x->d, split_heads(f, tensor_cols(qkv, 0, f->dim)),
+                       split_heads(f, tensor_cols(qkv, f->dim, f->dim)), norm_q, norm_k, EPS, rope_rows);
+}
+
+// h: this stream's rows of hidden; qkv and the rope rows likewise
+static void stream_in(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct stream *s,
+                      struct tensor h, struct tensor qkv, struct tensor rope_rows)
+{
+    const size_t mark = arena_mark(x->arena);
+    struct tensor normed = exec_tensor(x, 2, h.n[0], f->dim, 1, 1);
+    x->k->modulate(x->d, normed, h, chunk(f, p, s->mod_at, 1), chunk(f, p, s->mod_at, 0), EPS);
+    x->k->linear(x->d, qkv, normed, &s->qkv, ACT_NONE);
+    norm_and_rotate(f, x, qkv, s->norm_q, s->norm_k, rope_rows);
+    arena_release(x->arena, mark);
+}
+
+static void stream_out(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct stream *s,
+                       struct tensor h, struct tensor attention)
+{
+    const size_t mark = arena_mark(x->arena);
+    struct tensor y = exec_tensor(x, 2, h.n[0], f->dim, 1, 1);
+    struct tensor inner = exec_tensor(x, 2, h.n[0], MLP_RATIO * f->dim, 1, 1);
+    x->k->linear(x->d, y, attention, &s->out, ACT_NONE);
+    x->k->gate_add(x->d, h, chunk(f, p, s->mod_at, 2), y);
+    x->k->modulate(x->d, y, h, chunk(f, p, s->mod_at, 4), chunk(f, p, s->mod_at, 3), EPS);
+    x->k->linear(x->d, inner, y, &s->up, ACT_GELU_TANH);
+    x->k->linear(x->d, y, inner, &s->down, ACT_NONE);
+    x->k->gate_add(x->d, h, chunk(f, p, s->mod_at, 5), y);
+    arena_release(x->arena, mark);
+}
+
+static void double_block(const struct flux *f, struct exec *x, struct dit_pass *p, int i)
+{
+    const struct double_block *b = &f->doubles[i];
+    const size_t mark = arena_mark(x->arena);
+    struct tensor attention = exec_tensor(x, 2, p->hidden.n[0], f->dim, 1, 1);
+    const size_t inner = arena_mark(x->arena);
+    struct tensor qkv = exec_tensor(x, 2, p->hidden.n[0], 3 * f->dim, 1, 1);
+    stream_in(f, x, p, &b->text, text_rows(p, p->hidden), text_rows(p, qkv), text_rows(p, p->rows->rope));
+    stream_in(f, x, p, &b->image, image_rows(p, p->hidden), image_rows(p, qkv), image_rows(p, p->rows->rope));
+    attend(f, x, p, i, attention, qkv);
+    arena_release(x->arena, inner);
+    stream_out(f, x, p, &b->text, text_rows(p, p->hidden), text_rows(p, attention));
+    stream_out(f, x, p, &b->image, image_rows(p, p->hidden), image_rows(p, attention));
+    arena_release(x->arena, mark);
+}
+
+static void single_block(const struct flux *f, struct exec *x, struct dit_pass *p, int i)
+{
+    const struct single_block *b = &f->singles[i];
+    const int64_t rows = p->hidden.n[0];
+    const size_t mark = arena_mark(x->arena);
+    struct tensor both = exec_tensor(x, 2, rows, (1 + MLP_RATIO) * f->dim, 1, 1); // [attention | mlp]
+    struct tensor normed = exec_tensor(x, 2, rows, f->dim, 1, 1);
+    struct tensor qkv = exec_tensor(x, 2, rows, 3 * f->dim, 1, 1);
+    x->k->modulate(x->d, normed, p->hidden, chunk(f, p, b->mod_at, 1), chunk(f, p, b->mod_at, 0), EPS);
+    x->k->linear(x->d, qkv, normed, &b->qkv, ACT_NONE);
+    norm_and_rotate(f, x, qkv, b->norm_q, b->norm_k, p->rows->rope);
+    attend(f, x, p, (int)f->n_double + i, tensor_cols(both, 0, f->dim), qkv);
+    x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), normed, &b->up, ACT_GELU_TANH);
+    x->k->linear(x->d, normed, both, &b->out, ACT_NONE);
+    x->k->gate_add(x->d, p->hidden, chunk(f, p, b->mod_at, 2), normed);
+    arena_release(x->arena, mark);
+}
+
+static void block(const struct dit *m, struct exec *x, struct dit_pass *p, int i)
+{
+    const struct flux *f = flux_of(m);
+    if (i < f->n_double)
+        double_block(f, x, p, i);
+    else
+        single_block(f, x, p, i - (int)f->n_double);
+}
+
+static void head(const struct dit *m, struct exec *x, struct dit_pass *p, struct tensor out)
+{
+    const struct flux *f = flux_of(m);
+    const size_t mark = arena_mark(x->arena);
+    struct tensor normed = exec_tensor(x, 2, p->rows->image.count, f->dim, 1, 1);
+    x->k->modulate(x->d, normed, image_rows(p, p->hidden), chunk(f, p, f->mod_out_at, 0), chunk(f, p, f->mod_out_at, 1),
+                   EPS);
+    x->k->linear(x->d, out, normed, &f->proj_out, ACT_NONE);
+    arena_release(x->arena, mark);
+}
+
+// ---- loading
+
+static int load_config(struct flux *f, const char *dir, struct err *err)
+{
+    struct config *c = config_open(dir, "config.json", err);
+    int64_t patch = 1, sum = 0;
+    config_require(c, "_class_name", "FluxTransformer2DModel");
+    config_int(c, "num_layers", 0, MAX_BLOCKS, &f->n_double);
+    config_int(c, "num_single_layers", 0, MAX_BLOCKS, &f->n_single);
+    config_int(c, "num_attention_heads", 1, 256, &f->heads);
+    config_int(c, "attention_head_dim", 2, 512, &f->head_dim);
+    config_int(c, "in_channels", 4, 4096, &f->channels);
+    config_int_or(c, "out_channels", f->channels, f->channels, &f->channels);
+    config_int(c, "joint_attention_dim", 1, 65536, &f->text_dim);
+    config_int(c, "pooled_projection_dim", 1, 65536, &f->pooled_dim);
+    config_int_or(c, "patch_size", 1, 1, &patch);
+    config_bool_or(c, "guidance_embeds", &f->guidance);
+    config_ints(c, "axes_dims_rope", AXES, 2, 512, f->axes, &f->n_axes);
+    for (int a = 0; a < f->n_axes; a++)
+        sum += f->axes[a] % 2 ? -1 : f->axes[a];
+    if (sum != f->head_dim || f->n_axes != AXES)
+        config_fail(c, ERR_INVALID, "axes_dims_rope must be 3 even numbers that add up to attention_head_dim %lld",
+                    (long long)f->head_dim);
+    f->dim = f->heads * f->head_dim;
+    return config_close(c, err);
+}
+
+static int load_stream(struct flux *f, struct stream *s, int i, bool text, struct err *err)
+{
+    static const char *const qkv[2][3] = {{"to_q", "to_k", "to_v"}, {"add_q_proj", "add_k_proj", "add_v_proj"}};
+    const struct weights *w = f->weights;
+    const int64_t dim = f->dim, n[3] = {dim, dim, dim};
+    const char *norm = text ? "norm1_context" : "norm1", *ff = text ? "ff_context" : "ff";
+    char attn[64];
+    snprintf(attn, sizeof attn, "transformer_blocks.%d.attn", i);
+    TRY(weights_linear1(w, &s->mod, 6 * dim, dim, true, err, "transformer_blocks.%d.%s.linear", i, norm));
+    TRY(weights_linear(w, &s->qkv, attn, 3, qkv[text], n, dim, true, err));
+    TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sq.weight", attn, text ? "added_" : ""));
+    TRY(weights_get(w, &s->norm_k, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sk.weight", attn, text ? "added_" : ""));
+    TRY(weights_linear1(w, &s->out, dim, dim, true, err, "%s.%s", attn, text ? "to_add_out" : "to_out.0"));
+    TRY(weights_linear1(w, &s->up, MLP_RATIO * dim, dim, true, err, "transformer_blocks.%d.%s.net.0.proj", i, ff));
+    TRY(weights_linear1(w, &s->down, dim, MLP_RATIO * dim, true, err, "transformer_blocks.%d.%s.net.2", i, ff));
+    s->mod_at = f->mod_width;
+    f->mod_width += 6 * dim;
+    return 0;
+}
+
+static int load_single(struct flux *f, struct single_block *s, int i, struct err *err)
+{
+    static const char *const qkv[3] = {"to_q", "to_k", "to_v"};
+    const struct weights *w = f->weights;
+    const int64_t dim = f->dim, n[3] = {dim, dim, dim};
+    char attn[64];
+    snprintf(attn, sizeof attn, "single_transformer_blocks.%d.attn", i);
+    TRY(weights_linear1(w, &s->mod, 3 * dim, dim, true, err, "single_transformer_blocks.%d.norm.linear", i));
+    TRY(weights_linear(w, &s->qkv, attn, 3, qkv, n, dim, true, err));
+    TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_q.weight", attn));
+    TRY(weights_get(w, &s->norm_k, 1, f->head_dim, 1, 1, 1, err, "%s.norm_k.weight", attn));
+    TRY(weights_linear1(w, &s->up, MLP_RATIO * dim, dim, true, err, "single_transformer_blocks.%d.proj_mlp", i));
+    TRY(weights_linear1(w, &s->out, dim, (1 + MLP_RATIO) * dim, true, err, "single_transformer_blocks.%d.proj_out", i));
+    s->mod_at = f->mod_width;
+    f->mod_width += 3 * dim;
+    return 0;
+}
+
+static int load_embedder(const struct flux *f, struct mlp_embedder *e, const char *name, int64_t in, struct err *err)
+{
+    TRY(weights_linear1(f->weights, &e->in, f->dim, in, true, err, "time_text_embed.%s.linear_1", name));
+    return weights_linear1(f->weights, &e->out, f->dim, f->dim, true, err, "time_text_embed.%s.linear_2", name);
+}
+
+static int load_weights(struct flux *f, const char *dir, struct err *err)
+{
+    TRY(weights_open(dir, "diffusion_pytorch_model", &f->weights, err));
+    f->doubles = calloc((size_t)f->n_double + 1, sizeof *f->doubles);
+    f->singles = calloc((size_t)f->n_single + 1, sizeof *f->singles);
+    if (!f->doubles || !f->singles)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
+    for (int i = 0; i < f->n_double; i++) {
+        TRY(load_stream(f, &f->doubles[i].text, i, true, err));
+        TRY(load_stream(f, &f->doubles[i].image, i, false, err));
+    }
+    for (int i = 0; i < f->n_single; i++)
+        TRY(load_single(f, &f->singles[i], i, err));
+    TRY(load_embedder(f, &f->time, "timestep_embedder", SINUSOID, err));
+    TRY(load_embedder(f, &f->pooled, "text_embedder", f->pooled_dim, err));
+    if (f->guidance)
+        TRY(load_embedder(f, &f->scale, "guidance_embedder", SINUSOID, err));
+    TRY(weights_linear1(f->weights, &f->embed_image, f->dim, f->channels, true, err, "x_embedder"));
+    TRY(weights_linear1(f->weights, &f->embed_text, f->dim, f->text_dim, true, err, "context_embedder"));
+    TRY(weights_linear1(f->weights, &f->mod_out, 2 * f->dim, f->dim, true, err, "norm_out.linear"));
+    TRY(weights_linear1(f->weights, &f->proj_out, f->channels, f->dim, true, err, "proj_out"));
+    f->mod_out_at = f->mod_width;
+    f->mod_width += 2 * f->dim;
+    return 0;
+}
+
+static void flux_free(struct dit *m)
+{
+    struct flux *f = (struct flux *)m;
+    if (!f)
+        return;
+    weights_free(f->weights);
+    free(f->doubles);
+    free(f->singles);
+    free(f);
+}
+
+static const struct dit_ops ops = {
+    .info = info, .prepare = prepare, .rope = rope, .embed = embed, .block = block, .head = head, .free = flux_free};
+
+int flux_load(const char *dir, struct dit **out, struct err *err)
+{
+    *out = NULL;
+    struct flux *f = calloc(1, sizeof *f);
+    if (!f)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
+    f->dit.ops = &ops;
+    int rc = load_config(f, dir, err);
+    if (rc == 0)
+        rc = load_weights(f, dir, err);
+    if (rc != 0) {
+        flux_free(&f->dit);
+        return rc;
+    }
+    *out = &f->dit;
+    return 0;
+}
+
+struct weights *flux_weights(const struct dit *m)
+{
+    return flux_of(m)->weights;
+}

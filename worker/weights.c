@@ -1,0 +1,397 @@
+#include "worker/weights.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <openssl/evp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { MAX_HEADER = 100 << 20, MAX_NAME = 256, MAX_PATH = 1024 };
+
+struct shard {
+    char *path;
+    uint8_t *map; // the whole file, read only
+    size_t size;
+    size_t data; // offset of the first tensor's bytes
+};
+
+struct entry {
+    char *name;
+    struct tensor tensor;
+    const struct shard *shard;
+};
+
+struct weights {
+    struct shard *shards;
+    int n_shards;
+    struct entry *entries; // sorted by name
+    size_t n_entries;
+    void **owned; // re-laid and re-aligned copies
+    size_t n_owned;
+};
+
+void weights_free(struct weights *w)
+{
+    if (!w)
+        return;
+    for (int i = 0; i < w->n_shards; i++) {
+        if (w->shards[i].map)
+            munmap(w->shards[i].map, w->shards[i].size);
+        free(w->shards[i].path);
+    }
+    for (size_t i = 0; i < w->n_entries; i++)
+        free(w->entries[i].name);
+    for (size_t i = 0; i < w->n_owned; i++)
+        free(w->owned[i]);
+    free(w->shards);
+    free(w->entries);
+    free(w->owned);
+    free(w);
+}
+
+// Memory that lives as long as w; NULL when there is none.
+static void *own(struct weights *w, size_t bytes)
+{
+    void **list = realloc(w->owned, (w->n_owned + 1) * sizeof *list);
+    if (!list)
+        return NULL;
+    w->owned = list;
+    list[w->n_owned] = malloc(bytes ? bytes : 1);
+    return list[w->n_owned] ? list[w->n_owned++] : NULL;
+}
+
+static int map_file(struct shard *s, const char *path, struct err *err)
+{
+    s->path = strdup(path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0)
+        return err_set(err, ERR_NOT_FOUND, "%s: cannot be opened (%s)", path, strerror(errno));
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size < 8) {
+        close(fd);
+        return err_set(err, ERR_CORRUPT, "%s: too short for a safetensors file, or not a file", path);
+    }
+    s->size = (size_t)st.st_size;
+    s->map = mmap(NULL, s->size, PROT_READ, MAP_SHARED, fd, 0);
+    close(fd);
+    if (s->map == MAP_FAILED) {
+        s->map = NULL;
+        return err_set(err, ERR_NO_MEMORY, "%s: cannot be mapped (%s)", path, strerror(errno));
+    }
+    return 0;
+}
+
+static int parse_dtype(const char *name, enum dtype *out)
+{
+    for (int t = 0; name && t < DT_COUNT; t++)
+        if (strcmp(name, dtype_name(t)) == 0) {
+            *out = (enum dtype)t;
+            return 0;
+        }
+    return ERR_UNSUPPORTED;
+}
+
+// Reads shape and data_offsets of one header entry; every number is checked against the bytes that are there.
+static int parse_tensor(struct weights *w, const struct shard *s, const char *name, json_t *info, struct tensor *out,
+                        struct err *err)
+{
+    enum dtype dtype;
+    json_t *shape = json_object_get(info, "shape"), *offsets = json_object_get(info, "data_offsets");
+    const char *type = json_string_value(json_object_get(info, "dtype"));
+    if (parse_dtype(type, &dtype) != 0)
+        return err_set(err, ERR_UNSUPPORTED, "%s: tensor %.120s has dtype %.20s", s->path, name, type ? type : "?");
+    int dims = (int)json_array_size(shape);
+    if (!json_is_array(shape) || dims > TENSOR_MAX_DIMS || json_array_size(offsets) != 2)
+        return err_set(err, ERR_CORRUPT, "%s: tensor %.120s has no shape of at most 4 dimensions and two offsets",
+                       s->path, name);
+    int64_t n[TENSOR_MAX_DIMS] = {1, 1, 1, 1};
+    int64_t start = json_integer_value(json_array_get(offsets, 0)),
+            end = json_integer_value(json_array_get(offsets, 1));
+    int64_t bytes = (int64_t)dtype_size(dtype), room = (int64_t)(s->size - s->data);
+    for (int i = 0; i < dims; i++) {
+        n[i] = json_integer_value(json_array_get(shape, (size_t)i));
+        if (n[i] < 0 || __builtin_mul_overflow(bytes, n[i], &bytes))
+            return err_set(err, ERR_CORRUPT, "%s: tensor %.120s has an impossible shape", s->path, name);
+    }
+    if (start < 0 || end < start || end > room || end - start != bytes)
+        return err_set(err, ERR_CORRUPT,
+                       "%s: tensor %.120s needs bytes %lld to %lld of data but the file holds %lld (short or corrupt)",
+                       s->path, name, (long long)start, (long long)(start + bytes), (long long)room);
+    void *data = s->map + s->data + start;
+    if ((uintptr_t)data % dtype_size(dtype) != 0) { // old writers did not pad the header
+        void *copy = own(w, (size_t)bytes);
+        if (!copy)
+            return err_set(err, ERR_NO_MEMORY, "%s: out of memory", s->path);
+        data = memcpy(copy, data, (size_t)bytes);
+    }
+    *out = tensor_of(data, dtype, dims ? dims : 1, n[0], n[1], n[2], n[3]);
+    return 0;
+}
+
+static int parse_header(struct weights *w, struct shard *s, struct err *err)
+{
+    uint64_t length = 0;
+    for (int i = 7; i >= 0; i--)
+        length = length << 8 | s->map[i];
+    if (length > MAX_HEADER || length > s->size - 8)
+        return err_set(err, ERR_CORRUPT, "%s: header of %llu bytes in a file of %zu: short or not safetensors", s->path,
+                       (unsigned long long)length, s->size);
+    json_error_t why;
+    json_t *root = json_loadb((const char *)s->map + 8, length, JSON_REJECT_DUPLICATES, &why);
+    if (!json_is_object(root)) {
+        json_decref(root);
+        return err_set(err, ERR_CORRUPT, "%s: header is not a JSON object: %s", s->path, why.text);
+    }
+    s->data = 8 + (size_t)length;
+    int rc = 0;
+    const char *name;
+    json_t *info;
+    struct entry *grown = realloc(w->entries, (w->n_entries + json_object_size(root) + 1) * sizeof *grown);
+    if (!grown)
+        rc = err_set(err, ERR_NO_MEMORY, "%s: out of memory", s->path);
+    else
+        w->entries = grown;
+    json_object_foreach(root, name, info)
+    {
+        if (rc != 0 || strcmp(name, "__metadata__") == 0)
+            continue;
+        struct entry *e = &w->entries[w->n_entries];
+        rc = parse_tensor(w, s, name, info, &e->tensor, err);
+        if (rc != 0)
+            continue;
+        e->shard = s;
+        e->name = strdup(name);
+        w->n_entries++;
+    }
+    json_decref(root);
+    return rc;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(((const struct entry *)a)->name, ((const struct entry *)b)->name);
+}
+
+static int open_shards(struct weights *w, const char *dir, const char *const *names, int count, struct err *err)
+{
+    w->shards = calloc((size_t)count, sizeof *w->shards);
+    if (!w->shards)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
+    for (int i = 0; i < count; i++) {
+        char path[MAX_PATH];
+        if (strchr(names[i], '/') || snprintf(path, sizeof path, "%s/%s", dir, names[i]) >= (int)sizeof path)
+            return err_set(err, ERR_CORRUPT, "%s: shard name %.80s is not a plain file name", dir, names[i]);
+        w->n_shards++;
+        TRY(map_file(&w->shards[i], path, err));
+        TRY(parse_header(w, &w->shards[i], err));
+    }
+    qsort(w->entries, w->n_entries, sizeof *w->entries, by_name);
+    for (size_t i = 1; i < w->n_entries; i++)
+        if (by_name(&w->entries[i - 1], &w->entries[i]) == 0)
+            return err_set(err, ERR_CORRUPT, "%s: tensor %.120s is in %s too", w->entries[i].shard->path,
+                           w->entries[i].name, w->entries[i - 1].shard->path);
+    return 0;
+}
+
+// The distinct shard files that an index's weight_map names.
+static int open_index(struct weights *w, const char *dir, const char *index_path, struct err *err)
+{
+    json_error_t why;
+    json_t *root = json_load_file(index_path, 0, &why), *map = json_object_get(root, "weight_map"), *file;
+    json_t *files = json_object();
+    const char *name;
+    json_object_foreach(map, name, file) if (json_is_string(file))
+        json_object_set_new(files, json_string_value(file), json_true());
+    int rc, count = 0, total = (int)json_object_size(files);
+    const char **names = calloc((size_t)total + 1, sizeof *names);
+    if (!names)
+        rc = err_set(err, ERR_NO_MEMORY, "%s: out of memory", index_path);
+    else if (total == 0)
+        rc = err_set(err, ERR_CORRUPT, "%s: no weight_map that names files (%s)", index_path, root ? "" : why.text);
+    else {
+        json_object_foreach(files, name, file) names[count++] = name;
+        rc = open_shards(w, dir, names, count, err);
+    }
+    json_object_foreach(map, name, file) if (rc == 0 && !weights_has(w, name)) rc =
+        err_set(err, ERR_CORRUPT, "%s: tensor %.120s is in none of the shards", index_path, name);
+    free(names);
+    json_decref(files);
+    json_decref(root);
+    return rc;
+}
+
+int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err)
+{
+    char single[MAX_PATH], index[MAX_PATH], name[MAX_PATH];
+    *out = NULL;
+    snprintf(name, sizeof name, "%s.safetensors", stem);
+    if (snprintf(single, sizeof single, "%s/%s", dir, name) >= (int)sizeof single - 16)
+        return err_set(err, ERR_INVALID, "%.80s...: path too long", dir);
+    snprintf(index, sizeof index, "%.1000s.index.json", single);
+    struct weights *w = calloc(1, sizeof *w);
+    if (!w)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
+    const char *names[] = {name};
+    int rc;
+    if (access(index, F_OK) == 0)
+        rc = open_index(w, dir, index, err);
+    else if (access(single, F_OK) == 0)
+        rc = open_shards(w, dir, names, 1, err);
+    else
+        rc = err_set(err, ERR_NOT_FOUND, "%s: neither %s nor %s.index.json is there", dir, name, name);
+    if (rc != 0) {
+        weights_free(w);
+        return rc;
+    }
+    *out = w;
+    return 0;
+}
+
+static const struct entry *find(const struct weights *w, const char *name)
+{
+    const struct entry key = {.name = (char *)name};
+    return w->n_entries ? bsearch(&key, w->entries, w->n_entries, sizeof key, by_name) : NULL;
+}
+
+bool weights_has(const struct weights *w, const char *name)
+{
+    return find(w, name) != NULL;
+}
+
+int64_t weights_bytes(const struct weights *w)
+{
+    int64_t sum = 0;
+    for (size_t i = 0; i < w->n_entries; i++)
+        sum += (int64_t)tensor_bytes(w->entries[i].tensor);
+    return sum;
+}
+
+void weights_fingerprint(const struct weights *w, uint8_t sha256[32])
+{
+    enum { SAMPLES = 64, PAGE = 4096 };
+    EVP_MD_CTX *md = EVP_MD_CTX_new();
+    EVP_DigestInit_ex(md, EVP_sha256(), NULL);
+    for (int i = 0; i < w->n_shards; i++) {
+        const struct shard *s = &w->shards[i];
+        uint64_t size = s->size;
+        EVP_DigestUpdate(md, &size, sizeof size);
+        EVP_DigestUpdate(md, s->map, s->data);
+        size_t stride = (s->size - s->data) / SAMPLES + 1;
+        for (size_t at = s->data; at < s->size; at += stride) {
+            size_t n = s->size - at < PAGE ? s->size - at : PAGE;
+            EVP_DigestUpdate(md, s->map + at, n < stride ? n : stride);
+        }
+    }
+    EVP_DigestFinal_ex(md, sha256, NULL);
+    EVP_MD_CTX_free(md);
+}
+
+static void print_shape(char *text, size_t size, int dims, const int64_t *n)
+{
+    int at = snprintf(text, size, "[");
+    for (int i = 0; i < dims; i++)
+        at += snprintf(text + at, size - (size_t)at, "%s%lld", i ? ", " : "", (long long)n[i]);
+    snprintf(text + at, size - (size_t)at, "]");
+}
+
+static int get(const struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name,
+               struct err *err)
+{
+    const struct entry *e = find(w, name);
+    char found[96], expected[96];
+    print_shape(expected, sizeof expected, dims, n);
+    if (!e)
+        return err_set(err, ERR_CORRUPT, "%s: tensor %s %s is missing", w->n_shards ? w->shards[0].path : "?", name,
+                       expected);
+    if (e->tensor.dims != dims || memcmp(e->tensor.n, n, (size_t)dims * sizeof *n) != 0) {
+        print_shape(found, sizeof found, e->tensor.dims, e->tensor.n);
+        return err_set(err, ERR_CORRUPT, "%s: tensor %s has shape %s but the configuration implies %s", e->shard->path,
+                       name, found, expected);
+    }
+    if (e->tensor.dtype != DT_F32 && e->tensor.dtype != DT_BF16 && e->tensor.dtype != DT_F16)
+        return err_set(err, ERR_UNSUPPORTED, "%s: tensor %s has dtype %s; F32, BF16 and F16 can be used",
+                       e->shard->path, name, dtype_name(e->tensor.dtype));
+    *out = e->tensor;
+    return 0;
+}
+
+#define FORMAT_NAME(name, format)                                                                                      \
+    char name[MAX_NAME];                                                                                               \
+    va_list name##_args;                                                                                               \
+    va_start(name##_args, format);                                                                                     \
+    vsnprintf(name, sizeof name, format, name##_args);                                                                 \
+    va_end(name##_args)
+
+int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
+                struct err *err, const char *name_format, ...)
+{
+    FORMAT_NAME(name, name_format);
+    const int64_t n[] = {n0, n1, n2, n3};
+    return get(w, out, dims, n, name, err);
+}
+
+int weights_linear(const struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
+                   const int64_t *n, int64_t k, bool bias, struct err *err)
+{
+    struct tensor weight[LINEAR_MAX_PARTS], b[LINEAR_MAX_PARTS];
+    for (int i = 0; i < parts; i++) {
+        char name[MAX_NAME];
+        const int64_t shape[] = {n[i], k};
+        snprintf(name, sizeof name, "%s.%s.weight", prefix, names[i]);
+        TRY(get(w, &weight[i], 2, shape, name, err));
+        snprintf(name, sizeof name, "%s.%s.bias", prefix, names[i]);
+        if (bias)
+            TRY(get(w, &b[i], 1, shape, name, err));
+    }
+    return linear_init(out, parts, weight, bias ? b : NULL, err);
+}
+
+int weights_linear1(const struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
+                    const char *name_format, ...)
+{
+    FORMAT_NAME(name, name_format);
+    struct tensor weight, b;
+    TRY(weights_get(w, &weight, 2, n, k, 1, 1, err, "%s.weight", name));
+    if (bias)
+        TRY(weights_get(w, &b, 1, n, 1, 1, 1, err, "%s.bias", name));
+    return linear_init(out, 1, &weight, bias ? &b : NULL, err);
+}
+
+// (c_out, c_in, taps) -> (c_out, taps, c_in), elements of size bytes.
+static void channels_last(char *to, const char *from, int64_t c_out, int64_t c_in, int64_t taps, size_t size)
+{
+    for (int64_t o = 0; o < c_out; o++)
+        for (int64_t i = 0; i < c_in; i++)
+            for (int64_t t = 0; t < taps; t++)
+                memcpy(to + (size_t)((o * taps + t) * c_in + i) * size,
+                       from + (size_t)((o * c_in + i) * taps + t) * size, size);
+}
+
+int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_in, int size, struct err *err,
+                 const char *name_format, ...)
+{
+    FORMAT_NAME(name, name_format);
+    struct tensor t;
+    TRY(weights_get(w, &t, 4, c_out, c_in, size, size, err, "%s.weight", name));
+    TRY(weights_get(w, &out->b, 1, c_out, 1, 1, 1, err, "%s.bias", name));
+    void *data = own(w, tensor_bytes(t));
+    if (!data)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
+    channels_last(data, t.data, c_out, c_in, (int64_t)size * size, dtype_size(t.dtype));
+    out->w = tensor_of(data, t.dtype, 4, c_out, size, size, c_in);
+    return 0;
+}
+
+int weights_norm(const struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
+                 const char *name_format, ...)
+{
+    FORMAT_NAME(name, name_format);
+    TRY(weights_get(w, gamma, 1, n, 1, 1, 1, err, "%s.weight", name));
+    return weights_get(w, beta, 1, n, 1, 1, 1, err, "%s.bias", name);
+}

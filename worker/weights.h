@@ -1,0 +1,39 @@
+// weights.h: the tensors of one part of a checkpoint, memory-mapped from safetensors files.
+//
+// A part is a folder with NAME.safetensors, or NAME.safetensors.index.json and its shards. Nothing is read until a
+// tensor's pages are touched. Every offset is checked against the file; a tensor asked for must have the shape the
+// model's configuration implies, or the error names tensor, file, what is there and what was expected.
+#ifndef DITFLEET_WORKER_WEIGHTS_H
+#define DITFLEET_WORKER_WEIGHTS_H
+
+#include "kernels/kernels.h"
+
+struct weights;
+
+// stem: "diffusion_pytorch_model" or "model". Freed by weights_free; the tensors point into it.
+int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err);
+void weights_free(struct weights *w);
+bool weights_has(const struct weights *w, const char *name);
+int64_t weights_bytes(const struct weights *w); // of all tensors
+// Fingerprint of names, types, shapes, sizes and 64 sampled pages a file: tells checkpoints apart without reading
+// all of them.
+void weights_fingerprint(const struct weights *w, uint8_t sha256[32]);
+
+// *out: the tensor called by the printf-style name, of exactly this shape (dims 1 to 4), type f32, bf16 or f16.
+int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
+                struct err *err, const char *name_format, ...) __attribute__((format(printf, 9, 10)));
+
+// One linear layer from parts prefix.names[i].weight (n[i], k) and, when bias, prefix.names[i].bias.
+int weights_linear(const struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
+                   const int64_t *n, int64_t k, bool bias, struct err *err);
+// The common case: one weight, with bias or without.
+int weights_linear1(const struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
+                    const char *name_format, ...) __attribute__((format(printf, 7, 8)));
+// NAME.weight (c_out, c_in, size, size) re-laid channels last in memory that w owns, and NAME.bias.
+int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_in, int size, struct err *err,
+                 const char *name_format, ...) __attribute__((format(printf, 7, 8)));
+// NAME.weight and NAME.bias, (n) each.
+int weights_norm(const struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
+                 const char *name_format, ...) __attribute__((format(printf, 6, 7)));
+
+#endif
