@@ -191,6 +191,15 @@ bool check_embed(struct check *c, struct tensor y, struct tensor table, struct t
     return rule(c, ok, "embed", "y (m, n), table (rows, n), ids I32 (m)", 3, "y", y, "table", table, "ids", ids);
 }
 
+bool check_relative_bias(struct check *c, struct tensor y, struct tensor table, struct tensor buckets)
+{
+    bool ok = y.dtype == DT_F32 && y.dims == 3 && table.dims == 2 && weight_type(table) && table.n[1] == y.n[0] &&
+              buckets.dtype == DT_I32 && buckets.dims == 1 &&
+              (tensor_count(y) == 0 || buckets.n[0] == y.n[1] + y.n[2] - 1);
+    return rule(c, ok, "relative_bias", "y F32 (heads, m, s), table (b, heads), buckets I32 (m + s - 1)", 3, "y", y,
+                "table", table, "buckets", buckets);
+}
+
 bool check_attention(struct check *c, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                      const struct attention_opts *opts)
 {

@@ -32,6 +32,7 @@ bool check_rms_norm(struct check *c, struct tensor y, struct tensor x, struct te
 bool check_qk_norm_rope(struct check *c, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
                         struct tensor rope);
 bool check_embed(struct check *c, struct tensor y, struct tensor table, struct tensor ids);
+bool check_relative_bias(struct check *c, struct tensor y, struct tensor table, struct tensor buckets);
 bool check_attention(struct check *c, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                      const struct attention_opts *opts);
 bool check_conv2d(struct check *c, struct tensor y, struct tensor x, const struct conv *conv);

@@ -166,6 +166,12 @@ static void dry_embed(struct device *d, struct tensor y, struct tensor table, st
         COUNT(0, y, ids, tensor_of(NULL, table.dtype, 2, y.n[0], y.n[1], 1, 1));
 }
 
+static void dry_relative_bias(struct device *d, struct tensor y, struct tensor table, struct tensor buckets)
+{
+    if (check_relative_bias(&d->check, y, table, buckets))
+        COUNT(0, y, table, buckets);
+}
+
 static void dry_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                           const struct attention_opts *opts)
 {
@@ -253,6 +259,7 @@ const struct kernels kernels_dry = {
     .rms_norm = dry_rms_norm,
     .qk_norm_rope = dry_qk_norm_rope,
     .embed = dry_embed,
+    .relative_bias = dry_relative_bias,
     .attention = dry_attention,
     .conv2d = dry_conv2d,
     .group_sums = dry_group_sums,

@@ -71,6 +71,7 @@ void cpu_gate_add(struct device *d, struct tensor x, struct tensor gate, struct 
 void cpu_axpy(struct device *d, struct tensor x, float a, struct tensor y);
 void cpu_cfg_combine(struct device *d, struct tensor out, struct tensor negative, struct tensor positive, float scale);
 void cpu_embed(struct device *d, struct tensor y, struct tensor table, struct tensor ids);
+void cpu_relative_bias(struct device *d, struct tensor y, struct tensor table, struct tensor buckets);
 void cpu_upsample2x(struct device *d, struct tensor y, struct tensor x);
 void cpu_unpack_latents(struct device *d, struct tensor latent, struct tensor tokens, float scale, float shift);
 void cpu_to_u8(struct device *d, struct tensor y, struct tensor x);

@@ -238,6 +238,7 @@ const struct kernels kernels_cpu = {
     .rms_norm = cpu_rms_norm,
     .qk_norm_rope = cpu_qk_norm_rope,
     .embed = cpu_embed,
+    .relative_bias = cpu_relative_bias,
     .attention = cpu_attention,
     .conv2d = cpu_conv2d,
     .group_sums = cpu_group_sums,

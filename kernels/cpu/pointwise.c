@@ -129,21 +129,56 @@ void cpu_cfg_combine(struct device *d, struct tensor out, struct tensor negative
         run(d, (struct points){.op = OP_CFG, .a = scale}, out, negative, positive);
 }
 
+// Ids come from the text of a job, so the failure does not name them.
+static bool ids_within(struct device *d, const char *op, struct tensor ids, struct tensor table)
+{
+    const int32_t *id = ids.data;
+    for (int64_t i = 0; i < ids.n[0]; i++)
+        if (id[i] < 0 || id[i] >= table.n[0])
+            return check_fail(&d->check, ERR_INVALID, "%s: the id at %lld is outside the table of %lld rows", op,
+                              (long long)i, (long long)table.n[0]);
+    return true;
+}
+
 void cpu_embed(struct device *d, struct tensor y, struct tensor table, struct tensor ids)
 {
-    if (!check_embed(&d->check, y, table, ids))
+    if (!check_embed(&d->check, y, table, ids) || !ids_within(d, "embed", ids, table))
         return;
-    const int32_t *id = ids.data;
     for (int64_t r = 0; r < y.n[0]; r++) {
-        if (id[r] < 0 || id[r] >= table.n[0]) {
-            check_fail(&d->check, ERR_INVALID, "embed: the id at %lld is outside the table of %lld rows", (long long)r,
-                       (long long)table.n[0]);
-            return;
-        }
         float *to = (float *)y.data + r * y.ld;
+        int64_t from = ((const int32_t *)ids.data)[r] * table.ld;
         for (int64_t i = 0; i < y.n[1]; i += LANES)
-            vstore_n(to + i, weight_load(table.data, table.dtype, id[r] * table.ld + i, y.n[1] - i), y.n[1] - i);
+            vstore_n(to + i, weight_load(table.data, table.dtype, from + i, y.n[1] - i), y.n[1] - i);
     }
+}
+
+struct relative {
+    struct tensor y, table;
+    const int32_t *buckets;
+};
+
+static void relative_heads(const void *ctx, int64_t from, int64_t to)
+{
+    const struct relative *j = ctx;
+    int64_t m = j->y.n[1], s = j->y.n[2];
+    for (int64_t h = from; h < to; h++)
+        for (int64_t q = m - 1; q >= 0; q--) {
+            float *y = (float *)j->y.data + h * j->y.ld + q * s;
+            // A row is the one below it moved by one key: only its last number, or the whole last row, is looked up.
+            int64_t known = q == m - 1 ? 0 : s - 1;
+            if (known)
+                memcpy(y, y + s + 1, (size_t)known * sizeof *y);
+            for (int64_t k = known; k < s; k++)
+                y[k] = weight_load(j->table.data, j->table.dtype, j->buckets[k - q + m - 1] * j->table.ld + h, 1)[0];
+        }
+}
+
+void cpu_relative_bias(struct device *d, struct tensor y, struct tensor table, struct tensor buckets)
+{
+    struct relative job = {y, table, buckets.data};
+    if (check_relative_bias(&d->check, y, table, buckets) && tensor_count(y) > 0 &&
+        ids_within(d, "relative_bias", buckets, table))
+        cpu_rows(d, y.n[0], y.n[1] * y.n[2], relative_heads, &job);
 }
 
 struct move {

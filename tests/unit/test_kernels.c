@@ -469,6 +469,26 @@ static void embed(void **state)
     assert_non_null(strstr(err.text, "table of 3 rows"));
 }
 
+static void relative_bias(void **state)
+{
+    struct fix *f = *state;
+    const int64_t ms[] = {0, 1, 5, 40}, ss[] = {1, 7, 40};
+    for (int i = 0; i < 12; i++) {
+        int64_t m = ms[i % 4], s = ss[i / 4], heads = 1 + i % 3;
+        struct tensor table = MAKE(f, weight_types[i % 3], 1, 1, 13, heads), y = MAKE(f, DT_F32, 3, 1, heads, m, s);
+        int32_t buckets[80];
+        for (int64_t j = 0; j < m + s - 1; j++)
+            buckets[j] = (int32_t)(j * 7 % 13);
+        K->relative_bias(f->d, y, table, tensor_1d(buckets, DT_I32, m + s - 1));
+        double *want = room(f, heads * m * s), *p = want;
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t q = 0; q < m; q++)
+                for (int64_t k = 0; k < s; k++)
+                    *p++ = at(table, buckets[k - q + m - 1], h, 0, 0);
+        same(f, y, want, 0, "relative_bias");
+    }
+}
+
 // ---- across rows
 
 struct attention_case {
@@ -755,6 +775,7 @@ int main(void)
         BOTH(norms),
         BOTH(qk_norm_rope),
         BOTH(embed),
+        BOTH(relative_bias),
         BOTH(attention),
         BOTH(attention_rows_alone),
         BOTH(conv2d),
