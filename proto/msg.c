@@ -69,12 +69,12 @@ void msg_format(const struct msg *m, uint8_t bytes[MSG_BYTES])
         memcpy(bytes + AT_TEXT, m->reason, strnlen(m->reason, MSG_REASON_BYTES - 1));
 }
 
-// Control characters would break log lines and terminals.
+// Control characters would break log lines and terminals, other bytes the JSON of status.
 static void copy_text(char *to, const uint8_t *from, size_t room)
 {
     size_t n = strnlen((const char *)from, room - 1);
     for (size_t i = 0; i < n; i++)
-        to[i] = from[i] < 0x20 || from[i] == 0x7f ? '?' : (char)from[i];
+        to[i] = from[i] < 0x20 || from[i] > 0x7e ? '?' : (char)from[i];
     to[n] = 0;
 }
 

@@ -1,0 +1,109 @@
+// Between fork and exec only async-signal-safe calls run, because the supervisor has threads: arguments and environment
+// are made before the fork.
+#include "supervisor/child.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { NUMBER = 16 };
+
+struct arguments {
+    char rank[NUMBER], ranks[NUMBER], control_fd[NUMBER], shm_fd[NUMBER];
+    const char *argv[20];
+    char blas[40], openmp[40];
+    const char **envp; // malloc
+};
+
+// The supervisor's own notification and socket activation are not its workers' business.
+static bool is_dropped(const char *variable)
+{
+    static const char *const names[] = {"NOTIFY_SOCKET=",  "WATCHDOG_", "LISTEN_PID=",           "LISTEN_FDS=",
+                                        "LISTEN_FDNAMES=", "MAINPID=",  "OPENBLAS_NUM_THREADS=", "OMP_NUM_THREADS="};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strncmp(variable, names[i], strlen(names[i])) == 0)
+            return true;
+    return false;
+}
+
+static int make_arguments(const struct child *c, struct arguments *a, struct err *err)
+{
+    snprintf(a->rank, NUMBER, "%d", c->rank);
+    snprintf(a->ranks, NUMBER, "%d", c->ranks);
+    snprintf(a->control_fd, NUMBER, "%d", CHILD_CONTROL_FD);
+    snprintf(a->shm_fd, NUMBER, "%d", CHILD_SHM_FD);
+    const char *argv[] = {
+        c->program, "--config",      c->config,      "--group",      c->group,      "--rank",   a->rank,   "--ranks",
+        a->ranks,   "--incarnation", c->incarnation, "--control-fd", a->control_fd, "--shm-fd", a->shm_fd, NULL};
+    memcpy(a->argv, argv, sizeof argv);
+    size_t n = 0, kept = 0;
+    while (environ[n])
+        n++;
+    a->envp = malloc((n + 3) * sizeof *a->envp);
+    if (!a->envp)
+        return err_set(err, ERR_NO_MEMORY, "cannot start rank %d of group %s: out of memory", c->rank, c->group);
+    for (size_t i = 0; i < n; i++)
+        if (!is_dropped(environ[i]))
+            a->envp[kept++] = environ[i];
+    snprintf(a->blas, sizeof a->blas, "OPENBLAS_NUM_THREADS=%d", c->threads);
+    snprintf(a->openmp, sizeof a->openmp, "OMP_NUM_THREADS=%d", c->threads);
+    a->envp[kept++] = a->blas;
+    a->envp[kept++] = a->openmp;
+    a->envp[kept] = NULL;
+    return 0;
+}
+
+// Runs in the child. control and shm are moved out of the way first, since either may sit where the other must go.
+_Noreturn static void become_worker(const struct arguments *a, pid_t parent, int control, int shm)
+{
+    struct sigaction standard = {.sa_handler = SIG_DFL};
+    sigset_t none;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != parent)
+        _exit(127); // the supervisor died before the line above took effect
+    setpgid(0, 0);
+    sigaction(SIGPIPE, &standard, NULL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    int control_high = fcntl(control, F_DUPFD_CLOEXEC, 10), shm_high = fcntl(shm, F_DUPFD_CLOEXEC, 10);
+    if (null < 0 || control_high < 0 || shm_high < 0 || dup2(null, 0) < 0 || dup2(control_high, CHILD_CONTROL_FD) < 0 ||
+        dup2(shm_high, CHILD_SHM_FD) < 0)
+        _exit(127);
+    close_range(CHILD_SHM_FD + 1, ~0U, 0);
+    execve(a->argv[0], (char *const *)a->argv, (char *const *)a->envp);
+    _exit(127);
+}
+
+int child_spawn(const struct child *c, pid_t *pid, int *control_fd, struct err *err)
+{
+    struct arguments a;
+    int pair[2];
+    pid_t parent = getpid();
+    TRY(make_arguments(c, &a, err));
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0) {
+        free((void *)a.envp);
+        return err_set(err, ERR_IO, "cannot make the control socket of rank %d of group %s: %s", c->rank, c->group,
+                       strerror(errno));
+    }
+    fcntl(pair[0], F_SETFL, O_NONBLOCK);
+    pid_t child = fork();
+    if (child == 0)
+        become_worker(&a, parent, pair[1], c->shm_fd);
+    int error = errno;
+    free((void *)a.envp);
+    close(pair[1]);
+    if (child < 0) {
+        close(pair[0]);
+        return err_set(err, ERR_IO, "cannot start rank %d of group %s: fork: %s", c->rank, c->group, strerror(error));
+    }
+    setpgid(child, child); // here too: whoever comes first, a kill of the group finds it
+    *pid = child;
+    *control_fd = pair[0];
+    return 0;
+}

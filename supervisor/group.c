@@ -1,0 +1,649 @@
+// The life of a group as a table, state x event, of small functions. change_state is the only place that changes a
+// state.
+#include "supervisor/group.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "proto/msg.h"
+#include "supervisor/child.h"
+#include "supervisor/clock.h"
+#include "worker/comm/comm.h"
+
+enum event {
+    E_START, // somebody wants it to run
+    E_READY, // the last rank said READY
+    E_EXIT,  // a rank's process ended
+    E_FAULT, // a rank hangs, is silent or speaks nonsense
+    E_DRAIN, // stop in good order
+    E_KILL,  // stop at once
+    E_EMPTY, // the last process is gone
+    E_DUE,   // the time that the state set has come
+    EVENTS,
+};
+
+struct happening {
+    enum event event;
+    int rank;         // E_EXIT, E_FAULT
+    int status;       // E_EXIT: as of waitpid
+    const char *text; // E_FAULT: what was wrong
+};
+
+// What the group is to become once its processes are gone.
+enum goal { GOAL_RUN, GOAL_STOP, GOAL_REFORM };
+
+struct rank {
+    struct group *group;
+    int number;
+    pid_t pid; // 0: no process
+    int fd;    // control socket, -1: closed
+    sd_event_source *source;
+    bool hello, ready;
+    double started_at, beat_at, moved_at; // monotonic seconds
+    struct msg beat;                      // the last one
+    char bye[MSG_REASON_BYTES];
+};
+
+struct group {
+    const struct group_env *env;
+    const struct conf *conf;
+    const struct conf_group *my; // in conf; NULL: gone from the configuration
+    char name[64], worker[CONF_WORKER_ID_BYTES];
+    enum group_state state;
+    enum goal goal;
+    double due, since; // when E_DUE fires; when the state was entered
+    bool settled, fatal;
+    unsigned failures; // in a row, for the backoff
+    unsigned restarts; // in all, for status
+    char incarnation[17];
+    char *fingerprint; // of the configuration the ranks were started with
+    char last_failure[400];
+    time_t failed_at;
+    struct rank *ranks; // (n_ranks), of the incarnation that runs or ran last
+    int n_ranks, live, ready;
+};
+
+static const char *const state_names[] = {
+    [GROUP_STOPPED] = "stopped",   [GROUP_STARTING] = "starting", [GROUP_READY] = "ready",
+    [GROUP_DRAINING] = "draining", [GROUP_KILLING] = "killing",   [GROUP_BACKOFF] = "backoff",
+    [GROUP_FAILED] = "failed",
+};
+static_assert(sizeof state_names / sizeof *state_names == GROUP_STATES, "every state has a name");
+
+static void group_raise(struct group *g, struct happening h);
+
+const char *group_state_name(enum group_state state)
+{
+    return (unsigned)state < GROUP_STATES ? state_names[state] : "unknown";
+}
+
+// due_s: seconds from now until E_DUE, INFINITY: never.
+static void change_state(struct group *g, enum group_state to, double due_s)
+{
+    double now = monotonic_seconds();
+    log_line(g->env->log, LOG_INFO, "group.state", "group=%s from=%s to=%s seconds=%.3f", g->name,
+             state_names[g->state], state_names[to], now - g->since);
+    g->state = to;
+    g->since = now;
+    g->due = now + due_s;
+    g->settled |= to != GROUP_STARTING && to != GROUP_KILLING;
+}
+
+// ---- the processes
+
+static void note_failure(struct group *g, const char *text)
+{
+    snprintf(g->last_failure, sizeof g->last_failure, "%s", text);
+    g->failed_at = time(NULL);
+    log_line(g->env->log, LOG_ERROR, "group.failure", "group=%s incarnation=%s reason=\"%s\"", g->name, g->incarnation,
+             text);
+}
+
+static void release(struct group *g, const char *why)
+{
+    struct err err;
+    err_set(&err, ERR_UNAVAILABLE, "worker %s: %s", g->worker, why);
+    if (*g->incarnation)
+        g->env->release(g->env->arg, g->worker, g->incarnation, &err);
+}
+
+static void close_control(struct rank *r)
+{
+    r->source = sd_event_source_disable_unref(r->source);
+    if (r->fd >= 0)
+        close(r->fd);
+    r->fd = -1;
+}
+
+static void kill_ranks(struct group *g)
+{
+    for (int i = 0; i < g->n_ranks; i++)
+        if (g->ranks[i].pid > 0 && kill(-g->ranks[i].pid, SIGKILL) != 0)
+            kill(g->ranks[i].pid, SIGKILL);
+}
+
+static void take_message(struct rank *r, const struct msg *m)
+{
+    struct group *g = r->group;
+    double now = monotonic_seconds();
+    switch (m->kind) {
+    case MSG_HELLO:
+        r->hello = true;
+        r->beat_at = r->moved_at = now;
+        break;
+    case MSG_BEAT:
+        if (m->progress != r->beat.progress || m->stage != r->beat.stage)
+            r->moved_at = now;
+        r->beat_at = now;
+        r->beat = *m;
+        break;
+    case MSG_BYE:
+        memcpy(r->bye, m->reason, sizeof r->bye);
+        break;
+    case MSG_READY:
+        if (r->ready)
+            break;
+        r->ready = true;
+        if (++g->ready == g->n_ranks)
+            group_raise(g, (struct happening){.event = E_READY});
+        break;
+    default:
+        group_raise(g, (struct happening){.event = E_FAULT, .rank = r->number, .text = "sent a supervisor's message"});
+    }
+}
+
+// Takes what is there. Bounded: a babbling rank must not keep the loop from the others.
+static void read_messages(struct rank *r)
+{
+    struct msg m;
+    struct err err = {0};
+    for (int i = 0; i < 64 && r->fd >= 0; i++) {
+        int rc = msg_receive(r->fd, &m, &err);
+        if (rc == ERR_TIMEOUT)
+            return;
+        if (rc == ERR_UNAVAILABLE) { // its exit follows; if it does not, silence is noticed
+            close_control(r);
+            return;
+        }
+        if (rc != 0) {
+            close_control(r);
+            group_raise(r->group, (struct happening){.event = E_FAULT, .rank = r->number, .text = err.text});
+            return;
+        }
+        take_message(r, &m);
+    }
+}
+
+static int on_readable(sd_event_source *source, int fd, uint32_t events, void *arg)
+{
+    (void)source, (void)fd, (void)events;
+    read_messages(arg);
+    return 0;
+}
+
+static int spawn_rank(struct group *g, int i, int shm_fd, struct err *err)
+{
+    struct rank *r = &g->ranks[i];
+    const struct child c = {
+        .program = g->env->worker_program,
+        .config = g->conf->path,
+        .group = g->name,
+        .incarnation = g->incarnation,
+        .rank = i,
+        .ranks = g->n_ranks,
+        .threads = conf_group_threads(g->my),
+        .shm_fd = shm_fd,
+    };
+    TRY(child_spawn(&c, &r->pid, &r->fd, err));
+    g->live++;
+    int rc = sd_event_add_io(g->env->event, &r->source, r->fd, EPOLLIN, on_readable, r);
+    if (rc < 0)
+        return err_set(err, ERR_NO_MEMORY, "cannot watch rank %d: %s", i, strerror(-rc));
+    log_line(g->env->log, LOG_INFO, "rank.spawned", "group=%s of_rank=%d pid=%d incarnation=%s", g->name, i,
+             (int)r->pid, g->incarnation);
+    return 0;
+}
+
+// Left behind for the next supervisor: if this one is killed, that one releases the incarnation's jobs.
+static void remember_incarnation(struct group *g)
+{
+    char path[200];
+    snprintf(path, sizeof path, "%s/%s.incarnation", g->conf->fleet.state_dir, g->name);
+    FILE *f = fopen(path, "we");
+    if (!f || fprintf(f, "%s %s\n", g->worker, g->incarnation) < 0)
+        log_line(g->env->log, LOG_WARN, "group.incarnation", "group=%s path=\"%s\" error=\"%s\"", g->name, path,
+                 strerror(errno));
+    if (f)
+        fclose(f);
+}
+
+static void new_incarnation(struct group *g)
+{
+    uint64_t number = 0;
+    while (getrandom(&number, sizeof number, 0) != (ssize_t)sizeof number)
+        ;
+    snprintf(g->incarnation, sizeof g->incarnation, "%016" PRIx64, number);
+}
+
+static int spawn_ranks(struct group *g, struct err *err)
+{
+    free(g->fingerprint);
+    g->fingerprint = conf_group_fingerprint(g->conf, g->my);
+    struct rank *ranks = realloc(g->ranks, sizeof *ranks * (size_t)g->my->ranks);
+    if (!ranks || !g->fingerprint)
+        return err_set(err, ERR_NO_MEMORY, "group %s: out of memory", g->name);
+    g->ranks = ranks;
+    g->n_ranks = g->my->ranks;
+    g->live = g->ready = 0;
+    double now = monotonic_seconds();
+    for (int i = 0; i < g->n_ranks; i++)
+        ranks[i] = (struct rank){.group = g, .number = i, .fd = -1, .started_at = now};
+    new_incarnation(g);
+    remember_incarnation(g);
+    int shm_fd = comm_shm_region(g->n_ranks, g->my->slab_bytes, err);
+    if (shm_fd < 0)
+        return err->code;
+    int rc = 0;
+    for (int i = 0; i < g->n_ranks && rc == 0; i++)
+        rc = spawn_rank(g, i, shm_fd, err);
+    close(shm_fd);
+    return rc;
+}
+
+// ---- the actions of the table
+
+static void ignore(struct group *g, const struct happening *h)
+{
+    (void)g, (void)h;
+}
+
+static void impossible(struct group *g, const struct happening *h)
+{
+    log_line(g->env->log, LOG_ERROR, "group.bug", "group=%s state=%s event=%d", g->name, state_names[g->state],
+             (int)h->event);
+}
+
+static void begin_killing(struct group *g, const char *why)
+{
+    change_state(g, GROUP_KILLING, 5);
+    kill_ranks(g);
+    release(g, why); // now, for speed; again when all are gone, for what was claimed in between
+    if (g->live == 0)
+        group_raise(g, (struct happening){.event = E_EMPTY});
+}
+
+static void start(struct group *g, const struct happening *h)
+{
+    (void)h;
+    struct err err = {0};
+    g->fatal = false;
+    g->goal = GOAL_RUN;
+    if (g->state == GROUP_BACKOFF)
+        g->restarts++;
+    change_state(g, GROUP_STARTING, INFINITY);
+    if (spawn_ranks(g, &err) != 0) {
+        note_failure(g, err.text);
+        begin_killing(g, err.text);
+    }
+}
+
+static void all_ready(struct group *g, const struct happening *h)
+{
+    (void)h;
+    change_state(g, GROUP_READY, g->conf->restart.healthy_s);
+}
+
+static void healthy(struct group *g, const struct happening *h)
+{
+    (void)h;
+    g->failures = 0;
+    g->due = INFINITY;
+}
+
+static void fault(struct group *g, const struct happening *h)
+{
+    char text[400];
+    snprintf(text, sizeof text, "rank %d (pid %d) %s", h->rank, (int)g->ranks[h->rank].pid, h->text);
+    note_failure(g, text);
+    begin_killing(g, text);
+}
+
+static void describe_exit(const struct rank *r, int status, char *out, size_t n)
+{
+    const char *bye = *r->bye ? ": " : "", *reason = r->bye;
+    if (WIFSIGNALED(status))
+        snprintf(out, n, "rank %d was killed by signal %d (%s)%s%s", r->number, WTERMSIG(status),
+                 sigabbrev_np(WTERMSIG(status)) ? sigabbrev_np(WTERMSIG(status)) : "?", bye, reason);
+    else if (WEXITSTATUS(status) == 127 && !*r->bye)
+        snprintf(out, n, "rank %d could not be executed (exit status 127): see [fleet] worker_program", r->number);
+    else
+        snprintf(out, n, "rank %d exited with status %d%s%s", r->number, WEXITSTATUS(status), bye, reason);
+}
+
+static bool is_fatal(int status)
+{
+    return WIFEXITED(status) && WEXITSTATUS(status) == EXIT_DO_NOT_RESTART;
+}
+
+static void rank_lost(struct group *g, const struct happening *h)
+{
+    char text[400];
+    describe_exit(&g->ranks[h->rank], h->status, text, sizeof text);
+    g->fatal |= is_fatal(h->status);
+    note_failure(g, text);
+    begin_killing(g, text);
+}
+
+// Of ranks that fall one after the other, the one that says "do not restart me" gives the reason.
+static void rank_lost_late(struct group *g, const struct happening *h)
+{
+    char text[400];
+    if (g->fatal || !is_fatal(h->status))
+        return;
+    g->fatal = true;
+    describe_exit(&g->ranks[h->rank], h->status, text, sizeof text);
+    note_failure(g, text);
+}
+
+static void rank_left(struct group *g, const struct happening *h)
+{
+    if (!WIFEXITED(h->status) || WEXITSTATUS(h->status) != 0)
+        rank_lost(g, h);
+}
+
+static void drain(struct group *g, const struct happening *h)
+{
+    (void)h;
+    const struct msg m = {.kind = MSG_DRAIN};
+    struct err err = {0};
+    change_state(g, GROUP_DRAINING, g->conf->restart.grace_s);
+    for (int i = 0; i < g->n_ranks; i++)
+        if (g->ranks[i].fd >= 0 && msg_send(g->ranks[i].fd, &m, &err) != 0)
+            log_line(g->env->log, LOG_WARN, "rank.drain", "group=%s of_rank=%d error=\"%s\"", g->name, i, err.text);
+}
+
+static void grace_over(struct group *g, const struct happening *h)
+{
+    (void)h;
+    char text[100];
+    snprintf(text, sizeof text, "still running %.1f s after it was told to drain", g->conf->restart.grace_s);
+    note_failure(g, text);
+    begin_killing(g, text);
+}
+
+static void kill_now(struct group *g, const struct happening *h)
+{
+    (void)h;
+    begin_killing(g, "stopped at once on request");
+}
+
+static void kill_again(struct group *g, const struct happening *h)
+{
+    (void)h;
+    log_line(g->env->log, LOG_WARN, "group.unkillable", "group=%s ranks=%d", g->name, g->live);
+    kill_ranks(g);
+    g->due = monotonic_seconds() + 5;
+}
+
+// Exponential, with jitter so that groups that fell together do not rise together: half the wait is random.
+static double backoff(struct group *g)
+{
+    uint32_t random = 0;
+    double wait = g->conf->restart.backoff_min_s * exp2(g->failures < 30 ? g->failures : 30);
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
+        random = (uint32_t)g->since;
+    g->failures++;
+    return fmin(wait, g->conf->restart.backoff_max_s) * (0.5 + 0.5 * random / UINT32_MAX);
+}
+
+// No process is left: where the goal leads.
+static void settle(struct group *g, const struct happening *h)
+{
+    (void)h;
+    bool ran = g->state == GROUP_DRAINING || g->state == GROUP_KILLING;
+    if (ran)
+        release(g, "its processes are gone");
+    if (g->goal == GOAL_RUN && ran)
+        change_state(g, g->fatal ? GROUP_FAILED : GROUP_BACKOFF, g->fatal ? INFINITY : backoff(g));
+    else if (g->state != GROUP_STOPPED)
+        change_state(g, GROUP_STOPPED, INFINITY);
+    if (g->goal == GOAL_REFORM)
+        group_raise(g, (struct happening){.event = E_START});
+}
+
+typedef void action(struct group *g, const struct happening *h);
+#define ROW(on_start, on_ready, on_exit_, on_fault, on_drain, on_kill, on_empty, on_due)                               \
+    {                                                                                                                  \
+        [E_START] = on_start, [E_READY] = on_ready, [E_EXIT] = on_exit_, [E_FAULT] = on_fault, [E_DRAIN] = on_drain,   \
+        [E_KILL] = on_kill, [E_EMPTY] = on_empty, [E_DUE] = on_due                                                     \
+    }
+static_assert(EVENTS == 8, "ROW names every event");
+// clang-format off
+static action *const table[][EVENTS] = {
+    //                      START   READY       EXIT            FAULT       DRAIN   KILL      EMPTY       DUE
+    [GROUP_STOPPED]  = ROW(start,  impossible, impossible,     impossible, settle, settle,   impossible, impossible),
+    [GROUP_STARTING] = ROW(ignore, all_ready,  rank_lost,      fault,      drain,  kill_now, impossible, impossible),
+    [GROUP_READY]    = ROW(ignore, impossible, rank_lost,      fault,      drain,  kill_now, impossible, healthy),
+    [GROUP_DRAINING] = ROW(ignore, ignore,     rank_left,      fault,      ignore, kill_now, settle,     grace_over),
+    [GROUP_KILLING]  = ROW(ignore, ignore,     rank_lost_late, ignore,     ignore, ignore,   settle,     kill_again),
+    [GROUP_BACKOFF]  = ROW(start,  impossible, impossible,     impossible, settle, settle,   impossible, start),
+    [GROUP_FAILED]   = ROW(start,  impossible, impossible,     impossible, settle, settle,   impossible, impossible),
+};
+// clang-format on
+static_assert(sizeof table / sizeof *table == GROUP_STATES, "every state has a row");
+
+static void group_raise(struct group *g, struct happening h)
+{
+    table[g->state][h.event](g, &h);
+}
+
+// ---- what the supervisor calls
+
+int group_new(const struct group_env *env, const struct conf *conf, const char *name, struct group **out,
+              struct err *err)
+{
+    struct group *g = calloc(1, sizeof *g);
+    if (!g)
+        return err_set(err, ERR_NO_MEMORY, "group %s: out of memory", name);
+    g->env = env;
+    g->conf = conf;
+    g->my = conf_group_find(conf, name);
+    snprintf(g->name, sizeof g->name, "%s", name);
+    conf_worker_id(conf, name, g->worker);
+    g->state = GROUP_STOPPED;
+    g->due = INFINITY;
+    g->since = monotonic_seconds();
+    *out = g;
+    return 0;
+}
+
+void group_free(struct group *g)
+{
+    if (!g)
+        return;
+    kill_ranks(g);
+    for (int i = 0; i < g->n_ranks; i++)
+        close_control(&g->ranks[i]);
+    free(g->ranks);
+    free(g->fingerprint);
+    free(g);
+}
+
+void group_configure(struct group *g, const struct conf *conf)
+{
+    g->conf = conf;
+    g->my = conf_group_find(conf, g->name);
+    if (!g->my) {
+        group_drain(g);
+        return;
+    }
+    char *now = conf_group_fingerprint(conf, g->my);
+    bool same = now && g->fingerprint && strcmp(now, g->fingerprint) == 0;
+    free(now);
+    if (g->goal == GOAL_STOP || (same && g->state != GROUP_FAILED))
+        return;
+    g->goal = GOAL_REFORM;
+    g->failures = 0;
+    group_raise(g, (struct happening){.event = E_DRAIN});
+}
+
+void group_start(struct group *g)
+{
+    // While the old ranks go, a start means: go, then come back.
+    g->goal = g->live > 0 && g->goal != GOAL_RUN ? GOAL_REFORM : GOAL_RUN;
+    group_raise(g, (struct happening){.event = E_START});
+}
+
+void group_drain(struct group *g)
+{
+    g->goal = GOAL_STOP;
+    group_raise(g, (struct happening){.event = E_DRAIN});
+}
+
+void group_kill(struct group *g)
+{
+    g->goal = GOAL_STOP;
+    group_raise(g, (struct happening){.event = E_KILL});
+}
+
+bool group_child_exited(struct group *g, pid_t pid, int status)
+{
+    for (int i = 0; i < g->n_ranks; i++) {
+        struct rank *r = &g->ranks[i];
+        if (r->pid != pid)
+            continue;
+        read_messages(r); // its BYE may be waiting
+        close_control(r);
+        r->pid = 0;
+        g->live--;
+        log_line(g->env->log, LOG_INFO, "rank.exited", "group=%s of_rank=%d pid=%d %s=%d reason=\"%s\"", g->name, i,
+                 (int)pid, WIFSIGNALED(status) ? "signal" : "status",
+                 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status), r->bye);
+        bool killing = g->state == GROUP_KILLING;
+        group_raise(g, (struct happening){.event = E_EXIT, .rank = i, .status = status});
+        // begin_killing has said E_EMPTY itself when this was the last one
+        if (g->live == 0 && (killing || g->state == GROUP_DRAINING))
+            group_raise(g, (struct happening){.event = E_EMPTY});
+        return true;
+    }
+    return false;
+}
+
+// Seconds without progress that stage may take; INFINITY: no limit of its own.
+static double stage_limit(const struct conf *c, enum stage stage)
+{
+    switch (stage) {
+    case STAGE_STARTING:
+    case STAGE_LOADING:
+        return c->deadline.load_s;
+    case STAGE_TEXT:
+        return c->deadline.text_s;
+    case STAGE_DENOISE:
+        return c->deadline.denoise_s;
+    case STAGE_DECODE:
+        return c->deadline.decode_s;
+    case STAGE_PNG:
+        return c->deadline.png_s;
+    case STAGE_UPLOAD:
+        return c->deadline.upload_s;
+    case STAGE_EXITING:
+        return MSG_SILENT_SECONDS;
+    default: // idle; draining is bounded by the grace time
+        return INFINITY;
+    }
+}
+
+// When rank r counts as hung, and for what reason.
+static double rank_due(const struct group *g, const struct rank *r, char *why, size_t n)
+{
+    const struct conf *c = g->conf;
+    if (!r->hello) {
+        snprintf(why, n, "said nothing for %.1f s after its start", c->deadline.load_s);
+        return r->started_at + c->deadline.load_s;
+    }
+    double silent = r->beat_at + MSG_SILENT_SECONDS, stuck = r->moved_at + stage_limit(c, r->beat.stage);
+    if (silent < stuck) {
+        snprintf(why, n, "is silent: no heartbeat for %.1f s", MSG_SILENT_SECONDS);
+        return silent;
+    }
+    snprintf(why, n, "hangs: no progress for %.1f s in stage %s, step %u of %u", stage_limit(c, r->beat.stage),
+             stage_name(r->beat.stage), r->beat.step, r->beat.steps);
+    return stuck;
+}
+
+static bool is_watched(const struct group *g, const struct rank *r)
+{
+    return r->pid > 0 && (g->state == GROUP_STARTING || g->state == GROUP_READY || g->state == GROUP_DRAINING);
+}
+
+double group_next(const struct group *g)
+{
+    char why[160];
+    double next = g->due;
+    for (int i = 0; i < g->n_ranks; i++)
+        if (is_watched(g, &g->ranks[i]))
+            next = fmin(next, rank_due(g, &g->ranks[i], why, sizeof why));
+    return next;
+}
+
+void group_tick(struct group *g, double now)
+{
+    char why[160];
+    for (int i = 0; i < g->n_ranks; i++)
+        if (is_watched(g, &g->ranks[i]) && rank_due(g, &g->ranks[i], why, sizeof why) <= now)
+            group_raise(g, (struct happening){.event = E_FAULT, .rank = i, .text = why});
+    if (g->due <= now)
+        group_raise(g, (struct happening){.event = E_DUE});
+}
+
+const char *group_name(const struct group *g)
+{
+    return g->name;
+}
+
+enum group_state group_state(const struct group *g)
+{
+    return g->state;
+}
+
+bool group_orphaned(const struct group *g)
+{
+    return !g->my;
+}
+
+bool group_settled(const struct group *g)
+{
+    return g->settled || (g->state == GROUP_STOPPED && g->goal == GOAL_STOP);
+}
+
+static json_t *rank_status(const struct rank *r, double now)
+{
+    return json_pack("{s:i,s:i,s:b,s:s,s:i,s:i,s:I,s:s,s:f,s:f}", "rank", r->number, "pid", (int)r->pid, "ready",
+                     r->ready, "stage", r->pid > 0 ? stage_name(r->beat.stage) : "gone", "step", (int)r->beat.step,
+                     "steps", (int)r->beat.steps, "progress", (json_int_t)r->beat.progress, "job", r->beat.job,
+                     "busy_seconds", r->beat.busy_seconds, "beat_age_seconds", r->hello ? now - r->beat_at : -1.0);
+}
+
+json_t *group_status(const struct group *g)
+{
+    double now = monotonic_seconds();
+    json_t *ranks = json_array(), *models = json_array();
+    for (int i = 0; i < g->n_ranks; i++)
+        json_array_append_new(ranks, rank_status(&g->ranks[i], now));
+    for (int i = 0; g->my && i < g->my->model.count; i++)
+        json_array_append_new(models, json_sprintf("%s@%s", g->my->models[i].name, g->my->models[i].version));
+    return json_pack("{s:s,s:s,s:s,s:s,s:f,s:f,s:i,s:s,s:I,s:o,s:o}", "name", g->name, "worker", g->worker, "state",
+                     state_names[g->state], "incarnation", g->incarnation, "state_seconds", now - g->since,
+                     "next_seconds", isfinite(g->due) ? fmax(0, g->due - now) : -1.0, "restarts", (int)g->restarts,
+                     "last_failure", g->last_failure, "failed_at", (json_int_t)g->failed_at, "models", models, "ranks",
+                     ranks);
+}
