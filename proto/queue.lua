@@ -1,0 +1,584 @@
+-- queue.lua: every change of a job's state, each an atomic run of this one script. PROTOCOL.md lists the operations.
+--
+-- KEYS[1] is the prefix "dit:{QUEUE}:"; all keys below it share the queue's hash tag. ARGV[1] names the operation.
+-- A state changes in move() alone, time comes from now() alone, and no run handles more than K entries.
+local P, call, floor, min, max = KEYS[1], redis.call, math.floor, math.min, math.max
+local K = 64
+local CLASSES = { 'high', 'normal', 'low' }
+local HELD = { LEASED = true, RUNNING = true, UPLOADING = true }
+local WAITING = { DELAYED = true, RETRY_WAIT = true }
+local FINAL = { SUCCEEDED = true, DEAD = true, CANCELLED = true, EXPIRED = true }
+local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5, RETRY_WAIT = 6,
+                SUCCEEDED = 7, DEAD = 8, CANCELLED = 9, EXPIRED = 10 } -- numbers of job.proto
+
+-- Settings that `conf` may override; PROTOCOL.md explains them.
+local SETTINGS = {
+  retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
+  check_ms = 60000, event_max = 1000, dlq_max = 10000, outbox_max = 10000,
+}
+
+local function key(...) return P .. table.concat({ ... }, ':') end
+local function int(n) return string.format('%.0f', n) end
+
+local conf_read
+local function conf(name)
+  if not conf_read then
+    conf_read = {}
+    local all = call('HGETALL', key('conf'))
+    for i = 1, #all, 2 do conf_read[all[i]] = tonumber(all[i + 1]) end
+  end
+  return conf_read[name] or SETTINGS[name]
+end
+
+local time_read, ticks
+local function now() -- milliseconds, the same during one run
+  if not time_read then
+    local t = call('TIME')
+    time_read, ticks = t[1] * 1000 + floor(t[2] / 1000), t[1] * 1000000 + t[2]
+  end
+  return time_read
+end
+local function next_rank() -- microseconds, growing: order of admission
+  now()
+  ticks = ticks + 1
+  return ticks
+end
+
+-- ---- protobuf, as far as events and failed results need it
+
+local function varint(n)
+  local bytes = {}
+  repeat
+    local low = n % 128
+    n = (n - low) / 128
+    bytes[#bytes + 1] = string.char(n > 0 and low + 128 or low)
+  until n == 0
+  return table.concat(bytes)
+end
+local function pb_number(field, n) return n == 0 and '' or varint(field * 8) .. varint(n) end
+local function pb_string(field, s) return s == '' and '' or varint(field * 8 + 2) .. varint(#s) .. s end
+local function pb_double(field, x) return x == 0 and '' or varint(field * 8 + 1) .. struct.pack('<d', x) end
+local function pb_error(e)
+  -- Text from system calls may hold anything; a protobuf string must be UTF-8.
+  return pb_string(1, e.code) .. pb_string(2, (e.message:gsub('[\128-\255]', '?'))) .. pb_number(3, e.retryable and 1 or 0)
+end
+local function pb_result(id, state, e, attempt) -- ditfleet.v1.Result
+  return pb_string(1, id) .. pb_number(2, STATE[state]) .. pb_string(4, pb_error(e)) .. pb_number(8, attempt)
+end
+local function pb_event(r, e, eta) -- ditfleet.v1.Event
+  return pb_string(1, r.id) .. pb_number(2, STATE[r.state]) .. pb_string(3, r.stage) .. pb_number(4, r.step)
+    .. pb_number(5, r.steps) .. pb_double(6, eta or 0) .. pb_number(7, now())
+    .. (e and pb_string(8, pb_error(e)) or '') .. pb_number(9, r.epoch)
+end
+
+-- ---- the record
+
+local NUMBERS = { 'epoch', 'attempts_app', 'attempts_infra', 'max_attempts', 'deadline_ms', 'due_ms', 'gpu_ms', 'rank',
+                  'step', 'steps', 'created_ms' }
+local TEXTS = { 'state', 'nonce', 'pool', 'class', 'batch', 'worker', 'stage', 'callback', 'left', 'hash', 'refused' }
+local FIELDS = {}
+for _, f in ipairs(NUMBERS) do FIELDS[#FIELDS + 1] = f end
+for _, f in ipairs(TEXTS) do FIELDS[#FIELDS + 1] = f end
+
+local function record_key(tenant, id) return key('job', tenant, id) end
+local function member(r) return r.tenant .. ':' .. r.id end
+
+local function load(tenant, id) -- without payload and result; nil: no such job
+  local values = call('HMGET', record_key(tenant, id), unpack(FIELDS))
+  local r = { tenant = tenant, id = id }
+  for i, f in ipairs(FIELDS) do r[f] = values[i] or '' end
+  if r.state == '' then return nil end
+  for _, f in ipairs(NUMBERS) do r[f] = tonumber(r[f]) or 0 end
+  return r
+end
+local function load_member(m)
+  local tenant, id = m:match('^([^:]*):(.*)$')
+  return load(tenant or '', id or '')
+end
+
+local function count(field, by) call('HINCRBY', key('stats'), field, by) end
+
+local function tell(r, e, eta) -- an event for whoever watches this job
+  local k = key('ev', r.tenant, r.id)
+  call('XADD', k, 'MAXLEN', '~', conf('event_max'), '*', 'event', pb_event(r, e, eta))
+  call('PEXPIRE', k, conf('retention_ms'))
+end
+
+local woken = {}
+local function wake(pool)
+  if woken[pool] then return end
+  woken[pool] = true
+  call('XADD', key('wake'), 'MAXLEN', '~', 1000, '*', 'pool', pool)
+end
+
+-- ---- the ready set and the ring of tenants
+-- ring:<pool>:<class> orders the tenants that have ready jobs there by virtual time: GPU-milliseconds charged / weight.
+-- A tenant that comes back from idling starts at the clock of the last claim, so it cannot save up a claim on the fleet.
+-- Scores in other rings than the one last charged lag behind; claim() mends them when it meets them.
+
+local function ready_key(r) return key('ready', r.pool, r.class, r.tenant) end
+local function ring_key(pool, class) return key('ring', pool, class) end
+local function vtime(tenant) return tonumber(call('HGET', key('tenant', tenant), 'vtime')) or 0 end
+
+local function join_ready(r)
+  if call('ZADD', ready_key(r), r.rank, member(r)) == 0 then return end
+  local t, at = key('tenant', r.tenant), nil
+  if call('HINCRBY', t, 'ready', 1) == 1 then
+    at = max(vtime(r.tenant), tonumber(call('GET', key('vclock'))) or 0)
+    call('HSET', t, 'vtime', at)
+  end
+  if call('ZCARD', ready_key(r)) == 1 then call('ZADD', ring_key(r.pool, r.class), at or vtime(r.tenant), r.tenant) end
+end
+local function leave_ready(r)
+  if call('ZREM', ready_key(r), member(r)) == 0 then return end
+  call('HINCRBY', key('tenant', r.tenant), 'ready', -1)
+  if call('EXISTS', ready_key(r)) == 0 then call('ZREM', ring_key(r.pool, r.class), r.tenant) end
+end
+
+-- ---- the one place where a state changes
+-- set: further fields {name, value, ...}; e: the error that goes with it, if any. A record is in exactly one index of
+-- its state (ready, delayed, or lease with held), and in live until it is final.
+
+local function leave(r)
+  if r.state == 'QUEUED' then leave_ready(r)
+  elseif WAITING[r.state] then call('ZREM', key('delayed'), member(r))
+  elseif HELD[r.state] then
+    call('ZREM', key('lease'), member(r))
+    call('HDEL', key('held', r.worker), member(r))
+  end
+end
+local function enter(r)
+  if r.state == 'QUEUED' then
+    join_ready(r)
+    wake(r.pool)
+  elseif WAITING[r.state] then call('ZADD', key('delayed'), r.due_ms, member(r))
+  elseif HELD[r.state] then
+    call('ZADD', key('lease'), r.lease_ms, member(r))
+    call('HSET', key('held', r.worker), member(r), r.incarnation .. ' ' .. int(r.epoch) .. ' ' .. r.nonce)
+  end
+end
+local function settle(r, k) -- a record that became final
+  call('ZREM', key('live'), member(r))
+  -- The payload may hold secrets (headers, signed URLs). DEAD keeps it: a dead job can be looked into.
+  if r.state ~= 'DEAD' then call('HDEL', k, 'payload') end
+  call('PEXPIRE', k, conf('retention_ms'))
+  count('gpu_ms', -r.gpu_ms)
+  count('gpu_ms:' .. r.pool, -r.gpu_ms)
+  if r.callback ~= '' then
+    call('XADD', key('outbox'), 'MAXLEN', '~', conf('outbox_max'), '*', 'tenant', r.tenant, 'id', r.id,
+      'state', r.state, 'url', r.callback)
+  end
+end
+local function move(r, state, set, e, eta)
+  local k = record_key(r.tenant, r.id)
+  local stays = HELD[r.state] and HELD[state]
+  if r.state ~= '' then
+    count(r.state, -1)
+    if not stays then leave(r) end
+  end
+  r.state = state
+  count(state, 1)
+  if not stays then enter(r) end
+  call('HSET', k, 'state', state, 'updated_ms', int(now()), unpack(set))
+  if FINAL[state] then settle(r, k) end
+  tell(r, e, eta)
+end
+
+local function fail_final(r, state, e) -- DEAD, CANCELLED or EXPIRED
+  if state == 'DEAD' then
+    call('XADD', key('dlq'), 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', r.tenant, 'id', r.id,
+      'code', e.code, 'error', e.message)
+  end
+  move(r, state, { 'error_code', e.code, 'error', e.message, 'result', pb_result(r.id, state, e, r.epoch) }, e)
+end
+local function expire(r)
+  fail_final(r, 'EXPIRED', { code = 'expired', message = 'the deadline passed before the job was finished' })
+end
+
+-- An attempt failed. cause: 'app' counts against the job, 'infra' against the fleet. Full jitter: random is in [0, 1).
+local function fail_attempt(r, cause, e, random, left)
+  local field = 'attempts_' .. cause
+  local n = r[field] + 1
+  local most = cause == 'infra' and conf('max_attempts_infra') or (r.max_attempts > 0 and r.max_attempts or conf('max_attempts'))
+  r[field] = n
+  call('HSET', record_key(r.tenant, r.id), field, n, 'left', left)
+  if n >= most or (cause == 'app' and not e.retryable) then return fail_final(r, 'DEAD', e) end
+  count('retries', 1)
+  local delay = floor(random * min(conf('backoff_cap_ms'), conf('backoff_ms') * 2 ^ (n - 1)))
+  if cause == 'infra' and n == 1 then delay = 0 end
+  r.stage, r.step = '', 0
+  local set = { 'error_code', e.code, 'error', e.message, 'stage', '', 'step', 0 }
+  if delay == 0 then return move(r, 'QUEUED', set, e) end
+  r.due_ms = now() + delay
+  set[#set + 1], set[#set + 2] = 'due_ms', int(r.due_ms)
+  move(r, 'RETRY_WAIT', set, e)
+end
+
+local function next_check(r)
+  local at = now() + conf('check_ms')
+  return r.deadline_ms > 0 and min(at, r.deadline_ms) or at
+end
+
+-- ---- operations
+
+local ops = {}
+
+-- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, ...}
+function ops.doors()
+  call('HSETNX', key('tenants'), 'default', 1)
+  local all, out = call('HGETALL', key('tenants')), {}
+  for i = 1, #all, 2 do
+    redis.pcall('XGROUP', 'CREATE', key('in', all[i]), 'admit', '0', 'MKSTREAM')
+    out[#out + 1], out[#out + 2] = all[i], all[i + 1]
+    out[#out + 1] = call('XLEN', key('in', all[i]))
+    out[#out + 1] = max(0, tonumber(call('HGET', key('tenant', all[i]), 'ready')) or 0)
+  end
+  return out
+end
+
+-- tenant <name> <weight>
+function ops.tenant()
+  call('HSET', key('tenants'), ARGV[2], ARGV[3])
+  return ops.doors()
+end
+
+-- publish <name> <version>: the version becomes what the bare name means
+function ops.publish()
+  call('HSET', key('models'), ARGV[2] .. '@' .. ARGV[3], int(now()), ARGV[2], ARGV[3])
+end
+
+-- withdraw <name> <version>: the bare name falls back to the version published last
+function ops.withdraw()
+  local k, name = key('models'), ARGV[2]
+  call('HDEL', k, name .. '@' .. ARGV[3])
+  if call('HGET', k, name) ~= ARGV[3] then return end
+  local all, best, at = call('HGETALL', k), nil, -1
+  for i = 1, #all, 2 do
+    local version = all[i]:sub(1, #name + 1) == name .. '@' and all[i]:sub(#name + 2)
+    if version and tonumber(all[i + 1]) > at then best, at = version, tonumber(all[i + 1]) end
+  end
+  if best then call('HSET', k, name, best) else call('HDEL', k, name) end
+end
+
+-- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it.
+local function refuse(tenant, entry, id, payload, size, e)
+  call('XADD', key('dlq'), 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', id, 'entry', entry,
+    'code', e.code, 'error', e.message, 'size', size, 'payload', payload)
+  count('refused', 1)
+  for _, name in ipairs({ '@' .. entry, id }) do
+    local there = name ~= '' and load(tenant, name)
+    if name ~= '' and (not there or there.refused == '1') then
+      local k = record_key(tenant, name)
+      call('DEL', k)
+      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', entry, 'created_ms', int(now()), 'updated_ms', int(now()),
+        'error_code', e.code, 'error', e.message, 'result', pb_result(id, 'DEAD', e, 0))
+      call('PEXPIRE', k, conf('retention_ms'))
+      tell({ tenant = tenant, id = name, state = 'DEAD', stage = '', step = 0, steps = 0, epoch = 0 }, e)
+    end
+  end
+  return 'refused'
+end
+
+local function admit_one(tenant, a)
+  call('XACK', key('in', tenant), 'admit', a.entry)
+  if call('XDEL', key('in', tenant), a.entry) == 0 then return 'gone' end -- another admitter was first
+  if a.code ~= '' then
+    return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = a.code, message = a.message })
+  end
+  local hash, k, there = redis.sha1hex(a.payload), record_key(tenant, a.id), load(tenant, a.id)
+  if there and there.refused ~= '1' then
+    if there.hash ~= hash then
+      return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = 'conflict',
+        message = 'id is taken by a job with other bytes, which is untouched; choose another id' })
+    end
+    local receipt = record_key(tenant, '@' .. a.entry)
+    call('HSET', receipt, 'same_as', a.id)
+    call('PEXPIRE', receipt, conf('retention_ms'))
+    tell({ tenant = tenant, id = '@' .. a.entry, state = there.state, stage = '', step = 0, steps = 0, epoch = there.epoch })
+    return 'duplicate'
+  end
+  if there then call('DEL', k, key('ev', tenant, a.id)) end
+  local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = tonumber(a.gpu_ms),
+              deadline_ms = tonumber(a.deadline_ms), due_ms = tonumber(a.not_before_ms), callback = a.callback,
+              rank = next_rank(), epoch = 0, stage = '', step = 0, steps = 0 }
+  call('HSET', k, 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class,
+    'gpu_ms', a.gpu_ms, 'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts,
+    'batch', a.batch, 'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'attempts_app', 0, 'attempts_infra', 0,
+    'created_ms', int(now()))
+  call('ZADD', key('live'), next_check(r), member(r))
+  count('gpu_ms', r.gpu_ms)
+  count('gpu_ms:' .. r.pool, r.gpu_ms)
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
+  elseif r.due_ms > now() then move(r, 'DELAYED', {})
+  else move(r, 'QUEUED', {}) end
+  return 'admitted'
+end
+
+-- admit <tenant>, then for each entry these values; code not empty: refuse it with code and message
+local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'deadline_ms', 'not_before_ms',
+                'max_attempts', 'batch', 'callback', 'code', 'message' }
+function ops.admit()
+  local out = {}
+  for at = 3, #ARGV, #ADMIT do
+    local a = {}
+    for i, name in ipairs(ADMIT) do a[name] = ARGV[at + i - 1] end
+    out[#out + 1] = admit_one(ARGV[2], a)
+  end
+  return out
+end
+
+-- The tenant to serve next in a class: {pool, tenant, vtime}, or nil.
+local function choose(pools, class)
+  local best
+  for _, pool in ipairs(pools) do
+    local ring = ring_key(pool, class)
+    for _ = 1, K do
+      local head = call('ZRANGE', ring, 0, 0, 'WITHSCORES')
+      if #head == 0 then break end
+      local at = vtime(head[1])
+      if at > tonumber(head[2]) then call('ZADD', ring, at, head[1]) -- the score lagged: look again
+      else
+        if not best or at < best.vtime then best = { pool = pool, tenant = head[1], vtime = at } end
+        break
+      end
+    end
+  end
+  return best
+end
+
+local function claimed(r, nonce, payload)
+  return { r.tenant, r.id, int(r.epoch), nonce, r.pool, int(r.attempts_app), int(r.attempts_infra), int(r.created_ms),
+           int(r.lease_ms), int(r.deadline_ms), payload }
+end
+
+local function lease(r, c, nonce, at)
+  local payload = call('HGET', record_key(r.tenant, r.id), 'payload')
+  r.epoch, r.nonce, r.worker, r.incarnation, r.lease_ms = r.epoch + 1, nonce, c.worker, c.incarnation, now() + c.lease_ms
+  move(r, 'LEASED', { 'epoch', int(r.epoch), 'nonce', nonce, 'worker', c.worker, 'left', '', 'lease_ms', int(r.lease_ms) })
+  -- The tenant pays in advance.
+  local weight = tonumber(call('HGET', key('tenants'), r.tenant)) or 1
+  call('HSET', key('tenant', r.tenant), 'vtime', at + r.gpu_ms / weight)
+  if at > (tonumber(call('GET', key('vclock'))) or 0) then call('SET', key('vclock'), at) end
+  return claimed(r, nonce, payload or '')
+end
+
+-- Claims from one tenant: its oldest job, and up to c.most of the same batch key. Members that are no claimable job
+-- leave the set, so the caller's loop makes progress.
+local function claim_from(c, best, class, out)
+  local ready, batch = key('ready', best.pool, class, best.tenant), nil
+  local members = call('ZRANGE', ready, 0, c.most > 1 and K - 1 or 0)
+  if #members == 0 then call('ZREM', ring_key(best.pool, class), best.tenant) end
+  for _, m in ipairs(members) do
+    local r = #out < c.most and load_member(m)
+    if r == nil or (r and r.state ~= 'QUEUED') then
+      call('ZREM', ready, m)
+      call('HINCRBY', key('tenant', best.tenant), 'ready', -1)
+    elseif r and r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
+    elseif r and (not batch or r.batch == batch) then
+      batch = r.batch
+      out[#out + 1] = lease(r, c, c.nonces[#out + 1], vtime(best.tenant))
+    end
+  end
+end
+
+-- claim <worker> <incarnation> <lease_ms> <n> <nonce>*n <pool>...; {cursor of wake, job, ...}
+function ops.claim()
+  local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {} }
+  local out, pools, mine = {}, {}, {}
+  for i = 1, c.most do
+    c.nonces[i] = ARGV[5 + i]
+    mine[ARGV[5 + i]] = true
+  end
+  for i = 6 + c.most, #ARGV do pools[#pools + 1] = ARGV[i] end
+  -- The same claim sent again after a lost reply gets what it got.
+  local held = call('HGETALL', key('held', c.worker))
+  for i = 1, #held, 2 do
+    local nonce = held[i + 1]:match('%S+$')
+    local r = mine[nonce] and load_member(held[i])
+    if r then
+      r.lease_ms = tonumber(call('ZSCORE', key('lease'), held[i])) or now()
+      out[#out + 1] = claimed(r, nonce, call('HGET', record_key(r.tenant, r.id), 'payload') or '')
+    end
+  end
+  for _, class in ipairs(CLASSES) do
+    for _ = 1, K do
+      local best = #out == 0 and choose(pools, class)
+      if not best then break end
+      claim_from(c, best, class, out)
+    end
+  end
+  local last = call('XREVRANGE', key('wake'), '+', '-', 'COUNT', 1)
+  table.insert(out, 1, last[1] and last[1][1] or '0-0')
+  return out
+end
+
+-- The record, if the fence in ARGV[2..5] (tenant, id, epoch, nonce) holds it; else nil and why: its state when the fence
+-- was the last one, 'STALE' when it is somebody else's by now.
+local function fenced()
+  local r = load(ARGV[2], ARGV[3])
+  if not r or int(r.epoch) ~= ARGV[4] or r.nonce ~= ARGV[5] then return nil, 'STALE' end
+  if not HELD[r.state] then return nil, r.state, r end
+  return r
+end
+
+-- beat <fence> <lease_ms or 0> [<state> <stage> <step> <steps> <eta>]
+function ops.beat()
+  local r, why = fenced()
+  if not r then return why end
+  local k, extend = record_key(r.tenant, r.id), tonumber(ARGV[6])
+  if extend > 0 then
+    call('ZADD', key('lease'), 'GT', now() + extend, member(r))
+    call('HSET', k, 'lease_ms', int(now() + extend))
+  end
+  if not ARGV[7] then return 'ok' end
+  r.stage, r.step, r.steps = ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
+  local set = { 'stage', r.stage, 'step', r.step, 'steps', r.steps }
+  if r.state ~= ARGV[7] then move(r, ARGV[7], set, nil, tonumber(ARGV[11]))
+  else
+    call('HSET', k, 'updated_ms', int(now()), unpack(set))
+    tell(r, nil, tonumber(ARGV[11]))
+  end
+  return 'ok'
+end
+
+-- finish <fence> <result>
+function ops.finish()
+  local r, why = fenced()
+  if not r then return why == 'SUCCEEDED' and 'ok' or why end
+  move(r, 'SUCCEEDED', { 'result', ARGV[6], 'error_code', '', 'error', '', 'left', 'finish' })
+  return 'ok'
+end
+
+-- fail <fence> <app|infra> <code> <message> <retryable 0|1> <random>; {'ok', state}
+function ops.fail()
+  local r, why, past = fenced()
+  if not r then return past and past.left == 'fail' and { 'ok', why } or { why } end
+  fail_attempt(r, ARGV[6], { code = ARGV[7], message = ARGV[8], retryable = ARGV[9] == '1' }, tonumber(ARGV[10]), 'fail')
+  return { 'ok', r.state }
+end
+
+-- release <fence>: no attempt charged
+function ops.release()
+  local r, why, past = fenced()
+  if not r then return past and past.left == 'release' and 'ok' or why end
+  r.stage, r.step = '', 0
+  move(r, 'QUEUED', { 'left', 'release', 'stage', '', 'step', 0 })
+  return 'ok'
+end
+
+-- release_all <worker> <incarnation or ''> <code> <message> <random>; {returned, 1 if there are more}
+function ops.release_all()
+  local k, n = key('held', ARGV[2]), 0
+  local held = call('HGETALL', k)
+  for i = 1, #held, 2 do
+    local incarnation, epoch = held[i + 1]:match('^(%S*) (%d+)')
+    if incarnation == ARGV[3] or ARGV[3] == '' then
+      if n == K then return { n, 1 } end
+      n = n + 1
+      local r = load_member(held[i])
+      if r and HELD[r.state] and r.worker == ARGV[2] and int(r.epoch) == epoch then
+        fail_attempt(r, 'infra', { code = ARGV[4], message = ARGV[5], retryable = true }, (tonumber(ARGV[6]) + n * 0.618) % 1, 'lost')
+      else call('HDEL', k, held[i]) end
+    end
+  end
+  return { n, 0 }
+end
+
+-- cancel <tenant> <id>: the state after it, or false
+function ops.cancel()
+  local r = load(ARGV[2], ARGV[3])
+  if not r then return false end
+  if not FINAL[r.state] then fail_final(r, 'CANCELLED', { code = 'cancelled', message = 'cancelled on request' }) end
+  return r.state
+end
+
+-- ---- upkeep
+
+local function due(name) return call('ZRANGEBYSCORE', key(name), '-inf', now(), 'LIMIT', 0, K) end
+
+local function reap_lease(m, random)
+  local r = load_member(m)
+  if not r or not HELD[r.state] then call('ZREM', key('lease'), m) return 'stray' end
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
+  fail_attempt(r, 'infra', { code = 'timeout', message = 'the lease ran out: worker ' .. r.worker .. ' was not heard from',
+    retryable = true }, random, 'lost')
+  return 'lost'
+end
+
+local function reap_delayed(m)
+  local r = load_member(m)
+  if not r or not WAITING[r.state] then call('ZREM', key('delayed'), m) return 'stray' end
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
+  move(r, 'QUEUED', {})
+  return 'due'
+end
+
+-- Is the record in the index of its state? If not, puts it there.
+local function mend(r, random)
+  local m = member(r)
+  if r.state == 'QUEUED' then
+    local ring = ring_key(r.pool, r.class)
+    if call('ZSCORE', ready_key(r), m) and call('ZSCORE', ring, r.tenant) then return false end
+    call('ZADD', ring, vtime(r.tenant), r.tenant)
+    if call('ZADD', ready_key(r), r.rank, m) == 1 and (tonumber(call('HGET', key('tenant', r.tenant), 'ready')) or 0) < 1 then
+      call('HSET', key('tenant', r.tenant), 'ready', 1)
+    end
+    wake(r.pool)
+  elseif WAITING[r.state] then
+    if call('ZADD', key('delayed'), 'NX', r.due_ms, m) == 0 then return false end
+  else
+    if call('ZSCORE', key('lease'), m) then return false end
+    fail_attempt(r, 'infra', { code = 'timeout', message = 'the job had no lease', retryable = true }, random, 'lost')
+  end
+  return true
+end
+
+local function reap_live(m, random)
+  local r = load_member(m)
+  if not r or FINAL[r.state] then
+    for _, index in ipairs({ 'live', 'lease', 'delayed' }) do call('ZREM', key(index), m) end
+    return 'stray'
+  end
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
+  local orphan = mend(r, random)
+  if not FINAL[r.state] then call('ZADD', key('live'), next_check(r), m) end
+  return orphan and 'orphans' or 'stray'
+end
+
+-- reap <random>; {lost, due, expired, orphans, milliseconds until the next}
+function ops.reap()
+  local n = { lost = 0, due = 0, expired = 0, orphans = 0, stray = 0 }
+  local random, i = tonumber(ARGV[2]), 0
+  for _, step in ipairs({ { 'lease', reap_lease }, { 'delayed', reap_delayed }, { 'live', reap_live } }) do
+    for _, m in ipairs(due(step[1])) do
+      i = i + 1
+      local what = step[2](m, (random + i * 0.618) % 1)
+      n[what] = n[what] + 1
+    end
+  end
+  local wait = 1000
+  for _, index in ipairs({ 'lease', 'delayed', 'live' }) do
+    local first = call('ZRANGE', key(index), 0, 0, 'WITHSCORES')
+    if first[2] then wait = max(0, min(wait, tonumber(first[2]) - now())) end
+  end
+  return { n.lost, n.due, n.expired, n.orphans, wait }
+end
+
+-- set <name> <value>
+function ops.set()
+  if not SETTINGS[ARGV[2]] then return false end
+  call('HSET', key('conf'), ARGV[2], ARGV[3])
+  return 'ok'
+end
+
+-- stats: {field, value, ...} of the counters, with "waiting" (all doors) and "dead_letter" (dlq)
+function ops.stats()
+  local out, waiting = call('HGETALL', key('stats')), 0
+  for _, tenant in ipairs(call('HKEYS', key('tenants'))) do waiting = waiting + call('XLEN', key('in', tenant)) end
+  for _, v in ipairs({ 'waiting', waiting, 'dead_letter', call('XLEN', key('dlq')) }) do out[#out + 1] = tostring(v) end
+  return out
+end
+
+local op = ops[ARGV[1]]
+if not op then return redis.error_reply('ERR queue.lua has no operation of this name') end
+return op()
