@@ -56,22 +56,23 @@ static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BR
     for (int i = 0; i < steps; i++)
         model_time[i] = l->timesteps[i] / 1000.0F;
     for (int b = 0; b < r->branches; b++)
-        if (r->pair == NULL || b == comm_rank(r->world.comm) / r->plan.ulysses)
+        if (r->pair == NULL || b == comm_rank(r->pair))
             r->model->dit->ops->prepare(r->model->dit, &r->branch, model_time, steps, r->job->guidance_scale,
                                         tensor_rows(prompts[b].embeds, l->rows.text.start, l->rows.text.count),
                                         prompts[b].pooled, &l->cond[b]);
     return 0;
 }
 
-// v[0] = the velocity that guidance makes of both branches
-static void guide(struct run *r, struct loop *l)
+// v[b] = the velocity that each branch of guidance predicts for my rows
+static void predict(struct run *r, struct loop *l, struct tensor x, int i)
 {
+    for (int b = 0; b < r->branches; b++)
+        if (r->pair == NULL || b == comm_rank(r->pair))
+            runner_whole.run(&runner_whole, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
     if (r->pair) {
         const int64_t bytes = (int64_t)tensor_bytes(l->v[0]), counts[BRANCHES] = {bytes, bytes};
         comm_all_gather(r->pair, l->v[comm_rank(r->pair)].data, l->v[0].data, counts);
     }
-    if (r->branches == 2)
-        r->branch.k->cfg_combine(r->branch.d, l->v[0], l->v[1], l->v[0], r->job->true_cfg_scale);
 }
 
 static void trace_rows(struct run *r, const struct loop *l, const char *name, struct tensor mine)
@@ -110,14 +111,12 @@ static void trace_predictions(struct run *r, struct loop *l, int step)
 static int step(struct run *r, struct loop *l, struct tensor x, int i, struct err *err)
 {
     char name[48];
-    for (int b = 0; b < r->branches; b++)
-        if (r->pair == NULL || b == comm_rank(r->pair))
-            runner_whole.run(&runner_whole, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
-    if (r->pair == NULL)
-        trace_predictions(r, l, i);
-    guide(r, l);
+    predict(r, l, x, i);
+    trace_predictions(r, l, i);
+    if (r->branches == 2)
+        r->branch.k->cfg_combine(r->branch.d, l->v[0], l->v[1], l->v[0], r->job->true_cfg_scale);
     r->branch.k->axpy(r->branch.d, x, l->sigmas[i + 1] - l->sigmas[i], l->v[0]);
-    snprintf(name, sizeof name, "latents_after_step_%d", i);
+    snprintf(name, sizeof name, "latents_after_step_%d", i); // as the reference's recordings call it
     trace_rows(r, l, name, x);
     return run_checkpoint(r, ENGINE_DENOISE, i + 1, err);
 }

@@ -1,0 +1,51 @@
+// cli.h: what the subcommands of `ditfleet` share: the table of commands, flags, exit codes.
+//
+// A subcommand is one file with one struct cli_command, listed in main.c. Flags are a table; the fields of a job are
+// flags too (--num-inference-steps sets num_inference_steps), taken from the rules in proto/job.c.
+#ifndef DITFLEET_CLI_H
+#define DITFLEET_CLI_H
+
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "proto/job.h"
+
+enum cli_exit {
+    CLI_OK = 0,
+    CLI_FAILED = 1,      // the job or the operation failed; the reason is on stderr
+    CLI_USAGE = 2,       // a flag or argument is wrong
+    CLI_UNAVAILABLE = 3, // Redis or the supervisor cannot be reached
+    CLI_INTERRUPTED = 130,
+};
+
+struct cli_command {
+    const char *name;
+    const char *arguments;                                             // "ID", "", as shown in the usage line
+    const char *summary;                                               // one line
+    int (*run)(const struct cli_command *self, int argc, char **argv); // argv[0] is the command's name
+};
+
+extern const struct cli_command cli_generate, cli_submit, cli_show, cli_cancel, cli_status, cli_tenant;
+
+enum cli_kind { CLI_STRING, CLI_INT, CLI_DOUBLE, CLI_BOOL };
+
+struct cli_flag {
+    const char *name;  // "--model", or "-o"
+    const char *value; // what follows it, for --help; NULL for CLI_BOOL
+    const char *doc;
+    enum cli_kind kind;
+    void *target;    // const char **, int *, double *, bool *
+    double min, max; // of numbers
+};
+
+// Reads argv[1..] by the table, and what it does not name by the job's rules when job is not NULL. *operands (room for
+// argc pointers) receives what is no flag, *n_operands how many; NULL: none are allowed. --help prints the usage on
+// stdout. Returns -1 to go on, or the exit code: CLI_OK after --help, CLI_USAGE after a message on stderr that names
+// the flag and what is allowed.
+int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int n_flags, Ditfleet__V1__Job *job,
+              int argc, char **argv, const char **operands, int *n_operands);
+
+// "ditfleet: text" on stderr; returns the exit code that fits the error.
+int cli_fail(const struct err *err);
+
+#endif

@@ -1,0 +1,261 @@
+// ditfleet generate: one job on this machine, with no Redis and no supervisor. The process is rank 0; further ranks are
+// forked before any thread starts and die with it.
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "ops/cli/cli.h"
+#include "ops/cli/recorder.h"
+#include "worker/engine.h"
+#include "worker/output/describe.h"
+
+enum { SLAB_BYTES = 4 << 20 };
+
+struct generate {
+    const char *model_dir, *device, *out, *latents;
+    int ranks, threads, cfg_degree, ulysses_degree;
+    bool quiet;
+    Ditfleet__V1__Job *job;
+    struct model *model;
+    struct recorder *recorder;
+    bool terminal;
+    pid_t children[COMM_MAX_RANKS];
+};
+
+static int show_progress(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
+{
+    static const char *const names[] = {
+        [ENGINE_TEXT] = "text", [ENGINE_DENOISE] = "denoise", [ENGINE_DECODE] = "decode"};
+    const struct generate *g = arg;
+    (void)err;
+    if (!g->terminal)
+        return 0;
+    if (stage == ENGINE_DENOISE)
+        fprintf(stderr, "\r%-8s %d/%d ", names[stage], step, steps);
+    else
+        fprintf(stderr, "\r%-8s       ", names[stage]);
+    return 0;
+}
+
+static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
+{
+    const struct engine_options options = {
+        .kernels = &kernels_cpu, .device.threads = g->threads, .data = comm, .control = comm};
+    const struct engine_hooks hooks = {
+        .progress = leader && !g->quiet ? show_progress : NULL, .trace = g->latents ? recorder_put : NULL, .arg = g};
+    struct engine_hooks mine = hooks;
+    if (g->latents) // both hooks share arg: the recorder wins, and progress is left out
+        mine.arg = g->recorder, mine.progress = NULL;
+    const struct plan want = {.cfg = g->cfg_degree, .ulysses = g->ulysses_degree};
+    struct engine *e;
+    TRY(engine_new(&options, &e, err));
+    int rc = engine_run(e, g->model, g->job, &want, &mine, out, err);
+    if (rc == 0 && leader && !g->quiet) {
+        struct engine_estimate estimate;
+        struct rusage usage;
+        getrusage(RUSAGE_SELF, &usage);
+        rc = engine_predict(e, g->model, g->job, &out->plan, &estimate, err);
+        char plan[PLAN_TEXT];
+        plan_print(&out->plan, plan);
+        fprintf(stderr,
+                "%s%s: text %.3f s, denoise %.3f s, decode %.3f s; weights %.1f MB, activations %.1f MB, peak %.1f MB, "
+                "%.1f GFLOP\n",
+                g->terminal ? "\r" : "", plan, out->encode_seconds, out->denoise_seconds, out->decode_seconds,
+                (double)model_bytes(g->model) / 1e6, (double)estimate.activation_bytes / 1e6,
+                (double)usage.ru_maxrss * 1024 / 1e6, estimate.cost.flops / 1e9);
+    }
+    engine_free(e);
+    return rc;
+}
+
+// The life of a forked rank; its exit status tells the leader's watcher.
+static int child_main(struct generate *g, int region, int rank, pid_t parent)
+{
+    struct err err = {.code = ERR_NONE};
+    struct engine_result unused;
+    struct comm *comm;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        return CLI_FAILED;
+    int rc = comm_shm_attach(region, rank, &comm, &err);
+    if (rc == 0) {
+        rc = run_rank(g, comm, false, &unused, &err);
+        if (rc != 0 && rc != ERR_UNAVAILABLE)
+            comm_abort(comm, err.text);
+        comm_free(comm);
+    }
+    return rc == 0 ? CLI_OK : CLI_FAILED;
+}
+
+struct watcher {
+    struct comm *comm;
+    int expected; // children still to come
+};
+
+// A rank that dies would leave the others waiting for ever.
+static void *watch_children(void *arg)
+{
+    struct watcher *w = arg;
+    int status;
+    for (; w->expected > 0; w->expected--) {
+        pid_t pid = wait(&status);
+        if (pid < 0)
+            break;
+        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+            comm_abort(w->comm, "a rank process died");
+    }
+    return NULL;
+}
+
+static int run_group(struct generate *g, struct engine_result *out, struct err *err)
+{
+    struct comm *comm;
+    if (g->ranks == 1) {
+        TRY(comm_self_new(&comm, err));
+        int rc = run_rank(g, comm, true, out, err);
+        comm_free(comm);
+        return rc;
+    }
+    int region = comm_shm_region(g->ranks, SLAB_BYTES, err);
+    if (region < 0)
+        return err->code;
+    const pid_t parent = getpid();
+    for (int r = 1; r < g->ranks; r++) {
+        g->children[r] = fork();
+        if (g->children[r] == 0)
+            _exit(child_main(g, region, r, parent));
+        if (g->children[r] < 0)
+            return err_set(err, ERR_NO_MEMORY, "rank %d cannot be started", r);
+    }
+    TRY(comm_shm_attach(region, 0, &comm, err));
+    struct watcher watcher = {comm, g->ranks - 1};
+    pthread_t thread;
+    const bool watching = pthread_create(&thread, NULL, watch_children, &watcher) == 0;
+    int rc = run_rank(g, comm, true, out, err);
+    if (rc != 0)
+        comm_abort(comm, err->text);
+    if (watching)
+        pthread_join(thread, NULL);
+    comm_free(comm);
+    close(region);
+    return rc;
+}
+
+// "picture.png" -> "picture-2.png" for the third of several images
+static void numbered(const char *path, uint32_t index, uint32_t count, char *out, size_t size)
+{
+    const char *slash = strrchr(path, '/'), *dot = strrchr(path, '.');
+    if (dot && slash && dot < slash)
+        dot = NULL;
+    if (count == 1)
+        snprintf(out, size, "%s", path);
+    else
+        snprintf(out, size, "%.*s-%u%s", dot ? (int)(dot - path) : (int)strlen(path), path, index, dot ? dot : "");
+}
+
+static int write_file(const char *path, const void *bytes, size_t length, struct err *err)
+{
+    FILE *f = fopen(path, "we");
+    bool ok = f && fwrite(bytes, 1, length, f) == length;
+    if (f)
+        ok = fclose(f) == 0 && ok;
+    return ok ? 0 : err_set(err, ERR_IO, "%s: cannot be written (%s)", path, strerror(errno));
+}
+
+static int write_pictures(const struct generate *g, const struct engine_result *result, struct err *err)
+{
+    const Ditfleet__V1__Job *job = g->job;
+    char plan[PLAN_TEXT], path[4096];
+    plan_print(&result->plan, plan);
+    for (uint32_t i = 0; i < job->num_images; i++) {
+        struct description d;
+        struct picture p = {0};
+        TRY(describe_picture(job, g->model->hash, plan, i, &d, err));
+        int rc = picture_encode(result->pixels + (size_t)i * job->width * job->height * 3, job->height, job->width,
+                                d.texts, DESCRIPTION_TEXTS, &p, err);
+        description_free(&d);
+        TRY(rc);
+        numbered(g->out, i, job->num_images, path, sizeof path);
+        rc = write_file(path, p.bytes, p.len, err);
+        picture_free(&p);
+        TRY(rc);
+        printf("%s\n", path);
+    }
+    return 0;
+}
+
+static void warn_cut(const struct engine_result *r)
+{
+    static const char *const names[] = {"prompt", "prompt_2", "negative_prompt", "negative_prompt_2"};
+    for (int i = 0; i < 4; i++)
+        if (r->prompt_cut[i])
+            fprintf(stderr, "ditfleet: warning: %s is longer than its encoder takes; the rest was cut off\n", names[i]);
+}
+
+static int generate(struct generate *g, struct err *err)
+{
+    struct engine_result result = {0};
+    TRY(job_check_fields(g->job, err));
+    TRY(model_load(g->model_dir, &g->model, err));
+    TRY(model_resolve_job(g->model, g->job, err));
+    if (g->latents && !(g->recorder = recorder_new()))
+        return err_set(err, ERR_NO_MEMORY, "no memory to record latents");
+    int rc = run_group(g, &result, err);
+    if (rc == 0) {
+        warn_cut(&result);
+        rc = write_pictures(g, &result, err);
+    }
+    if (rc == 0 && g->latents) {
+        recorder_put(g->recorder, "image_u8", tensor_of(result.pixels, DT_U8, 3, g->job->height, g->job->width, 3, 1));
+        rc = recorder_write(g->recorder, g->latents, err);
+    }
+    engine_result_free(&result);
+    return rc;
+}
+
+static int run(const struct cli_command *self, int argc, char **argv)
+{
+    struct generate g = {.device = "cpu", .out = "out.png", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
+    const struct cli_flag flags[] = {
+        {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
+        {"--device", "cpu", "where to compute", CLI_STRING, &g.device, 0, 0},
+        {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
+        {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
+        {"--ulysses-degree", "N", "ranks that share one picture's rows; default: chosen", CLI_INT, &g.ulysses_degree, 1,
+         COMM_MAX_RANKS},
+        {"--cfg-degree", "N", "2: guidance branches on two halves of the ranks; default: chosen", CLI_INT,
+         &g.cfg_degree, 1, 2},
+        {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},
+        {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
+         &g.latents, 0, 0},
+        {"--quiet", NULL, "no progress, no figures", CLI_BOOL, &g.quiet, 0, 0},
+    };
+    struct err err = {.code = ERR_NONE};
+    int rc = cli_parse(self, flags, sizeof flags / sizeof *flags, g.job, argc, argv, NULL, NULL);
+    if (rc < 0 && !g.model_dir) {
+        fprintf(stderr, "ditfleet generate: --model DIR is required\ntry: ditfleet generate --help\n");
+        rc = CLI_USAGE;
+    }
+    if (rc < 0 && strcmp(g.device, "cpu") != 0) {
+        fprintf(stderr, "ditfleet generate: --device %.40s: this build computes on cpu\n", g.device);
+        rc = CLI_USAGE;
+    }
+    if (rc < 0) {
+        const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+        if (!g.threads)
+            g.threads = cores > g.ranks ? (int)(cores / g.ranks) : 1;
+        rc = generate(&g, &err) == 0 ? CLI_OK : cli_fail(&err);
+    }
+    recorder_free(g.recorder);
+    model_free(g.model);
+    job_free(g.job);
+    return rc;
+}
+
+const struct cli_command cli_generate = {"generate", "", "make one picture on this machine, with no Redis", run};

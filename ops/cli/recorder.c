@@ -1,0 +1,74 @@
+#include "ops/cli/recorder.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct recorder {
+    json_t *header;
+    char *data;
+    size_t size;
+    bool failed; // out of memory
+};
+
+struct recorder *recorder_new(void)
+{
+    struct recorder *r = calloc(1, sizeof *r);
+    if (r)
+        r->header = json_object();
+    return r;
+}
+
+void recorder_free(struct recorder *r)
+{
+    if (!r)
+        return;
+    json_decref(r->header);
+    free(r->data);
+    free(r);
+}
+
+void recorder_put(void *recorder, const char *name, struct tensor t)
+{
+    struct recorder *r = recorder;
+    const size_t bytes = tensor_bytes(t);
+    if (r->failed || json_object_get(r->header, name))
+        return;
+    char *grown = realloc(r->data, r->size + bytes + 1);
+    if (!grown) {
+        r->failed = true;
+        return;
+    }
+    r->data = grown;
+    memcpy(r->data + r->size, t.data, bytes);
+    json_t *shape = json_array();
+    for (int i = 0; i < t.dims; i++)
+        json_array_append_new(shape, json_integer(t.n[i]));
+    json_object_set_new(r->header, name,
+                        json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype_name(t.dtype), "shape", shape, "data_offsets",
+                                  (json_int_t)r->size, (json_int_t)(r->size + bytes)));
+    r->size += bytes;
+}
+
+int recorder_write(const struct recorder *r, const char *path, struct err *err)
+{
+    char *header = json_dumps(r->header, JSON_COMPACT);
+    if (r->failed || !header) {
+        free(header);
+        return err_set(err, ERR_NO_MEMORY, "%s: no memory to record the latents", path);
+    }
+    const size_t length = strlen(header), padded = (length + 7) / 8 * 8; // tensors start aligned
+    uint8_t prefix[8];
+    for (int i = 0; i < 8; i++)
+        prefix[i] = (uint8_t)((uint64_t)padded >> (8 * i));
+    FILE *f = fopen(path, "we");
+    bool ok = f && fwrite(prefix, sizeof prefix, 1, f) == 1 && fprintf(f, "%-*s", (int)padded, header) == (int)padded &&
+              fwrite(r->data, 1, r->size, f) == r->size;
+    int why = errno;
+    if (f && fclose(f) != 0 && ok)
+        ok = false, why = errno;
+    free(header);
+    return ok ? 0 : err_set(err, ERR_IO, "%s: cannot be written (%s)", path, strerror(why));
+}
