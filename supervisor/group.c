@@ -524,6 +524,8 @@ bool group_child_exited(struct group *g, pid_t pid, int status)
         read_messages(r); // its BYE may be waiting
         close_control(r);
         r->pid = 0;
+        r->hello = r->ready = false;
+        r->beat = (struct msg){0}; // status must not show the job of a dead rank
         g->live--;
         log_line(g->env->log, LOG_INFO, "rank.exited", "group=%s of_rank=%d pid=%d %s=%d reason=\"%s\"", g->name, i,
                  (int)pid, WIFSIGNALED(status) ? "signal" : "status",

@@ -90,7 +90,7 @@ static void release_leftovers(struct supervisor *s)
     for (struct dirent *e; dir && (e = readdir(dir));) {
         char worker[CONF_WORKER_ID_BYTES], incarnation[17];
         size_t n = strlen(e->d_name);
-        if (n <= sizeof suffix || strcmp(e->d_name + n - strlen(suffix), suffix) != 0)
+        if (n < sizeof suffix || strcmp(e->d_name + n - strlen(suffix), suffix) != 0)
             continue;
         int fd = openat(dirfd(dir), e->d_name, O_RDONLY | O_CLOEXEC);
         FILE *f = fd >= 0 ? fdopen(fd, "r") : NULL;
