@@ -1,0 +1,1100 @@
+// test_queue.c: the queue against a private Redis: each promise of PROTOCOL.md, and each way it was broken elsewhere.
+#include "private_redis.h"
+#include "proto/queue.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <inttypes.h>
+
+#define PREFIX "dit:{test}:"
+#define POOL   "shapes@1"
+
+// One server for all tests; each test starts on an empty one.
+struct world {
+    struct private_redis server;
+    struct queue *q;
+};
+
+static void check(int rc, const struct err *e, int line)
+{
+    if (rc != 0)
+        fail_msg("line %d: %s: %s", line, err_name((enum err_code)rc), e->text);
+}
+#define OK(call)                                                                                                       \
+    do {                                                                                                               \
+        struct err e_ = {0}, *e = &e_;                                                                                 \
+        int rc_ = (call);                                                                                              \
+        check(rc_, e, __LINE__);                                                                                       \
+    } while (0)
+#define FAILS(code_, call)                                                                                             \
+    do {                                                                                                               \
+        struct err e_ = {0}, *e = &e_;                                                                                 \
+        int rc_ = (call);                                                                                              \
+        if (rc_ != (int)(code_) || !*e->text)                                                                          \
+            fail_msg("line %d: expected %s, got %s: %s", __LINE__, err_name(code_), err_name((enum err_code)rc_),      \
+                     e->text);                                                                                         \
+    } while (0)
+
+// ---- small steps
+
+// A fresh connection, which reads the registries anew; an old one does so every second.
+static void reopen(struct world *w)
+{
+    queue_close(w->q);
+    OK(queue_open(&w->q, w->server.url, "test", QUEUE_NODE, NULL, e));
+}
+
+static redisReply *command(struct world *w, const char *format, ...)
+{
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    const char *argv[32];
+    int argc = 0;
+    char *save = NULL;
+    for (char *word = strtok_r(text, " ", &save); word && argc < 32; word = strtok_r(NULL, " ", &save))
+        argv[argc++] = word;
+    redisReply *reply = NULL;
+    OK(redis_command_argv(queue_redis(w->q), &reply, e, argc, argv, NULL));
+    return reply;
+}
+
+static long long number(struct world *w, const char *format, ...)
+{
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    redisReply *reply = command(w, "%s", text);
+    long long n = reply->type == REDIS_REPLY_INTEGER ? reply->integer : reply->str ? atoll(reply->str) : -1;
+    freeReplyObject(reply);
+    return n;
+}
+
+static Ditfleet__V1__Job *new_job(const char *id)
+{
+    Ditfleet__V1__Job *job = job_new();
+    OK(job_set_field(job, "id", id, e));
+    OK(job_set_field(job, "model", "shapes", e));
+    OK(job_set_field(job, "prompt", "a red circle", e));
+    OK(job_set_field(job, "output.url", "http://127.0.0.1:9/{id}.png", e));
+    return job;
+}
+
+static void submit_job(struct world *w, const char *tenant, Ditfleet__V1__Job *job, char entry[QUEUE_ENTRY_SIZE])
+{
+    void *bytes;
+    size_t length;
+    char unused[QUEUE_ENTRY_SIZE];
+    OK(job_pack(job, &bytes, &length, e));
+    OK(queue_submit(w->q, tenant, bytes, length, entry ? entry : unused, e));
+    free(bytes);
+    job_free(job);
+}
+
+static void submit(struct world *w, const char *id)
+{
+    submit_job(w, "default", new_job(id), NULL);
+}
+
+static struct queue_admitted admit(struct world *w)
+{
+    struct queue_admission admission = {.consumer = "node1"};
+    struct queue_admitted out, sum = {0};
+    do {
+        OK(queue_admit(w->q, &admission, 0, &out, e));
+        sum.read += out.read;
+        sum.admitted += out.admitted;
+        sum.duplicate += out.duplicate;
+        sum.refused += out.refused;
+        sum.no_models |= out.no_models;
+    } while (out.read > 0);
+    return sum;
+}
+
+static size_t claim_as(struct world *w, const char *worker, const char *incarnation, unsigned max, uint64_t lease_ms,
+                       struct queue_job *jobs)
+{
+    static const char *const pools[] = {POOL, "other@2"};
+    struct queue_claim want = {worker, incarnation, pools, 2, lease_ms, max};
+    size_t count;
+    char cursor[QUEUE_ENTRY_SIZE];
+    OK(queue_claim(w->q, &want, jobs, &count, cursor, e));
+    return count;
+}
+
+static struct queue_fence claim(struct world *w, uint64_t lease_ms)
+{
+    struct queue_job job;
+    if (claim_as(w, "w1", "i1", 1, lease_ms, &job) != 1)
+        fail_msg("there was nothing to claim");
+    struct queue_fence fence = job.fence;
+    queue_job_free(&job);
+    return fence;
+}
+
+static const char *state_of(struct world *w, const char *id)
+{
+    struct queue_record r;
+    OK(queue_get(w->q, "default", id, &r, e));
+    const char *name = job_state_name(r.state);
+    queue_record_free(&r);
+    return name;
+}
+
+static void finish(struct world *w, const struct queue_fence *fence)
+{
+    Ditfleet__V1__Result result = DITFLEET__V1__RESULT__INIT;
+    void *bytes;
+    size_t length;
+    result.id = (char *)fence->id;
+    result.state = DITFLEET__V1__STATE__STATE_SUCCEEDED;
+    result.attempt = (uint32_t)fence->epoch;
+    OK(result_pack(&result, &bytes, &length, e));
+    OK(queue_finish(w->q, fence, bytes, length, e));
+    free(bytes);
+}
+
+static struct queue_reaped reap(struct world *w)
+{
+    struct queue_reaped out;
+    OK(queue_reap(w->q, &out, e));
+    return out;
+}
+
+static const struct err gpu_fault = {ERR_UNAVAILABLE, true, "the GPU fell off the bus"};
+static const struct err app_error = {ERR_INTERNAL, true, "the job's own trouble"};
+static const struct err app_final = {ERR_UNSUPPORTED, false, "this size cannot be done"};
+
+// ---- what must hold at any moment: a record is in exactly the index of its state, and the counters tell the truth
+
+static void check_invariants(struct world *w)
+{
+    redisReply *keys = command(w, "KEYS " PREFIX "job:*");
+    long long live = 0, queued = 0, leased = 0, gpu_ms = 0;
+    for (size_t i = 0; i < keys->elements; i++) {
+        const char *key = keys->element[i]->str, *member = key + sizeof PREFIX "job:" - 1;
+        redisReply *r = command(w, "HMGET %s state pool class gpu_ms worker payload result", key);
+        const char *state = r->element[0]->str;
+        if (!state || strchr(member, '@')) {
+            freeReplyObject(r);
+            continue;
+        }
+        Ditfleet__V1__State s = job_state_parse(state);
+        bool held = s == DITFLEET__V1__STATE__STATE_LEASED || s == DITFLEET__V1__STATE__STATE_RUNNING ||
+                    s == DITFLEET__V1__STATE__STATE_UPLOADING;
+        bool delayed = s == DITFLEET__V1__STATE__STATE_DELAYED || s == DITFLEET__V1__STATE__STATE_RETRY_WAIT;
+        const char *colon = strchr(member, ':');
+        redisReply *ready =
+            command(w, "ZSCORE " PREFIX "ready:%s:%s:%.*s %s", r->element[1]->str ? r->element[1]->str : "-",
+                    r->element[2]->str ? r->element[2]->str : "-", (int)(colon - member), member, member);
+        redisReply *lease = command(w, "ZSCORE " PREFIX "lease %s", member);
+        redisReply *later = command(w, "ZSCORE " PREFIX "delayed %s", member);
+        redisReply *alive = command(w, "ZSCORE " PREFIX "live %s", member);
+        bool holds = held && number(w, "HEXISTS " PREFIX "held:%s %s", r->element[4]->str, member);
+        if ((ready->str != NULL) != (s == DITFLEET__V1__STATE__STATE_QUEUED) || (lease->str != NULL) != held ||
+            holds != held || (later->str != NULL) != delayed || (alive->str != NULL) == job_state_final(s) ||
+            (r->element[6]->str != NULL) != job_state_final(s))
+            fail_msg("%s in state %s is in the wrong index", member, state);
+        live += !job_state_final(s);
+        queued += s == DITFLEET__V1__STATE__STATE_QUEUED;
+        leased += held;
+        gpu_ms += job_state_final(s) ? 0 : atoll(r->element[3]->str);
+        redisReply *all[] = {r, ready, lease, later, alive};
+        for (size_t k = 0; k < 5; k++)
+            freeReplyObject(all[k]);
+    }
+    freeReplyObject(keys);
+    struct queue_stats stats;
+    OK(queue_stats(w->q, &stats, e));
+    assert_int_equal(number(w, "ZCARD " PREFIX "live"), live);
+    assert_int_equal(number(w, "ZCARD " PREFIX "lease"), leased);
+    assert_int_equal(stats.queued, queued);
+    assert_int_equal(stats.leased + stats.running + stats.uploading, leased);
+    assert_int_equal(stats.backlog_ms, gpu_ms);
+    struct queue_tenant *tenants;
+    size_t n;
+    long long ready = 0;
+    OK(queue_tenants(w->q, &tenants, &n, e));
+    for (size_t i = 0; i < n; i++)
+        ready += (long long)tenants[i].ready;
+    free(tenants);
+    assert_int_equal(ready, queued);
+}
+
+// ---- the tests
+
+static int on_event(void *arg, const Ditfleet__V1__Event *event)
+{
+    char *trail = arg;
+    snprintf(trail + strlen(trail), 400 - strlen(trail), "%s/%s/%u/%u ", job_state_name(event->state), event->stage,
+             event->step, event->attempt);
+    return 0;
+}
+
+static void test_whole_path(void **state)
+{
+    struct world *w = *state;
+    char entry[QUEUE_ENTRY_SIZE], trail[400] = "";
+    submit_job(w, "default", new_job("a"), entry);
+    assert_int_equal(admit(w).admitted, 1);
+    assert_int_equal(number(w, "XLEN " PREFIX "in:default"), 0);
+    assert_string_equal(state_of(w, "a"), "QUEUED");
+    struct queue_job job;
+    assert_int_equal(claim_as(w, "w1", "i1", 1, 10000, &job), 1);
+    assert_string_equal(job.pool, POOL);
+    assert_int_equal(job.fence.epoch, 1);
+    assert_int_equal(strlen(job.fence.nonce), 32);
+    Ditfleet__V1__Job *parsed;
+    OK(job_parse(job.payload, job.payload_length, &parsed, NULL, e));
+    assert_string_equal(parsed->prompt, "a red circle");
+    job_free(parsed);
+    struct queue_progress p = {DITFLEET__V1__STATE__STATE_RUNNING, "denoise", 1, 20, 2.5};
+    OK(queue_progress(w->q, &job.fence, &p, e));
+    p.step = 2;
+    OK(queue_progress(w->q, &job.fence, &p, e));
+    OK(queue_beat(w->q, &job.fence, 20000, e));
+    struct queue_record r;
+    OK(queue_get(w->q, "default", "a", &r, e));
+    assert_int_equal(r.state, DITFLEET__V1__STATE__STATE_RUNNING);
+    assert_string_equal(r.stage, "denoise");
+    assert_int_equal(r.step, 2);
+    assert_string_equal(r.entry, entry);
+    assert_in_range(r.lease_ms - r.now_ms, 19000, 20000);
+    queue_record_free(&r);
+    check_invariants(w);
+    p.state = DITFLEET__V1__STATE__STATE_UPLOADING, p.stage = "upload";
+    OK(queue_progress(w->q, &job.fence, &p, e));
+    finish(w, &job.fence);
+    finish(w, &job.fence); // the repeated message after a lost reply
+    Ditfleet__V1__Result *result;
+    OK(queue_await(w->q, "default", "a", entry, 1000, on_event, trail, &result, e));
+    assert_int_equal(result->state, DITFLEET__V1__STATE__STATE_SUCCEEDED);
+    result_free(result);
+    assert_string_equal(trail, "QUEUED//0/0 LEASED//0/1 RUNNING/denoise/1/1 RUNNING/denoise/2/1 "
+                               "UPLOADING/upload/2/1 SUCCEEDED/upload/2/1 ");
+    assert_int_equal(number(w, "HEXISTS " PREFIX "job:default:a payload"), 0); // it may hold secrets
+    assert_in_range(number(w, "PTTL " PREFIX "job:default:a"), 1, 86400000);
+    assert_in_range(number(w, "PTTL " PREFIX "ev:default:a"), 1, 86400000);
+    queue_job_free(&job);
+    check_invariants(w);
+}
+
+static void test_same_id(void **state)
+{
+    struct world *w = *state;
+    char first[QUEUE_ENTRY_SIZE], second[QUEUE_ENTRY_SIZE], third[QUEUE_ENTRY_SIZE];
+    submit_job(w, "default", new_job("a"), first);
+    submit_job(w, "default", new_job("a"), second);
+    Ditfleet__V1__Job *other = new_job("a");
+    OK(job_set_field(other, "prompt", "a blue square", e));
+    submit_job(w, "default", other, third);
+    struct queue_admitted out = admit(w);
+    assert_int_equal(out.admitted, 1);
+    assert_int_equal(out.duplicate, 1);
+    assert_int_equal(out.refused, 1);
+    struct queue_fence fence = claim(w, 10000);
+    struct queue_job none;
+    assert_int_equal(claim_as(w, "w2", "i", 1, 1000, &none), 0);
+    finish(w, &fence);
+    // Each submission finds its own outcome: two the picture, the third its refusal.
+    Ditfleet__V1__Result *result;
+    const char *entries[] = {first, second, NULL};
+    for (int i = 0; i < 3; i++) {
+        OK(queue_await(w->q, "default", "a", entries[i], 1000, NULL, NULL, &result, e));
+        assert_int_equal(result->state, DITFLEET__V1__STATE__STATE_SUCCEEDED);
+        result_free(result);
+    }
+    OK(queue_await(w->q, "default", "a", third, 1000, NULL, NULL, &result, e));
+    assert_int_equal(result->state, DITFLEET__V1__STATE__STATE_DEAD);
+    assert_string_equal(result->error->code, "conflict");
+    result_free(result);
+    // Another tenant's "a" is another job.
+    OK(queue_tenant_add(w->q, "acme", 1, e));
+    submit_job(w, "acme", new_job("a"), NULL);
+    OK(queue_tenant_add(w->q, "acme", 1, e));
+    usleep(1100000); // admission learns of new tenants within a second
+    assert_int_equal(admit(w).admitted, 1);
+    check_invariants(w);
+}
+
+static void test_refusals(void **state)
+{
+    struct world *w = *state;
+    char entry[QUEUE_ENTRY_SIZE];
+    Ditfleet__V1__Result *result;
+    OK(queue_submit(w->q, "default", "\xff\xff garbage", 10, entry, e));
+    submit(w, "good");
+    assert_int_equal(admit(w).refused, 1);
+    assert_string_equal(state_of(w, "good"), "QUEUED"); // the queue goes on
+    OK(queue_await(w->q, "default", "whatever", entry, 1000, NULL, NULL, &result, e));
+    assert_string_equal(result->error->code, "corrupt");
+    result_free(result);
+    // Out of bounds, with an id that can be read: the result is under the id as well, and the id stays free.
+    Ditfleet__V1__Job *job = new_job("wide");
+    job->width = 1;
+    submit_job(w, "default", job, entry);
+    assert_int_equal(admit(w).refused, 1);
+    OK(queue_await(w->q, "default", "wide", NULL, 1000, NULL, NULL, &result, e));
+    assert_non_null(strstr(result->error->message, "width is 1; allowed: 16 to 16384"));
+    result_free(result);
+    submit_job(w, "default", new_job("wide"), entry);
+    assert_int_equal(admit(w).admitted, 1);
+    assert_string_equal(state_of(w, "wide"), "QUEUED");
+    // An unknown model, an unknown version, no field named job, a prompt of 1 MB.
+    job = new_job("m1");
+    OK(job_set_field(job, "model", "nosuch", e));
+    submit_job(w, "default", job, NULL);
+    job = new_job("m2");
+    OK(job_set_field(job, "model", "shapes@9", e));
+    submit_job(w, "default", job, entry);
+    freeReplyObject(command(w, "XADD " PREFIX "in:default * wrong x"));
+    job = new_job("long");
+    free(job->prompt);
+    job->prompt = calloc(1, (1 << 20) + 1);
+    memset(job->prompt, 'x', 1 << 20);
+    submit_job(w, "default", job, NULL);
+    assert_int_equal(admit(w).refused, 4);
+    OK(queue_await(w->q, "default", "m2", entry, 1000, NULL, NULL, &result, e));
+    assert_string_equal(result->error->message, "model shapes@9 is not served by this fleet; known: shapes@1");
+    result_free(result);
+    OK(queue_await(w->q, "default", "long", NULL, 1000, NULL, NULL, &result, e));
+    assert_non_null(strstr(result->error->message, "prompt has 1048576 bytes"));
+    result_free(result);
+    redisReply *dead = command(w, "XRANGE " PREFIX "dlq - +");
+    assert_int_equal(dead->elements, 6);
+    freeReplyObject(dead);
+    check_invariants(w);
+}
+
+// Anything may stand on the stream; admission answers each entry and the next job runs.
+static void test_fuzzed_entries(void **state)
+{
+    struct world *w = *state;
+    void *good;
+    size_t length;
+    uint64_t seed = 7;
+    Ditfleet__V1__Job *job = new_job("f");
+    OK(job_pack(job, &good, &length, e));
+    job_free(job);
+    for (int i = 0; i < 600; i++) {
+        unsigned char *copy = malloc(length);
+        memcpy(copy, good, length);
+        size_t n = length;
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        if (i % 2)
+            n = (seed >> 33) % length;
+        else
+            copy[(seed >> 33) % length] = (unsigned char)(seed >> 24);
+        char entry[QUEUE_ENTRY_SIZE];
+        OK(queue_submit(w->q, "default", copy, n, entry, e));
+        free(copy);
+    }
+    free(good);
+    struct queue_admitted out = admit(w);
+    assert_int_equal(out.read, 600);
+    assert_int_equal(out.admitted + out.duplicate + out.refused, 600);
+    submit(w, "after");
+    assert_int_equal(admit(w).admitted, 1);
+    check_invariants(w);
+}
+
+static void test_registry_of_models(void **state)
+{
+    struct world *w = *state;
+    OK(queue_model_withdraw(w->q, "shapes", "1", e));
+    reopen(w);
+    submit(w, "a");
+    struct queue_admitted out = admit(w);
+    assert_true(out.no_models && out.read == 0); // nobody has said yet what exists
+    OK(queue_model_publish(w->q, "shapes", "1", e));
+    reopen(w);
+    assert_int_equal(admit(w).admitted, 1);
+    OK(queue_model_publish(w->q, "shapes", "2", e));
+    struct queue_model *models;
+    size_t n;
+    OK(queue_models(w->q, &models, &n, e));
+    assert_int_equal(n, 2);
+    for (size_t i = 0; i < n; i++)
+        assert_int_equal(models[i].is_default, strcmp(models[i].version, "2") == 0);
+    free(models);
+    OK(queue_model_withdraw(w->q, "shapes", "2", e));
+    OK(queue_models(w->q, &models, &n, e));
+    assert_int_equal(n, 1);
+    assert_true(models[0].is_default);
+    free(models);
+}
+
+static redisReply *snapshot(struct world *w, const char *id)
+{
+    return command(w, "HGETALL " PREFIX "job:default:%s", id);
+}
+
+static void expect_same(redisReply *a, redisReply *b)
+{
+    assert_int_equal(a->elements, b->elements);
+    for (size_t i = 0; i < a->elements; i++) {
+        assert_int_equal(a->element[i]->len, b->element[i]->len);
+        assert_memory_equal(a->element[i]->str, b->element[i]->str, (size_t)a->element[i]->len);
+    }
+    freeReplyObject(a);
+    freeReplyObject(b);
+}
+
+static void expect_stale(struct world *w, const struct queue_fence *f, enum err_code code)
+{
+    struct queue_progress p = {DITFLEET__V1__STATE__STATE_RUNNING, "denoise", 19, 20, 0};
+    long long events = number(w, "XLEN " PREFIX "ev:default:%s", f->id);
+    redisReply *before = snapshot(w, f->id);
+    FAILS(code, queue_beat(w->q, f, 99999, e));
+    FAILS(code, queue_progress(w->q, f, &p, e));
+    FAILS(code, queue_finish(w->q, f, "x", 1, e));
+    FAILS(code, queue_fail(w->q, f, QUEUE_CAUSE_APP, &app_final, NULL, e));
+    FAILS(code, queue_release(w->q, f, e));
+    expect_same(before, snapshot(w, f->id));
+    assert_int_equal(number(w, "XLEN " PREFIX "ev:default:%s", f->id), events);
+}
+
+static void test_stale_fence_writes_nothing(void **state)
+{
+    struct world *w = *state;
+    submit(w, "a");
+    admit(w);
+    struct queue_fence old = claim(w, 1);
+    usleep(5000);
+    assert_int_equal(reap(w).lost, 1);
+    expect_stale(w, &old, ERR_STALE); // taken away, not yet claimed again
+    struct queue_fence now = claim(w, 10000);
+    assert_int_equal(now.epoch, 2);
+    expect_stale(w, &old, ERR_STALE);
+    // The server went back in time: the epoch is right, the nonce is not.
+    struct queue_fence ghost = now;
+    memset(ghost.nonce, 'f', 32);
+    expect_stale(w, &ghost, ERR_STALE);
+    finish(w, &now);
+    struct queue_fence late = now;
+    late.epoch = 3;
+    expect_stale(w, &late, ERR_STALE);
+    assert_string_equal(state_of(w, "a"), "SUCCEEDED");
+    check_invariants(w);
+}
+
+static void test_cancel(void **state)
+{
+    struct world *w = *state;
+    Ditfleet__V1__State s;
+    FAILS(ERR_NOT_FOUND, queue_cancel(w->q, "default", "a", NULL, e));
+    submit(w, "a");
+    submit(w, "b");
+    submit(w, "c");
+    admit(w);
+    OK(queue_cancel(w->q, "default", "a", &s, e));
+    assert_int_equal(s, DITFLEET__V1__STATE__STATE_CANCELLED);
+    struct queue_fence b = claim(w, 10000);
+    assert_string_equal(b.id, "b"); // not a
+    OK(queue_cancel(w->q, "default", "b", &s, e));
+    expect_stale(w, &b, ERR_CANCELLED); // cancel came first
+    Ditfleet__V1__Result *result;
+    OK(queue_await(w->q, "default", "b", NULL, 1000, NULL, NULL, &result, e));
+    assert_string_equal(result->error->code, "cancelled");
+    result_free(result);
+    struct queue_fence c = claim(w, 10000);
+    finish(w, &c); // finish came first
+    OK(queue_cancel(w->q, "default", "c", &s, e));
+    assert_int_equal(s, DITFLEET__V1__STATE__STATE_SUCCEEDED);
+    check_invariants(w);
+}
+
+static void test_own_errors_run_out(void **state)
+{
+    struct world *w = *state;
+    Ditfleet__V1__State s;
+    OK(queue_set(w->q, "backoff_ms", 20, e));
+    OK(queue_set(w->q, "max_attempts", 3, e));
+    FAILS(ERR_INVALID, queue_set(w->q, "no_such", 1, e));
+    submit(w, "a");
+    admit(w);
+    for (unsigned attempt = 1; attempt <= 3; attempt++) {
+        struct queue_fence f = claim(w, 10000);
+        OK(queue_fail(w->q, &f, QUEUE_CAUSE_APP, &app_error, &s, e));
+        OK(queue_fail(w->q, &f, QUEUE_CAUSE_APP, &app_error, &s, e)); // repeated: counted once
+        struct queue_record r;
+        OK(queue_get(w->q, "default", "a", &r, e));
+        assert_int_equal(r.attempts_app, attempt);
+        assert_string_equal(r.error, app_error.text);
+        queue_record_free(&r);
+        if (attempt == 3)
+            break;
+        assert_true(s == DITFLEET__V1__STATE__STATE_RETRY_WAIT || s == DITFLEET__V1__STATE__STATE_QUEUED);
+        check_invariants(w);
+        usleep(100000); // more than the longest backoff of two attempts
+        reap(w);
+        assert_string_equal(state_of(w, "a"), "QUEUED");
+    }
+    assert_int_equal(s, DITFLEET__V1__STATE__STATE_DEAD);
+    assert_int_equal(number(w, "XLEN " PREFIX "dlq"), 1);
+    assert_int_equal(number(w, "HEXISTS " PREFIX "job:default:a payload"), 1); // a dead job can be looked into
+    // An error that no retry mends ends it at once; the job's own max_attempts goes before the queue's.
+    submit(w, "b");
+    Ditfleet__V1__Job *c = new_job("c");
+    c->max_attempts = 1;
+    submit_job(w, "default", c, NULL);
+    admit(w);
+    struct queue_fence f = claim(w, 10000);
+    OK(queue_fail(w->q, &f, QUEUE_CAUSE_APP, &app_final, &s, e));
+    assert_int_equal(s, DITFLEET__V1__STATE__STATE_DEAD);
+    f = claim(w, 10000);
+    OK(queue_fail(w->q, &f, QUEUE_CAUSE_APP, &app_error, &s, e));
+    assert_int_equal(s, DITFLEET__V1__STATE__STATE_DEAD);
+    check_invariants(w);
+}
+
+static void test_fleet_faults_do_not_count(void **state)
+{
+    struct world *w = *state;
+    Ditfleet__V1__State s;
+    OK(queue_set(w->q, "backoff_ms", 1, e));
+    OK(queue_set(w->q, "max_attempts_infra", 4, e));
+    submit(w, "a");
+    admit(w);
+    for (int i = 1; i <= 4; i++) {
+        struct queue_fence f = claim(w, 10000);
+        OK(queue_fail(w->q, &f, QUEUE_CAUSE_INFRA, &gpu_fault, &s, e));
+        if (i == 1)
+            assert_int_equal(s, DITFLEET__V1__STATE__STATE_QUEUED); // the first costs no waiting
+        usleep(20000);
+        reap(w);
+    }
+    assert_int_equal(s, DITFLEET__V1__STATE__STATE_DEAD); // bounded all the same
+    struct queue_record r;
+    OK(queue_get(w->q, "default", "a", &r, e));
+    assert_int_equal(r.attempts_app, 0);
+    assert_int_equal(r.attempts_infra, 4);
+    queue_record_free(&r);
+    check_invariants(w);
+}
+
+static void test_release(void **state)
+{
+    struct world *w = *state;
+    submit(w, "a");
+    admit(w);
+    struct queue_fence f = claim(w, 10000);
+    OK(queue_release(w->q, &f, e));
+    OK(queue_release(w->q, &f, e)); // repeated
+    struct queue_record r;
+    OK(queue_get(w->q, "default", "a", &r, e));
+    assert_int_equal(r.state, DITFLEET__V1__STATE__STATE_QUEUED);
+    assert_int_equal(r.attempts_app + r.attempts_infra, 0);
+    queue_record_free(&r);
+    check_invariants(w);
+}
+
+static void test_dead_worker(void **state)
+{
+    struct world *w = *state;
+    struct queue_job jobs[4];
+    unsigned n;
+    for (int i = 0; i < 4; i++) {
+        char id[8];
+        snprintf(id, sizeof id, "j%d", i);
+        submit(w, id);
+    }
+    admit(w);
+    assert_int_equal(claim_as(w, "w1", "old", 2, 60000, jobs), 2);
+    assert_int_equal(claim_as(w, "w1", "new", 1, 60000, jobs + 2), 1);
+    assert_int_equal(claim_as(w, "w2", "old", 1, 60000, jobs + 3), 1);
+    OK(queue_release_all(w->q, "w1", "old", &gpu_fault, &n, e));
+    assert_int_equal(n, 2);
+    assert_string_equal(state_of(w, "j0"), "QUEUED"); // at once, not when the lease runs out
+    assert_string_equal(state_of(w, "j1"), "QUEUED");
+    assert_string_equal(state_of(w, "j2"), "LEASED");
+    assert_string_equal(state_of(w, "j3"), "LEASED");
+    check_invariants(w);
+    OK(queue_release_all(w->q, "w1", NULL, &gpu_fault, &n, e));
+    assert_int_equal(n, 1);
+    OK(queue_release_all(w->q, "w1", NULL, &gpu_fault, &n, e));
+    assert_int_equal(n, 0);
+    for (int i = 0; i < 4; i++)
+        queue_job_free(&jobs[i]);
+    check_invariants(w);
+}
+
+static void test_orphans_are_found(void **state)
+{
+    struct world *w = *state;
+    OK(queue_set(w->q, "check_ms", 1, e));
+    submit(w, "q");
+    submit(w, "l");
+    submit(w, "gone");
+    admit(w);
+    struct queue_fence f = claim(w, 60000);
+    assert_string_equal(f.id, "q");
+    f = claim(w, 60000);
+    freeReplyObject(command(w, "ZREM " PREFIX "lease default:l"));
+    freeReplyObject(
+        command(w, "DEL " PREFIX "lease " PREFIX "ready:" POOL ":normal:default " PREFIX "ring:" POOL ":normal"));
+    freeReplyObject(command(w, "DEL " PREFIX "job:default:gone"));
+    usleep(5000);
+    struct queue_reaped out = reap(w);
+    assert_int_equal(out.orphans, 2); // both leased ones had lost their lease
+    assert_string_equal(state_of(w, "q"), "QUEUED");
+    assert_string_equal(state_of(w, "l"), "QUEUED");
+    assert_int_equal(number(w, "ZCARD " PREFIX "live"), 2);
+    struct queue_job jobs[2];
+    freeReplyObject(command(w, "DEL " PREFIX "ring:" POOL ":normal"));
+    assert_int_equal(claim_as(w, "w1", "i1", 2, 60000, jobs), 0);
+    usleep(5000);
+    assert_true(reap(w).orphans >= 1);
+    assert_int_equal(claim_as(w, "w1", "i1", 2, 60000, jobs), 2);
+    queue_job_free(&jobs[0]);
+    queue_job_free(&jobs[1]);
+}
+
+static void test_times(void **state)
+{
+    struct world *w = *state;
+    redisReply *t = command(w, "TIME");
+    uint64_t now = strtoull(t->element[0]->str, NULL, 10) * 1000 + strtoull(t->element[1]->str, NULL, 10) / 1000;
+    freeReplyObject(t);
+    Ditfleet__V1__Job *job = new_job("later");
+    job->not_before_ms = now + 150;
+    submit_job(w, "default", job, NULL);
+    job = new_job("past");
+    job->deadline_ms = now - 1000;
+    submit_job(w, "default", job, NULL);
+    job = new_job("soon");
+    job->deadline_ms = now + 150;
+    submit_job(w, "default", job, NULL);
+    job = new_job("running");
+    job->deadline_ms = now + 150;
+    job->priority = DITFLEET__V1__PRIORITY__PRIORITY_HIGH;
+    submit_job(w, "default", job, NULL);
+    admit(w);
+    assert_string_equal(state_of(w, "later"), "DELAYED");
+    assert_string_equal(state_of(w, "past"), "EXPIRED");
+    struct queue_fence f = claim(w, 60000);
+    assert_string_equal(f.id, "running");
+    check_invariants(w);
+    assert_in_range(reap(w).next_ms, 1, 200);
+    usleep(200000);
+    struct queue_reaped out = reap(w);
+    assert_int_equal(out.due, 1);
+    assert_int_equal(out.expired, 2);
+    assert_string_equal(state_of(w, "later"), "QUEUED");
+    assert_string_equal(state_of(w, "soon"), "EXPIRED");
+    expect_stale(w, &f, ERR_EXPIRED);
+    check_invariants(w);
+}
+
+static void test_classes_and_fairness(void **state)
+{
+    struct world *w = *state;
+    struct queue_job job;
+    OK(queue_tenant_add(w->q, "big", 3, e));
+    OK(queue_tenant_add(w->q, "small", 1, e));
+    reopen(w);
+    for (int i = 0; i < 40; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "j%d", i);
+        submit_job(w, "big", new_job(id), NULL);
+        submit_job(w, "small", new_job(id), NULL);
+    }
+    Ditfleet__V1__Job *urgent = new_job("urgent");
+    urgent->priority = DITFLEET__V1__PRIORITY__PRIORITY_HIGH;
+    submit_job(w, "small", urgent, NULL);
+    admit(w);
+    assert_int_equal(claim_as(w, "w", "i", 1, 60000, &job), 1);
+    assert_string_equal(job.fence.id, "urgent");
+    queue_job_free(&job);
+    int big = 0;
+    for (int i = 0; i < 40; i++) {
+        assert_int_equal(claim_as(w, "w", "i", 1, 60000, &job), 1);
+        big += strcmp(job.fence.tenant, "big") == 0;
+        queue_job_free(&job);
+    }
+    assert_in_range(big, 28, 32); // three quarters
+    // One who comes late gets its share from now on, not for the time it was away.
+    for (int i = 0; i < 10; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "late%d", i);
+        submit(w, id);
+    }
+    admit(w);
+    int late = 0;
+    for (int i = 0; i < 10; i++) {
+        assert_int_equal(claim_as(w, "w", "i", 1, 60000, &job), 1);
+        late += strcmp(job.fence.tenant, "default") == 0;
+        queue_job_free(&job);
+    }
+    assert_in_range(late, 1, 5);
+    check_invariants(w);
+}
+
+static void test_batch_claim(void **state)
+{
+    struct world *w = *state;
+    struct queue_job jobs[8];
+    for (int i = 0; i < 6; i++) {
+        char id[8];
+        snprintf(id, sizeof id, "b%d", i);
+        Ditfleet__V1__Job *job = new_job(id);
+        job->width = job->height = i % 2 ? 256 : 512;
+        submit_job(w, "default", job, NULL);
+    }
+    admit(w);
+    assert_int_equal(claim_as(w, "w", "i", 8, 60000, jobs), 3); // those of 512 x 512, as the oldest is
+    for (int i = 0; i < 3; i++) {
+        char id[8];
+        snprintf(id, sizeof id, "b%d", 2 * i);
+        assert_string_equal(jobs[i].fence.id, id);
+        queue_job_free(&jobs[i]);
+    }
+    check_invariants(w);
+}
+
+// The reply of a claim was lost: the same claim again gets the same job, not a second one.
+static void test_repeated_claim(void **state)
+{
+    struct world *w = *state;
+    submit(w, "a");
+    submit(w, "b");
+    admit(w);
+    struct queue_fence f = claim(w, 60000);
+    FILE *file = fopen("proto/queue.lua", "r");
+    char *text = NULL;
+    size_t size = 0;
+    assert_non_null(file);
+    assert_true(getdelim(&text, &size, 0, file) > 0);
+    fclose(file);
+    const char *argv[] = {"EVAL", text, "1", PREFIX, "claim", "w1", "i1", "60000", "1", f.nonce, POOL};
+    redisReply *reply;
+    OK(redis_command_argv(queue_redis(w->q), &reply, e, 11, argv, NULL));
+    assert_int_equal(reply->elements, 2);
+    assert_string_equal(reply->element[1]->element[1]->str, "a");
+    freeReplyObject(reply);
+    free(text);
+    assert_string_equal(state_of(w, "b"), "QUEUED");
+}
+
+static void test_no_wake_is_missed(void **state)
+{
+    struct world *w = *state;
+    static const char *const pools[] = {POOL};
+    struct queue_claim want = {"w1", "i1", pools, 1, 1000, 1};
+    struct queue_job job;
+    size_t n;
+    bool woken;
+    char cursor[QUEUE_ENTRY_SIZE];
+    OK(queue_claim(w->q, &want, &job, &n, cursor, e));
+    assert_int_equal(n, 0);
+    OK(queue_wait(w->q, cursor, 20, &woken, e));
+    assert_false(woken);
+    submit(w, "a");
+    admit(w); // between the failed claim and the wait
+    OK(queue_wait(w->q, cursor, 5000, &woken, e));
+    assert_true(woken);
+    OK(queue_claim(w->q, &want, &job, &n, cursor, e));
+    assert_int_equal(n, 1);
+    queue_job_free(&job);
+}
+
+static void test_server_lost_its_data(void **state)
+{
+    struct world *w = *state;
+    submit(w, "a");
+    admit(w);
+    struct queue_fence f = claim(w, 60000);
+    freeReplyObject(command(w, "FLUSHALL"));
+    freeReplyObject(command(w, "SCRIPT FLUSH"));
+    FAILS(ERR_STALE, queue_beat(w->q, &f, 1000, e));
+    FAILS(ERR_STALE, queue_finish(w->q, &f, "x", 1, e));
+    assert_int_equal(number(w, "DBSIZE"), 0);
+    OK(queue_model_publish(w->q, "shapes", "1", e)); // as nodes do every few seconds
+    submit(w, "b");
+    assert_int_equal(admit(w).read + admit(w).read, 1); // the first round may only find that the group is gone
+    f = claim(w, 60000);
+    assert_string_equal(f.id, "b");
+    finish(w, &f);
+    check_invariants(w);
+}
+
+static void test_broken_connections(void **state)
+{
+    struct world *w = *state;
+    struct queue *other;
+    OK(queue_open(&other, w->server.url, "test", QUEUE_NODE, NULL, e));
+    submit(w, "a");
+    for (int i = 0; i < 4; i++) {
+        OK(redis_command(queue_redis(other), NULL, e, "CLIENT KILL TYPE normal SKIPME yes"));
+        if (i == 0)
+            assert_int_equal(admit(w).admitted, 1);
+        else if (i == 1)
+            assert_string_equal(state_of(w, "a"), "QUEUED");
+        else if (i == 2)
+            submit(w, "b");
+        else
+            claim(w, 1000);
+    }
+    queue_close(other);
+    check_invariants(w);
+}
+
+// An admitter took entries and died.
+static void test_dead_admitter(void **state)
+{
+    struct world *w = *state;
+    submit(w, "a");
+    admit(w);
+    char entry[QUEUE_ENTRY_SIZE];
+    submit_job(w, "default", new_job("b"), entry);
+    freeReplyObject(command(w, "XREADGROUP GROUP admit dead STREAMS " PREFIX "in:default >"));
+    assert_int_equal(admit(w).read, 0); // it may be alive
+    freeReplyObject(command(w, "XCLAIM " PREFIX "in:default admit dead 0 %s IDLE 6000", entry));
+    reopen(w);
+    assert_int_equal(admit(w).admitted, 1);
+    assert_string_equal(state_of(w, "b"), "QUEUED");
+}
+
+static void test_outbox(void **state)
+{
+    struct world *w = *state;
+    Ditfleet__V1__Job *job = new_job("a");
+    OK(job_set_field(job, "callback_url", "https://example.org/done", e));
+    submit_job(w, "default", job, NULL);
+    submit(w, "b");
+    admit(w);
+    struct queue_fence f = claim(w, 60000);
+    finish(w, &f);
+    f = claim(w, 60000);
+    finish(w, &f);
+    redisReply *r = command(w, "XRANGE " PREFIX "outbox - +");
+    assert_int_equal(r->elements, 1);
+    assert_string_equal(r->element[0]->element[1]->element[7]->str, "https://example.org/done");
+    freeReplyObject(r);
+}
+
+static void test_access_of_a_tenant(void **state)
+{
+    struct world *w = *state;
+    char line[512], url[200], *at;
+    OK(queue_tenant_add(w->q, "acme", 1, e));
+    queue_tenant_acl(w->q, "acme", line, sizeof line);
+    // What a shell would do with the line: strip the quotes.
+    for (at = line; *at; at++)
+        if (*at == '\'')
+            memmove(at, at + 1, strlen(at)), at--;
+    freeReplyObject(command(w, "%s", line));
+    snprintf(url, sizeof url, "unix://%s", w->server.socket);
+    struct queue *acme;
+    OK(queue_open(&acme, url, "test", QUEUE_PRODUCER, NULL, e));
+    OK(redis_command(queue_redis(acme), NULL, e, "AUTH acme PASSWORD"));
+    char entry[QUEUE_ENTRY_SIZE];
+    void *bytes;
+    size_t length;
+    Ditfleet__V1__Job *job = new_job("mine");
+    OK(job_pack(job, &bytes, &length, e));
+    job_free(job);
+    OK(queue_submit(acme, "acme", bytes, length, entry, e));
+    FAILS(ERR_REFUSED, queue_submit(acme, "default", bytes, length, entry, e));
+    FAILS(ERR_REFUSED, queue_cancel(acme, "acme", "mine", NULL, e));
+    free(bytes);
+    reopen(w);
+    assert_int_equal(admit(w).admitted, 1);
+    Ditfleet__V1__Result *result;
+    OK(queue_cancel(w->q, "acme", "mine", NULL, e));
+    OK(queue_await(acme, "acme", "mine", entry, 1000, NULL, NULL, &result, e));
+    assert_int_equal(result->state, DITFLEET__V1__STATE__STATE_CANCELLED);
+    result_free(result);
+    struct queue_record r;
+    OK(queue_get(acme, "acme", "mine", &r, e));
+    queue_record_free(&r);
+    FAILS(ERR_REFUSED, queue_get(acme, "default", "mine", &r, e));
+    queue_close(acme);
+    freeReplyObject(command(w, "ACL DELUSER acme"));
+}
+
+static void test_server_checks(void **state)
+{
+    struct world *w = *state;
+    struct queue *q;
+    freeReplyObject(command(w, "CONFIG SET maxmemory-policy allkeys-lru"));
+    FAILS(ERR_REFUSED, queue_open(&q, w->server.url, "test", QUEUE_NODE, NULL, e));
+    assert_null(q);
+    freeReplyObject(command(w, "CONFIG SET maxmemory-policy noeviction"));
+    FAILS(ERR_INVALID, queue_open(&q, w->server.url, "a b", QUEUE_NODE, NULL, e));
+    FAILS(ERR_UNAVAILABLE, queue_open(&q, "unix:///tmp/ditfleet-no-such-socket", "test", QUEUE_NODE, NULL, e));
+    // Out of memory: refused in words, nothing half-written, fine again afterwards.
+    freeReplyObject(command(w, "CONFIG SET maxmemory 1"));
+    char entry[QUEUE_ENTRY_SIZE];
+    FAILS(ERR_NO_MEMORY, queue_submit(w->q, "default", "x", 1, entry, e));
+    freeReplyObject(command(w, "CONFIG SET maxmemory 0"));
+    check_invariants(w);
+}
+
+static void test_await_waits(void **state)
+{
+    struct world *w = *state;
+    Ditfleet__V1__Result *result;
+    char entry[QUEUE_ENTRY_SIZE];
+    submit_job(w, "default", new_job("a"), entry);
+    FAILS(ERR_TIMEOUT, queue_await(w->q, "default", "a", entry, 30, NULL, NULL, &result, e));
+    pid_t child = fork();
+    if (child == 0) { // the fleet, a moment later
+        struct world mine = *w;
+        struct err err;
+        usleep(50000);
+        if (queue_open(&mine.q, w->server.url, "test", QUEUE_NODE, NULL, &err) != 0)
+            _exit(1);
+        admit(&mine);
+        struct queue_fence f = claim(&mine, 10000);
+        finish(&mine, &f);
+        _exit(0);
+    }
+    char trail[400] = "";
+    OK(queue_await(w->q, "default", "a", entry, 5000, on_event, trail, &result, e));
+    assert_int_equal(result->state, DITFLEET__V1__STATE__STATE_SUCCEEDED);
+    assert_string_equal(trail, "QUEUED//0/0 LEASED//0/1 SUCCEEDED//0/1 ");
+    result_free(result);
+    waitpid(child, NULL, 0);
+}
+
+// Random moves by several workers, with a fixed seed; the invariants hold after every few, and everything ends.
+static void test_random_moves(void **state)
+{
+    struct world *w = *state;
+    struct queue_fence held[64];
+    size_t n_held = 0;
+    int submitted = 0;
+    uint64_t seed = 42;
+    OK(queue_set(w->q, "backoff_ms", 1, e));
+    for (int i = 0; i < 2500; i++) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        unsigned what = (unsigned)(seed >> 33) % 16, pick = (unsigned)(seed >> 40);
+        struct queue_fence *f = n_held ? &held[pick % n_held] : NULL;
+        struct queue_job job;
+        struct err ignored;
+        char id[16];
+        snprintf(id, sizeof id, "r%d", what < 3 ? submitted++ : (int)(pick % (unsigned)(submitted + 1)));
+        if (what < 3) {
+            Ditfleet__V1__Job *j = new_job(id);
+            j->priority = (Ditfleet__V1__Priority)(pick % 3);
+            submit_job(w, "default", j, NULL);
+        } else if (what < 5) {
+            admit(w);
+        } else if (what < 9 && n_held < 64 && claim_as(w, pick % 2 ? "w1" : "w2", "i", 1, pick % 3 ? 60000 : 1, &job)) {
+            held[n_held++] = job.fence;
+            queue_job_free(&job);
+        } else if (what == 9) {
+            reap(w);
+        } else if (what == 10) {
+            (void)queue_cancel(w->q, "default", id, NULL, &ignored);
+        } else if (what == 11 && pick % 8 == 0) {
+            OK(queue_release_all(w->q, pick % 2 ? "w1" : "w2", NULL, &gpu_fault, NULL, e));
+        } else if (f && what > 11) {
+            struct queue_progress p = {DITFLEET__V1__STATE__STATE_UPLOADING, "upload", 1, 2, 0};
+            int rc = what == 12   ? queue_progress(w->q, f, &p, &ignored)
+                     : what == 13 ? queue_release(w->q, f, &ignored)
+                     : what == 14 ? queue_fail(w->q, f, pick % 2 ? QUEUE_CAUSE_APP : QUEUE_CAUSE_INFRA, &app_error,
+                                               NULL, &ignored)
+                                  : queue_finish(w->q, f, "x", 1, &ignored);
+            assert_true(rc == 0 || rc == ERR_STALE || rc == ERR_CANCELLED);
+            if (what > 12)
+                *f = held[--n_held];
+        }
+        if (i % 100 == 99)
+            check_invariants(w);
+    }
+    for (int round = 0; number(w, "ZCARD " PREFIX "live") > 0 && round < 5000; round++) {
+        struct queue_job job;
+        admit(w);
+        reap(w);
+        OK(queue_release_all(w->q, round % 2 ? "w1" : "w2", "i", &gpu_fault, NULL, e));
+        if (claim_as(w, "w3", "i", 1, 60000, &job)) {
+            finish(w, &job.fence);
+            queue_job_free(&job);
+        } else {
+            usleep(1000);
+        }
+    }
+    assert_int_equal(number(w, "ZCARD " PREFIX "live"), 0);
+    assert_int_equal(
+        number(w, "EXISTS " PREFIX "lease " PREFIX "delayed " PREFIX "held:w1 " PREFIX "held:w2 " PREFIX "held:w3"), 0);
+    check_invariants(w);
+}
+
+// ---- the fixture
+
+static int start(void **state)
+{
+    struct world *w = calloc(1, sizeof *w);
+    *state = w;
+    return private_redis_start(&w->server, NULL);
+}
+
+static int stop(void **state)
+{
+    struct world *w = *state;
+    private_redis_stop(&w->server);
+    free(w);
+    return 0;
+}
+
+static int empty(void **state)
+{
+    struct world *w = *state;
+    struct err e = {0};
+    int rc = queue_open(&w->q, w->server.url, "test", QUEUE_NODE, NULL, &e);
+    rc = rc ? rc : redis_command(queue_redis(w->q), NULL, &e, "FLUSHALL");
+    rc = rc ? rc : queue_model_publish(w->q, "shapes", "1", &e);
+    if (rc)
+        fprintf(stderr, "%s\n", e.text);
+    return rc;
+}
+
+static int leave(void **state)
+{
+    struct world *w = *state;
+    queue_close(w->q);
+    return 0;
+}
+
+#define TEST(f) cmocka_unit_test_setup_teardown(f, empty, leave)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(test_whole_path),
+        TEST(test_same_id),
+        TEST(test_refusals),
+        TEST(test_fuzzed_entries),
+        TEST(test_registry_of_models),
+        TEST(test_stale_fence_writes_nothing),
+        TEST(test_cancel),
+        TEST(test_own_errors_run_out),
+        TEST(test_fleet_faults_do_not_count),
+        TEST(test_release),
+        TEST(test_dead_worker),
+        TEST(test_orphans_are_found),
+        TEST(test_times),
+        TEST(test_classes_and_fairness),
+        TEST(test_batch_claim),
+        TEST(test_repeated_claim),
+        TEST(test_no_wake_is_missed),
+        TEST(test_server_lost_its_data),
+        TEST(test_broken_connections),
+        TEST(test_dead_admitter),
+        TEST(test_outbox),
+        TEST(test_access_of_a_tenant),
+        TEST(test_server_checks),
+        TEST(test_await_waits),
+        TEST(test_random_moves),
+    };
+    return cmocka_run_group_tests(tests, start, stop);
+}
