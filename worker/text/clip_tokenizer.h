@@ -19,7 +19,7 @@ void clip_tokenizer_free(struct clip_tokenizer *t); // NULL is fine
 
 // text: length bytes of UTF-8, NUL bytes allowed. ids: (max_length), begin of text, tokens, end of text, then padding;
 // what is too long is cut off before the end of text. *count: tokens before the cut, begin and end included; the text
-// was truncated if *count > max_length. ERR_INVALID: not UTF-8, or max_length < 2. The error never holds the text.
+// was truncated if *count > max_length. ERR_INVALID: not UTF-8, over 16 MiB, max_length < 2. No error holds the text.
 // Time is O(length log length) whatever the text.
 int clip_tokenizer_encode(const struct clip_tokenizer *t, const char *text, size_t length, int max_length, int32_t *ids,
                           int64_t *count, struct err *e);

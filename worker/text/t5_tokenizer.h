@@ -5,14 +5,14 @@
 #ifndef DITFLEET_T5_TOKENIZER_H
 #define DITFLEET_T5_TOKENIZER_H
 
-#include "proto/err.h"
-
 #include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#include "proto/err.h"
 
 struct t5_tokenizer;
 
@@ -21,9 +21,10 @@ struct t5_tokenizer;
 int t5_tokenizer_load(const char *dir, struct t5_tokenizer **out, struct err *e);
 void t5_tokenizer_free(struct t5_tokenizer *t); // NULL is fine
 
-// text: length bytes of UTF-8, NUL bytes allowed. ids: (max_length), tokens, end of text (1), then padding (0); what is
-// too long is cut off before the end of text. *count: tokens before the cut, the end included; the text was truncated
-// if *count > max_length. ERR_INVALID: not UTF-8, or max_length < 1. The error never holds the text.
+// text: length bytes of UTF-8, NUL bytes allowed. ids: (max_length), tokens, end of text, then padding (1 and 0 in T5's
+// own vocabulary); what is too long is cut off before the end of text. *count: tokens before the cut, the end included;
+// the text was truncated if *count > max_length. ERR_INVALID: not UTF-8, over 128 KiB, max_length < 1. No error holds
+// the text.
 int t5_tokenizer_encode(const struct t5_tokenizer *t, const char *text, size_t length, int max_length, int32_t *ids,
                         int64_t *count, struct err *e);
 
