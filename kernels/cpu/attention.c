@@ -57,33 +57,54 @@ static void pack_block(const struct attention *a, const struct space *s, int64_t
                   min64(TILE_COLS, a->dim - j), keys);
 }
 
+// Largest of the n numbers at t; those beyond n may be anything.
+static float highest_of(const float *t, int64_t n)
+{
+    vf top[2] = {vset(-INFINITY), vset(-INFINITY)};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        for (int j = 0; j < 2; j++)
+            top[j] = vmax(vload(t + i + j * LANES), top[j]);
+    for (; i < n; i += LANES)
+        top[0] = vmax(vselect(vlanes() < (int32_t)min64(n - i, LANES), vload(t + i), vset(-INFINITY)), top[0]);
+    return vmax_lane(vmax(top[0], top[1]));
+}
+
+// t = e^(scale * t - base), 0 beyond n up to a whole vector; returns the sum.
+static float exponentials(float *t, int64_t n, float scale, float base)
+{
+    vf sum[2] = {vset(0), vset(0)};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        for (int j = 0; j < 2; j++) {
+            vf p = vexp_negative(vload(t + i + j * LANES) * scale - base);
+            vstore(t + i + j * LANES, p);
+            sum[j] += p;
+        }
+    for (; i < n; i += LANES) {
+        vf p = vexp_negative(vload(t + i) * scale - base);
+        p = vselect(vlanes() < (int32_t)min64(n - i, LANES), p, vset(0));
+        vstore(t + i, p);
+        sum[0] += p;
+    }
+    return vsum(sum[0] + sum[1]);
+}
+
 // Turns one query's scores into weights e^(score - highest); moves its running maximum and sum. keys: how many it sees.
 // Returns the factor that earlier sums shrink by.
 static float soften(const struct attention *a, float *t, int64_t keys, const float *bias, float *highest, float *sum)
 {
-    vi index;
-    for (int i = 0; i < LANES; i++)
-        index[i] = i;
-    vf top = vset(-INFINITY), total = vset(0);
-    for (int64_t i = 0; i < keys; i += LANES) {
-        vf x = vload(t + i) * a->opts->scale;
-        if (bias)
-            x += vload_n(bias + i, keys - i);
-        if (keys - i < LANES)
-            x = vselect(index < (int32_t)(keys - i), x, vset(-INFINITY));
-        vstore(t + i, x);
-        top = vmax(x, top);
+    float scale = a->opts->scale;
+    if (bias || scale <= 0) { // without a bias and with a positive scale, the largest score is that of the largest q.k
+        for (int64_t i = 0; i < keys; i += LANES)
+            vstore(t + i, vload(t + i) * scale + (bias ? vload_n(bias + i, keys - i) : vset(0)));
+        scale = 1;
     }
-    float now = vmax_lane(top) > *highest ? vmax_lane(top) : *highest;
+    float top = highest_of(t, keys) * scale, now = top > *highest ? top : *highest;
     float base = now == -INFINITY ? 0 : now; // every key hidden so far: all weights are 0
-    for (int64_t i = 0; i < keys; i += LANES) {
-        vf p = vexp(vload(t + i) - base);
-        vstore(t + i, p);
-        total += p;
-    }
     float shrink = *highest == -INFINITY ? 0 : expf(*highest - base);
     *highest = now;
-    *sum = *sum * shrink + vsum(total);
+    *sum = *sum * shrink + exponentials(t, keys, scale, base);
     return shrink;
 }
 

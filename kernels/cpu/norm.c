@@ -109,14 +109,8 @@ struct qk {
 static void norm_rope(float *x, int64_t dim, const float *gamma, const float *rope, float eps)
 {
     float rstd = 1 / sqrtf(row_squares(x, dim, 0) / (float)dim + eps);
-    vi even, odd, swap;
-    vf sign;
-    for (int i = 0; i < LANES; i++) {
-        even[i] = i & ~1;
-        odd[i] = i | 1;
-        swap[i] = i ^ 1;
-        sign[i] = i & 1 ? 1 : -1;
-    }
+    const vi lanes = vlanes(), even = lanes & ~1, odd = lanes | 1, swap = lanes ^ 1;
+    const vf sign = __builtin_convertvector((lanes & 1) * 2 - 1, vf);
     for (int64_t i = 0; i < dim; i += LANES) {
         vf v = vload_n(x + i, dim - i) * rstd * vload_n(gamma + i, dim - i), turn = vload_n(rope + i, dim - i);
         vf cosine = __builtin_shuffle(turn, even), sine = __builtin_shuffle(turn, odd) * sign;
@@ -144,36 +138,56 @@ void cpu_qk_norm_rope(struct device *d, struct tensor q, struct tensor k, struct
         cpu_rows(d, q.n[0], 4 * q.n[1] * q.n[2], qk_rows, &job);
 }
 
-enum { CHANNELS = 256 }; // a picture's channels are handled in slices of this many
-
-// Adds up pixels and their squares for channels 0.. of the slice.
-static void pixel_sums(const float *x, int64_t pixels, int64_t ld, int64_t channels, double *sum, double *square)
+// Sums and sums of squares of LANES neighbouring channels over the pixels of a row, ld apart.
+static void pixel_sums(const float *x, int64_t pixels, int64_t ld, double *sum, double *square)
 {
-    memset(sum, 0, CHANNELS * sizeof *sum);
-    memset(square, 0, CHANNELS * sizeof *square);
-    for (int64_t p = 0; p < pixels; p++, x += ld)
-        for (int64_t c = 0; c < channels; c++) {
-            double v = (double)x[c];
+    vd s[2] = {{0}, {0}}, q[2] = {{0}, {0}}; // halves of the vector: a register each
+    for (int64_t p = 0; p < pixels; p++) {
+        __builtin_prefetch(x + (pixels + p) * ld); // the next block: strided reads escape the hardware's prefetching
+        for (int i = 0; i < 2; i++) {
+            vd v = vload_half(x + p * ld + i * (LANES / 2));
+            s[i] += v;
+            q[i] += v * v;
+        }
+    }
+    memcpy(sum, s, sizeof s);
+    memcpy(square, q, sizeof q);
+}
+
+// The same for n channels, fewer than LANES.
+static void few_sums(const float *x, int64_t pixels, int64_t ld, int64_t n, double *sum, double *square)
+{
+    memset(sum, 0, LANES * sizeof *sum);
+    memset(square, 0, LANES * sizeof *square);
+    for (int64_t p = 0; p < pixels; p++)
+        for (int64_t c = 0; c < n; c++) {
+            double v = (double)x[p * ld + c];
             sum[c] += v;
             square[c] += v * v;
         }
 }
 
+// A block of pixels is summed slice by slice of its channels while it is in the first-level cache.
 static void sum_rows(const void *ctx, int64_t from, int64_t to)
 {
     const struct tensor *sums = ctx, x = sums[1];
-    int64_t channels = x.n[2], groups = sums->n[1], size = channels / groups;
+    int64_t channels = x.n[2], size = channels / sums->n[1], block = max64(8, 8192 / max64(1, channels));
     for (int64_t r = from; r < to; r++) {
-        double *out = (double *)sums->data + r * sums->ld, sum[CHANNELS], square[CHANNELS];
-        memset(out, 0, (size_t)groups * 2 * sizeof *out);
-        for (int64_t first = 0; first < channels; first += CHANNELS) {
-            int64_t slice = min64(CHANNELS, channels - first);
-            pixel_sums((const float *)x.data + r * x.ld + first, x.n[1], channels, slice, sum, square);
-            for (int64_t c = 0; c < slice; c++) {
-                out[(first + c) / size * 2] += sum[c];
-                out[(first + c) / size * 2 + 1] += square[c];
+        double *out = (double *)sums->data + r * sums->ld, sum[LANES], square[LANES];
+        memset(out, 0, (size_t)sums->n[1] * 2 * sizeof *out);
+        for (int64_t first = 0; first < x.n[1]; first += block)
+            for (int64_t c = 0; c < channels; c += LANES) {
+                const float *at = (const float *)x.data + r * x.ld + first * channels + c;
+                int64_t n = min64(LANES, channels - c), pixels = min64(block, x.n[1] - first);
+                if (n == LANES)
+                    pixel_sums(at, pixels, channels, sum, square);
+                else
+                    few_sums(at, pixels, channels, n, sum, square);
+                for (int64_t i = 0; i < n; i++) {
+                    out[(c + i) / size * 2] += sum[i];
+                    out[(c + i) / size * 2 + 1] += square[i];
+                }
             }
-        }
     }
 }
 

@@ -110,10 +110,13 @@ void product_run(struct device *d, const struct product *p)
         packed[i] = -1;
     if (p->tiles == 0 || plan.panels == 0)
         return;
-    // Each panel is packed once if there are groups enough to share out evenly; otherwise rows are split as well.
-    plan.group = max64(1, min64(plan.panels / d->threads, GROUP_FLOATS / max64(1, plan.k * TILE_COLS)));
+    // Four tasks a thread let a fast thread take over from a slow one. Rows are split only when panels are too few for
+    // that and not an even share, for then threads pack the same panel.
+    int64_t fits = max64(1, GROUP_FLOATS / max64(1, plan.k * TILE_COLS)), tasks = d->threads == 1 ? 1 : 4L * d->threads;
+    plan.group = max64(1, min64(fits, plan.panels / tasks));
     int64_t groups = ceil_div(plan.panels, plan.group);
-    plan.blocks = groups >= 8L * d->threads ? 1 : min64(p->tiles, d->threads == 1 ? 1 : 4L * d->threads);
+    bool even = groups >= tasks || (groups % d->threads == 0 && groups > d->threads);
+    plan.blocks = even ? 1 : min64(p->tiles, ceil_div(tasks, groups));
     if (cpu_scratch(d, (size_t)(TILE_FLOATS + p->gather + plan.group * plan.k * TILE_COLS)))
         pool_run(d->pool, groups * plan.blocks, task, &plan);
 }

@@ -68,11 +68,8 @@ INLINE void transpose(vf t[LANES])
 {
 #pragma GCC unroll 4
     for (int s = LANES / 2; s; s /= 2) {
-        vi low = {0}, high = {0};
-        for (int j = 0; j < LANES; j++) {
-            low[j] = j & s ? LANES + j - s : j;
-            high[j] = j & s ? LANES + j : j + s;
-        }
+        const vi j = vlanes(), second = (j & s) != 0;
+        const vi low = j + (second & (LANES - s)), high = low + s;
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
             if (i & s)

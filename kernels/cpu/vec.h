@@ -13,14 +13,23 @@
 // TILE_ROWS x 2 vectors of accumulators, 2 vectors of weights and one more fill the register file.
 #ifdef __AVX512F__
 enum { LANES = 16, TILE_ROWS = 14 };
+#define LANE_NUMBERS                                                                                                   \
+    {                                                                                                                  \
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15                                                           \
+    }
 #else
 enum { LANES = 8, TILE_ROWS = 6 };
+#define LANE_NUMBERS                                                                                                   \
+    {                                                                                                                  \
+        0, 1, 2, 3, 4, 5, 6, 7                                                                                         \
+    }
 #endif
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef double vd __attribute__((vector_size(8 * LANES)));
+typedef float vf_half __attribute__((vector_size(2 * LANES)));
+typedef double vd __attribute__((vector_size(4 * LANES))); // half as many lanes
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
@@ -35,6 +44,13 @@ INLINE vf vload(const float *p)
     vf v;
     memcpy(&v, p, sizeof v);
     return v;
+}
+
+INLINE vd vload_half(const float *p)
+{
+    vf_half v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vd);
 }
 
 INLINE void vstore(float *p, vf v)
@@ -70,22 +86,25 @@ INLINE vf vmax(vf a, vf b)
     return vselect(a > b, a, b);
 }
 
+INLINE vi vlanes(void)
+{
+    return (vi)LANE_NUMBERS;
+}
+
 INLINE float vsum(vf v)
 {
-    float s[LANES];
-    memcpy(s, &v, sizeof s);
+#pragma GCC unroll 4
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            s[i] += s[i + half];
-    return s[0];
+        v += __builtin_shuffle(v, vlanes() ^ half);
+    return v[0];
 }
 
 INLINE float vmax_lane(vf v)
 {
-    float m = v[0];
-    for (int i = 1; i < LANES; i++)
-        m = v[i] > m ? v[i] : m;
-    return m;
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+        v = vmax(v, __builtin_shuffle(v, vlanes() ^ half));
+    return v[0];
 }
 
 // n lanes from element i of a weight, as float.
@@ -108,25 +127,25 @@ INLINE vf weight_load(const void *data, enum dtype dtype, int64_t i, int64_t n)
     return (vf)(sign | (vu)vselect((vi)(rest >= 0x7c00), special, finite));
 }
 
-// e^x within 1 ulp or so for -87.3 <= x <= 88.3; 0 below, e^88.3 above; NaN stays.
-// x = n ln 2 + r, |r| <= ln 2 / 2; ln 2 in two parts after Cody and Waite; e^r by its series to r^7 / 7!.
+// e^x within 2 ulp or so for x <= 0; 0 below -87.3; NaN stays.
+// e^x = 2^n 2^r, n the nearest integer to x log2 e, |r| <= 1/2; 2^r by a polynomial of least relative error (9e-8).
+INLINE vf vexp_negative(vf x)
+{
+    const float magic = 12582912.0f, log2e = 1.44269504f; // adding 1.5 * 2^23 leaves the integer in the low bits
+    vi low = x < -87.3f;
+    vf shifted = x * log2e + magic, n = shifted - magic, r = x * log2e - n;
+    vf p = r * 0.00132647203f + 0.00967151299f;
+    p = p * r + 0.0555073358f;
+    p = p * r + 0.240222424f;
+    p = p * r + 0.693147004f;
+    p = p * r + 1.0f;
+    return (vf)(~low & (vi)((vu)p + ((vu)shifted << 23)));
+}
+
+// e^x for any x; e^88.3 above that.
 INLINE vf vexp(vf x)
 {
-    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-    vi low = x < -87.3f;
-    x = vselect(low, vset(-87.3f), x);
-    x = vselect(x > 88.3f, vset(88.3f), x);
-    vf shifted = x * 1.44269504f + magic, n = shifted - magic;
-    vf r = x - n * 0.693145751953125f - n * 1.42860682e-6f;
-    vf p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    vf y = (vf)((vu)p + ((vu)shifted << 23));
-    return vselect(low, vset(0), y);
+    return vexp_negative(vselect(x > 88.3f, vset(88.3f), x));
 }
 
 INLINE vf vsigmoid_times(vf x, vf z) // x * sigmoid(z)
