@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum type { STRING, INT, SECONDS, SIZE, LIST, ENUM };
+enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
@@ -28,7 +28,6 @@ struct key {
     const char *initial;        // as it would be written in a file; NULL: an empty list
     check *check;               // of a STRING, or of each item of a LIST
     const char *const *choices; // ENUM: its names in order, NULL last
-    bool secret;                // the value never appears in an error
     const char *doc;
 };
 
@@ -38,7 +37,7 @@ static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 #define AT(field) offsetof(struct conf, field)
 #define IN(field) offsetof(struct conf_group, field)
 static const struct key keys[] = {
-    {"redis", "url", STRING, AT(redis.url), 1, 180, "redis://127.0.0.1:6379", check_redis, .secret = true,
+    {"redis", "url", SECRET, AT(redis.url), 1, 180, "redis://127.0.0.1:6379", check_redis,
      .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS) or unix:///path"},
     {"redis", "queue", STRING, AT(redis.queue), 1, 64, "default", check_name,
      .doc = "name of the queue, the tag in its keys dit:{queue}:..."},
@@ -81,7 +80,7 @@ static const struct key keys[] = {
     {"group", "threads", INT, IN(threads), 0, 1024, "0",
      .doc = "threads of a rank's matrix products; 0: cores / ranks, at least 1"},
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
-     .doc = "name@version=directory of a model in diffusers format; at least one"},
+     .doc = "name@version=directory of a model in diffusers format (relative: to this file); at least one"},
     {"group", "cfg_degree", INT, IN(cfg_degree), 0, 2, "0", .doc = "guidance branches apart; 0: the planner decides"},
     {"group", "ulysses_degree", INT, IN(ulysses_degree), 0, 64, "0",
      .doc = "ranks that share attention heads; 0: the planner decides"},
@@ -174,6 +173,7 @@ static void describe(const struct key *k, char *out, size_t n)
 {
     switch (k->type) {
     case STRING:
+    case SECRET:
     case LIST:
         snprintf(out, n, "%s%.0f to %.0f bytes", k->type == LIST ? "a comma-separated list, each item " : "", k->min,
                  k->max);
@@ -252,7 +252,7 @@ static int refuse(struct parser *p, const struct key *k, const char *section, co
         describe(k, bounds, sizeof bounds);
         allowed = bounds;
     }
-    if (k->secret)
+    if (k->type == SECRET)
         snprintf(what, sizeof what, "has a value that is not allowed; allowed: %s", allowed);
     else
         snprintf(what, sizeof what, "= \"%.80s\" is not allowed; allowed: %s", value, allowed);
@@ -307,6 +307,7 @@ static int set_value(struct parser *p, const struct key *k, const char *section,
     double number = 0;
     switch (k->type) {
     case STRING:
+    case SECRET:
         return set_string(p, k, section, v, field);
     case LIST:
         return set_list(p, k, section, v, field);
@@ -362,17 +363,16 @@ static int open_group(struct parser *p, const char *section)
     int(*lines)[KEYS] = realloc(p->lines, sizeof *lines * (size_t)(c->n_groups + 2));
     if (lines)
         p->lines = lines;
-    if (!groups || !lines) {
+    char *own_name = groups && lines ? strdup(name) : NULL;
+    if (!own_name) {
         fail_at(p, p->line, ERR_NO_MEMORY, section, "", "out of memory");
         return -1;
     }
     memset(lines[c->n_groups + 1], 0, sizeof *lines);
     struct conf_group *g = &groups[c->n_groups];
-    *g = (struct conf_group){.name = strdup(name)};
+    *g = (struct conf_group){.name = own_name};
     c->n_groups++;
-    if (!g->name || set_defaults(p, g, true))
-        return -1;
-    return c->n_groups - 1;
+    return set_defaults(p, g, true) == 0 ? c->n_groups - 1 : -1;
 }
 
 // Whether the section exists; opens groups. An empty section is as good as one with keys.
@@ -450,7 +450,7 @@ static char *next_line(char *out, int room, void *stream)
     out[n + 1] = 0;
     p->text += n + (p->text[n] == '\n');
     const char *start = out + strspn(out, " \t");
-    char section[256], bracket = 0;
+    char section[256] = "", bracket = 0;
     if (*start == '[' && (sscanf(start + 1, "%255[^]\n]%c", section, &bracket) != 2 || bracket != ']')) {
         fail_at(p, p->line, ERR_INVALID, NULL, "", "is neither [section] nor key = value nor a comment");
         return NULL;
@@ -461,6 +461,16 @@ static char *next_line(char *out, int room, void *stream)
 }
 
 // ---- after the last line
+
+// A relative path means: from the configuration file's directory. malloc.
+static char *beside_file(const char *file, const char *path)
+{
+    char *out = NULL;
+    const char *slash = strrchr(file, '/');
+    if (*path == '/' || !slash)
+        return strdup(path);
+    return asprintf(&out, "%.*s/%s", (int)(slash - file), file, path) >= 0 ? out : NULL;
+}
 
 static int split_models(struct parser *p, struct conf_group *g)
 {
@@ -475,7 +485,7 @@ static int split_models(struct parser *p, struct conf_group *g)
         const char *v = g->model.items[i], *at = strchr(v, '@'), *equals = strchr(v, '=');
         struct conf_model *m = &g->models[i];
         *m = (struct conf_model){strndup(v, (size_t)(at - v)), strndup(at + 1, (size_t)(equals - at - 1)),
-                                 strdup(equals + 1)};
+                                 beside_file(p->conf->path, equals + 1)};
         if (!m->name || !m->version || !m->directory)
             return fail_at(p, p->line, ERR_NO_MEMORY, section, "model", "out of memory");
         for (int j = 0; j < i; j++)
@@ -510,11 +520,12 @@ int conf_parse(const char *text, const char *name, struct conf **out, struct err
     struct parser p = {.name = name, .text = text, .err = err};
     p.conf = calloc(1, sizeof *p.conf);
     p.lines = calloc(1, sizeof *p.lines);
-    if (!p.conf || !p.lines || !(p.conf->path = strdup(name)))
-        p.failed = err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
-    if (!p.failed)
-        set_defaults(&p, p.conf, false);
-    if (!p.failed) {
+    if (!p.conf || !p.lines || !(p.conf->path = strdup(name))) {
+        conf_free(p.conf);
+        free(p.lines);
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
+    }
+    if (set_defaults(&p, p.conf, false) == 0) {
         int bad = ini_parse_stream(next_line, &p, take_pair, &p);
         if (bad > 0 && !p.failed)
             fail_at(&p, bad, ERR_INVALID, NULL, "", "is neither [section] nor key = value nor a comment");
@@ -530,6 +541,17 @@ int conf_parse(const char *text, const char *name, struct conf **out, struct err
     return 0;
 }
 
+static int read_text(FILE *f, const char *path, char *text, size_t limit, struct err *err)
+{
+    size_t n = fread(text, 1, limit, f);
+    if (ferror(f))
+        return err_set(err, ERR_IO, "%s: cannot read the configuration file: %s", path, strerror(errno));
+    if (n == limit || memchr(text, 0, n))
+        return err_set(err, ERR_INVALID, "%s: not a configuration file: NUL bytes or more than 1 MB", path);
+    text[n] = 0;
+    return 0;
+}
+
 int conf_load(const char *path, struct conf **out, struct err *err)
 {
     enum { LIMIT = 1 << 20 };
@@ -538,19 +560,12 @@ int conf_load(const char *path, struct conf **out, struct err *err)
         return err_set(err, errno == ENOENT ? ERR_NOT_FOUND : ERR_IO, "%s: cannot open the configuration file: %s",
                        path, strerror(errno));
     char *text = malloc(LIMIT + 1), *absolute = realpath(path, NULL);
-    size_t n = text ? fread(text, 1, LIMIT, f) : 0;
-    int rc = 0;
+    int rc = ERR_NO_MEMORY;
     if (!text || !absolute)
-        rc = err_set(err, ERR_NO_MEMORY, "%s: out of memory", path);
-    else if (ferror(f))
-        rc = err_set(err, ERR_IO, "%s: cannot read the configuration file: %s", path, strerror(errno));
-    else if (n == LIMIT || memchr(text, 0, n))
-        rc = err_set(err, ERR_INVALID, "%s: not a configuration file: NUL bytes or more than 1 MB", path);
-    fclose(f);
-    if (rc == 0) {
-        text[n] = 0;
+        err_set(err, rc, "%s: out of memory", path);
+    else if ((rc = read_text(f, path, text, LIMIT, err)) == 0)
         rc = conf_parse(text, absolute, out, err);
-    }
+    fclose(f);
     free(text);
     free(absolute);
     return rc;
@@ -562,7 +577,7 @@ static void free_rows(void *base, bool group)
         if ((strcmp(k->section, "group") == 0) != group)
             continue;
         void *field = (char *)base + k->offset;
-        if (k->type == STRING)
+        if (k->type == STRING || k->type == SECRET)
             free(*(char **)field);
         if (k->type == LIST) {
             struct conf_list *list = field;
@@ -638,6 +653,7 @@ static void print_value(FILE *to, const struct key *k, const void *field)
     fprintf(to, "%s.%s=", k->section, k->name);
     switch (k->type) {
     case STRING:
+    case SECRET:
         fputs(*(char *const *)field, to);
         break;
     case INT:

@@ -20,7 +20,7 @@ struct conf_list {
 struct conf_model {
     char *name;      // "flux-demo"
     char *version;   // "1"
-    char *directory; // diffusers-format directory
+    char *directory; // diffusers-format directory; absolute, or from the file's directory
 };
 
 enum conf_device { CONF_DEVICE_CPU };

@@ -12,8 +12,8 @@
 enum { REQUEST_BYTES = 4096, MAX_CLIENTS = 32 };
 
 struct client {
-    struct client *next, **at; // *at points to this
     struct control *control;
+    int slot; // in control->clients
     int fd;
     sd_event_source *source;
     char request[REQUEST_BYTES];
@@ -29,8 +29,7 @@ struct control {
     sd_event_source *source;
     control_handler *handler;
     void *arg;
-    struct client *clients;
-    int n_clients;
+    struct client *clients[MAX_CLIENTS]; // NULL: free
 };
 
 const char *control_path(const struct conf *conf, char out[CONTROL_PATH_BYTES])
@@ -41,10 +40,7 @@ const char *control_path(const struct conf *conf, char out[CONTROL_PATH_BYTES])
 
 static void close_client(struct client *c)
 {
-    *c->at = c->next;
-    if (c->next)
-        c->next->at = c->at;
-    c->control->n_clients--;
+    c->control->clients[c->slot] = NULL;
     sd_event_source_disable_unref(c->source);
     close(c->fd);
     free(c->reply);
@@ -104,22 +100,18 @@ static int on_accept(sd_event_source *source, int fd, uint32_t events, void *arg
 {
     (void)source, (void)events;
     struct control *control = arg;
-    int client = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    int client = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), slot = 0;
     if (client < 0)
         return 0;
-    struct client *c = control->n_clients < MAX_CLIENTS ? calloc(1, sizeof *c) : NULL;
+    while (slot < MAX_CLIENTS && control->clients[slot])
+        slot++;
+    struct client *c = slot < MAX_CLIENTS ? calloc(1, sizeof *c) : NULL;
     if (!c) {
         close(client);
         return 0;
     }
-    c->control = control;
-    c->fd = client;
-    c->next = control->clients;
-    c->at = &control->clients;
-    if (c->next)
-        c->next->at = &c->next;
-    control->clients = c;
-    control->n_clients++;
+    *c = (struct client){.control = control, .slot = slot, .fd = client};
+    control->clients[slot] = c;
     if (sd_event_add_io(control->event, &c->source, client, EPOLLIN, on_client, c) < 0)
         close_client(c);
     return 0;
@@ -131,7 +123,7 @@ int control_open(sd_event *event, const char *path, control_handler *handler, vo
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path)
         return err_set(err, ERR_INVALID, "%s: too long for a socket's path; shorten [fleet] state_dir", path);
-    strcpy(address.sun_path, path);
+    memcpy(address.sun_path, path, strlen(path));
     struct control *c = calloc(1, sizeof *c);
     if (!c)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", path);
@@ -156,8 +148,9 @@ void control_close(struct control *c)
 {
     if (!c)
         return;
-    while (c->clients)
-        close_client(c->clients);
+    for (int i = 0; i < MAX_CLIENTS; i++)
+        if (c->clients[i])
+            close_client(c->clients[i]);
     sd_event_source_disable_unref(c->source);
     if (c->fd >= 0) {
         unlink(c->path);

@@ -18,7 +18,7 @@ static int connect_to(const char *path, int *fd, struct err *err)
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path)
         return err_set(err, ERR_INVALID, "%s: too long for a socket's path", path);
-    strcpy(address.sun_path, path);
+    memcpy(address.sun_path, path, strlen(path));
     *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (*fd < 0)
         return err_set(err, ERR_IO, "cannot make a socket: %s", strerror(errno));

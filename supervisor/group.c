@@ -238,12 +238,12 @@ static int spawn_ranks(struct group *g, struct err *err)
 {
     free(g->fingerprint);
     g->fingerprint = conf_group_fingerprint(g->conf, g->my);
-    struct rank *ranks = realloc(g->ranks, sizeof *ranks * (size_t)g->my->ranks);
+    free(g->ranks);
+    struct rank *ranks = g->ranks = calloc((size_t)g->my->ranks, sizeof *ranks);
+    g->n_ranks = ranks ? g->my->ranks : 0;
+    g->live = g->ready = 0;
     if (!ranks || !g->fingerprint)
         return err_set(err, ERR_NO_MEMORY, "group %s: out of memory", g->name);
-    g->ranks = ranks;
-    g->n_ranks = g->my->ranks;
-    g->live = g->ready = 0;
     double now = monotonic_seconds();
     for (int i = 0; i < g->n_ranks; i++)
         ranks[i] = (struct rank){.group = g, .number = i, .fd = -1, .started_at = now};
@@ -423,8 +423,8 @@ static void settle(struct group *g, const struct happening *h)
 typedef void action(struct group *g, const struct happening *h);
 #define ROW(on_start, on_ready, on_exit_, on_fault, on_drain, on_kill, on_empty, on_due)                               \
     {                                                                                                                  \
-        [E_START] = on_start, [E_READY] = on_ready, [E_EXIT] = on_exit_, [E_FAULT] = on_fault, [E_DRAIN] = on_drain,   \
-        [E_KILL] = on_kill, [E_EMPTY] = on_empty, [E_DUE] = on_due                                                     \
+        [E_START] = (on_start), [E_READY] = (on_ready), [E_EXIT] = (on_exit_), [E_FAULT] = (on_fault),                 \
+        [E_DRAIN] = (on_drain), [E_KILL] = (on_kill), [E_EMPTY] = (on_empty), [E_DUE] = (on_due)                       \
     }
 static_assert(EVENTS == 8, "ROW names every event");
 // clang-format off

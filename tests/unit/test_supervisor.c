@@ -65,8 +65,10 @@ static pid_t launch(const char *notify_socket)
     pid_t pid = fork();
     if (pid == 0) {
         setenv("FAKE_DIR", dir, 1);
-        if (notify_socket)
+        if (notify_socket) {
             setenv("NOTIFY_SOCKET", notify_socket, 1);
+            setenv("WATCHDOG_USEC", "400000", 1);
+        }
         if (!freopen(path("log"), "a", stderr))
             _exit(126);
         execl(program, program, "--config", path("f.ini"), (char *)NULL);
@@ -119,8 +121,12 @@ static json_t *await_status(condition *met, const char *what, double seconds)
             return status;
         json_decref(status);
     }
-    char *last = json_dumps(ask("{\"cmd\":\"status\"}"), JSON_COMPACT);
-    fail_msg("not in %.1f s: %s; status: %s", seconds, what, last ? last : "none");
+    json_t *status = ask("{\"cmd\":\"status\"}");
+    char *last = json_dumps(status, JSON_COMPACT);
+    json_decref(status);
+    print_error("%s\n", last ? last : "no status");
+    free(last);
+    fail_msg("not in %.1f s: %s", seconds, what);
     return NULL;
 }
 #define AWAIT(met, seconds) await_status(met, #met, seconds)
@@ -166,7 +172,7 @@ static int tear_down(void **state)
         waitpid(supervisor, &status, 0);
     }
     snprintf(command, sizeof command, "rm -rf %s", dir);
-    return system(command);
+    return system(command); // NOLINT(cert-env33-c): a fixed command on a name from mkdtemp
 }
 
 static void stop(int want)
@@ -410,12 +416,12 @@ static void a_second_supervisor_is_refused(void **state)
     stop(0);
 }
 
-static void systemd_hears_ready_and_status(void **state)
+static void systemd_hears_ready_status_and_the_watchdog(void **state)
 {
     (void)state;
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     char text[300];
-    bool ready = false, status = false, stopping = false;
+    bool ready = false, status = false, stopping = false, watchdog = false;
     const struct timeval limit = {.tv_sec = 1};
     snprintf(address.sun_path, sizeof address.sun_path, "%s/notify", dir);
     int s = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -430,11 +436,12 @@ static void systemd_hears_ready_and_status(void **state)
         ready |= strstr(text, "READY=1") != NULL;
         status |= strstr(text, "STATUS=1 of 2 groups ready, 1 failed") != NULL;
         stopping |= strstr(text, "STOPPING=1") != NULL;
-        if (ready && status && !stopping)
+        watchdog |= strstr(text, "WATCHDOG=1") != NULL;
+        if (ready && status && watchdog && !stopping)
             kill(supervisor, SIGTERM);
     }
     close(s);
-    assert_true(ready && status && stopping);
+    assert_true(ready && status && watchdog && stopping);
     int ended;
     assert_true(await_end(supervisor, 8, &ended));
     supervisor = 0;
@@ -577,7 +584,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_reload_touches_only_what_changed, set_up, tear_down),
         cmocka_unit_test_setup_teardown(drain_and_resume_by_the_control_socket, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_second_supervisor_is_refused, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(systemd_hears_ready_and_status, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(systemd_hears_ready_status_and_the_watchdog, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_dead_workers_jobs_are_back_within_a_second, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_node_without_groups_admits_and_redis_may_come_later, set_up, tear_down),
     };
