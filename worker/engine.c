@@ -5,6 +5,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "proto/clock.h"
 #include "worker/stages.h"
 
 struct engine {
@@ -52,13 +53,6 @@ void engine_result_free(struct engine_result *r)
     r->pixels = NULL;
 }
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 // ---- what the stages share
 
 int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err)
@@ -73,7 +67,8 @@ int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err 
     if (comm_size(r->control) > 1)
         comm_broadcast(r->control, &stop, sizeof stop, 0);
     TRY(comm_check(r->control, err));
-    return stop.code == ERR_NONE ? 0 : err_set(err, stop.code, "%s", stop.text);
+    r->agreed = stop.code != ERR_NONE;
+    return r->agreed ? err_set(err, stop.code, "%s", stop.text) : 0;
 }
 
 void run_trace(struct run *r, const char *name, struct tensor t)
@@ -136,18 +131,18 @@ static int make_pictures(struct run *r, const float *noise, struct engine_result
 {
     struct prompt prompts[BRANCHES];
     const int64_t channels = r->model->info.channels, picture = (int64_t)r->job->width * r->job->height * 3;
-    const double start = now();
+    const double start = monotonic_seconds();
     TRY(encode_prompts(r, prompts, out->prompt_cut, err));
-    out->encode_seconds = now() - start;
+    out->encode_seconds = monotonic_seconds() - start;
     for (uint32_t i = 0; i < r->job->num_images; i++) {
         const size_t mark = arena_mark(r->world.arena);
         struct tensor tokens = exec_tensor(&r->world, 2, r->image_tokens, channels, 1, 1);
-        const double begin = now();
+        const double begin = monotonic_seconds();
         TRY(denoise(r, prompts, noise ? noise + i * r->image_tokens * channels : NULL, tokens, err));
-        const double between = now();
+        const double between = monotonic_seconds();
         TRY(decode(r, tokens, out->pixels ? out->pixels + i * picture : NULL, err));
         out->denoise_seconds += between - begin;
-        out->decode_seconds += now() - between;
+        out->decode_seconds += monotonic_seconds() - between;
         arena_release(r->world.arena, mark);
     }
     return 0;
@@ -253,15 +248,44 @@ static int run_prepared(struct engine *e, struct run *r, struct engine_result *o
     return rc;
 }
 
+// All ranks go on, or none: the first failing rank's error is everybody's.
+static int agree(struct comm *control, int rc, struct err *err)
+{
+    const int ranks = comm_size(control);
+    struct err all[COMM_MAX_RANKS];
+    int64_t counts[COMM_MAX_RANKS];
+    if (ranks == 1)
+        return rc;
+    struct err mine = {.code = ERR_NONE};
+    if (rc != 0)
+        mine = *err;
+    for (int r = 0; r < ranks; r++)
+        counts[r] = sizeof mine;
+    comm_all_gather(control, &mine, all, counts);
+    TRY(comm_check(control, err));
+    for (int r = 0; r < ranks; r++)
+        if (all[r].code != ERR_NONE)
+            return err_set(err, all[r].code, "%s", all[r].text);
+    return 0;
+}
+
+// What can be known before any work: the plan, and whether it fits.
+static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                            const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
+                            struct err *err)
+{
+    struct engine_estimate estimate;
+    TRY(plan_make(&m->info, comm_size(e->data), job_true_cfg(job), want->cfg, want->ulysses, plan, err));
+    TRY(engine_predict(e, m, job, plan, &estimate, err));
+    return reserve(e, job, estimate.activation_bytes + trace_bytes(hooks, job), comm_size(e->data), err);
+}
+
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                const struct engine_hooks *hooks, struct engine_result *out, struct err *err)
 {
     struct run r;
-    struct engine_estimate estimate;
     *out = (struct engine_result){0};
-    TRY(plan_make(&m->info, comm_size(e->data), job_true_cfg(job), want->cfg, want->ulysses, &out->plan, err));
-    TRY(engine_predict(e, m, job, &out->plan, &estimate, err));
-    TRY(reserve(e, job, estimate.activation_bytes + trace_bytes(hooks, job), comm_size(e->data), err));
+    TRY(agree(e->control, plan_and_reserve(e, m, job, want, hooks, &out->plan, err), err));
     run_init(&r, m, job, &out->plan);
     r.hooks = hooks;
     r.control = e->control;
@@ -269,7 +293,10 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     const size_t mark = arena_mark(e->arena);
     int rc = run_prepared(e, &r, out, err);
     arena_release(e->arena, mark);
-    if (rc != 0)
+    if (rc != 0) {
+        if (!r.agreed) // the other ranks do not know: nobody may wait for this one
+            comm_abort(e->control, err->text);
         engine_result_free(out);
+    }
     return rc;
 }

@@ -42,6 +42,8 @@ struct engine_result {
 void engine_result_free(struct engine_result *r);
 
 // job as model_resolve_job left it. want: degrees, 0 where the engine is to choose (its ranks are ignored).
+// A job that cannot run is refused on all ranks alike, and so is one that progress ended. Any other failure aborts the
+// communicator: comm_check(control) fails from then on, on every rank, and the processes are to exit.
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                const struct engine_hooks *hooks, struct engine_result *out, struct err *err);
 

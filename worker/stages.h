@@ -18,6 +18,7 @@ struct run {
     struct exec world;          // all ranks: text, decoding
     struct exec branch;         // the ranks of this rank's guidance branch: denoising
     struct comm *pair;          // the same rows of the other branch; NULL unless plan.cfg is 2
+    bool agreed;                // all ranks know that the job ends here
     int branches;               // 1, or 2 with true CFG
     int64_t latent_h, latent_w; // rows and columns of the VAE's latents
     int64_t image_tokens, text_tokens;

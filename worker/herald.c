@@ -1,0 +1,191 @@
+#include "worker/herald.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "proto/clock.h"
+
+struct slot {
+    struct held *job;               // NULL: free
+    struct queue_progress progress; // stage is a literal
+    bool unsent;
+    double renewed_at; // monotonic; 0: not yet
+    bool busy;         // the thread is speaking of it, unlocked
+};
+
+struct herald {
+    const struct conf *conf;
+    const struct log *log;
+    struct pulse *pulse;
+    struct queue *queue; // the thread's own; NULL while not connected
+    pthread_t thread;
+    pthread_mutex_t lock; // of what follows
+    pthread_cond_t changed;
+    struct slot slots[HERALD_MAX_HELD];
+    bool ending;
+};
+
+// A worker whose main path stands still beyond its stage's deadline must lose its leases, not keep them.
+static bool progressing(struct herald *h)
+{
+    enum stage stage;
+    const double stalled = pulse_stalled(h->pulse, &stage);
+    switch (stage) {
+    case STAGE_TEXT:
+        return stalled < h->conf->deadline.text_s;
+    case STAGE_DENOISE:
+        return stalled < h->conf->deadline.denoise_s;
+    case STAGE_DECODE:
+        return stalled < h->conf->deadline.decode_s;
+    case STAGE_UPLOAD:
+        return stalled < h->conf->deadline.upload_s;
+    default:
+        return true;
+    }
+}
+
+// One round trip for one job, without the lock: its news if there are any, else a renewal.
+static int speak(struct herald *h, const struct queue_fence *fence, const struct queue_progress *progress, bool renew,
+                 struct err *err)
+{
+    if (!h->queue)
+        TRY(queue_open(&h->queue, h->conf->redis.url, h->conf->redis.queue, QUEUE_NODE, NULL, err));
+    if (progress)
+        TRY(queue_progress(h->queue, fence, progress, err));
+    if (renew && progressing(h))
+        TRY(queue_beat(h->queue, fence, (uint64_t)(h->conf->queue.lease_s * 1000), err));
+    return 0;
+}
+
+static void tend(struct herald *h, struct slot *s, double period)
+{
+    const bool renew = monotonic_seconds() - s->renewed_at >= period;
+    if (!s->job || (!s->unsent && !renew))
+        return;
+    const struct queue_progress progress = s->progress;
+    const bool news = s->unsent;
+    struct held *job = s->job;
+    struct err err = {.code = ERR_NONE};
+    s->unsent = false;
+    s->busy = true;
+    pthread_mutex_unlock(&h->lock);
+    int rc = speak(h, &job->claim.fence, news ? &progress : NULL, renew, &err);
+    pthread_mutex_lock(&h->lock);
+    s->busy = false;
+    if (renew)
+        s->renewed_at = monotonic_seconds();
+    if (rc == ERR_STALE || rc == ERR_CANCELLED || rc == ERR_EXPIRED) {
+        int none = 0;
+        atomic_compare_exchange_strong(&job->stop, &none, rc);
+    } else if (rc != 0) {
+        log_line(h->log, LOG_WARN, "lease.not_renewed", "job=%s error=\"%s\"", job->claim.fence.id, err.text);
+        s->renewed_at = monotonic_seconds() - period + 0.5; // again in half a second
+    }
+    pthread_cond_broadcast(&h->changed);
+}
+
+static void *run(void *arg)
+{
+    struct herald *h = arg;
+    const double period = h->conf->queue.lease_s / 3;
+    pthread_mutex_lock(&h->lock);
+    while (!h->ending) {
+        for (int i = 0; i < HERALD_MAX_HELD; i++)
+            tend(h, &h->slots[i], period);
+        bool unsent = h->ending;
+        for (int i = 0; i < HERALD_MAX_HELD; i++)
+            unsent |= h->slots[i].job && h->slots[i].unsent;
+        if (unsent)
+            continue;
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += 250 * 1000 * 1000;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&h->changed, &h->lock, &until);
+    }
+    pthread_mutex_unlock(&h->lock);
+    queue_close(h->queue);
+    return NULL;
+}
+
+int herald_new(const struct conf *conf, const struct log *log, struct pulse *pulse, struct herald **out,
+               struct err *err)
+{
+    struct herald *h = calloc(1, sizeof *h);
+    pthread_condattr_t attr;
+    *out = NULL;
+    if (!h)
+        return err_set(err, ERR_NO_MEMORY, "no memory for the herald");
+    h->conf = conf;
+    h->log = log;
+    h->pulse = pulse;
+    pthread_mutex_init(&h->lock, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&h->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    if (pthread_create(&h->thread, NULL, run, h) != 0) {
+        free(h);
+        return err_set(err, ERR_NO_MEMORY, "the herald's thread cannot be started");
+    }
+    *out = h;
+    return 0;
+}
+
+void herald_free(struct herald *h)
+{
+    if (!h)
+        return;
+    pthread_mutex_lock(&h->lock);
+    h->ending = true;
+    pthread_cond_broadcast(&h->changed);
+    pthread_mutex_unlock(&h->lock);
+    pthread_join(h->thread, NULL);
+    pthread_cond_destroy(&h->changed);
+    pthread_mutex_destroy(&h->lock);
+    free(h);
+}
+
+static struct slot *slot_of(struct herald *h, const struct held *job)
+{
+    for (int i = 0; i < HERALD_MAX_HELD; i++)
+        if (h->slots[i].job == job)
+            return &h->slots[i];
+    return NULL;
+}
+
+void herald_hold(struct herald *h, struct held *job)
+{
+    pthread_mutex_lock(&h->lock);
+    struct slot *s;
+    while (!(s = slot_of(h, NULL)))
+        pthread_cond_wait(&h->changed, &h->lock);
+    *s = (struct slot){.job = job, .renewed_at = monotonic_seconds()};
+    pthread_mutex_unlock(&h->lock);
+}
+
+void herald_drop(struct herald *h, struct held *job)
+{
+    pthread_mutex_lock(&h->lock);
+    struct slot *s = slot_of(h, job);
+    while (s && s->busy)
+        pthread_cond_wait(&h->changed, &h->lock);
+    if (s)
+        s->job = NULL;
+    pthread_cond_broadcast(&h->changed);
+    pthread_mutex_unlock(&h->lock);
+}
+
+void herald_report(struct herald *h, struct held *job, const struct queue_progress *progress)
+{
+    pthread_mutex_lock(&h->lock);
+    struct slot *s = slot_of(h, job);
+    if (s) {
+        s->progress = *progress;
+        s->unsent = true;
+        pthread_cond_broadcast(&h->changed);
+    }
+    pthread_mutex_unlock(&h->lock);
+}

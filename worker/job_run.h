@@ -1,0 +1,30 @@
+// job_run.h: THE path of a job through a worker group. Rank 0 leads: it claims, tells the others, and hands the pixels
+// on; the others follow until it says stop.
+#ifndef DITFLEET_JOB_RUN_H
+#define DITFLEET_JOB_RUN_H
+
+#include "proto/conf.h"
+#include "worker/engine.h"
+#include "worker/pulse.h"
+
+// One process of a worker group, set up by main.c.
+struct worker {
+    const struct conf *conf;
+    const struct conf_group *group;
+    const struct log *log;
+    struct pulse *pulse;
+    struct comm *comm;
+    struct engine *engine;
+    struct model **models;   // (group->model.count), beside group->models
+    const char *incarnation; // new at each start of the group
+    char id[CONF_WORKER_ID_BYTES];
+};
+
+// One step at the smallest size through every model, on all ranks: pages, threads and buffers are there afterwards.
+int worker_warm_up(struct worker *w, struct err *err);
+
+// Until drained: 0. Anything else: the process is to exit, and the supervisor to start the group anew.
+int worker_lead(struct worker *w, struct err *err);   // rank 0
+int worker_follow(struct worker *w, struct err *err); // the others
+
+#endif

@@ -1,0 +1,169 @@
+// ditfleet-worker: one rank of a worker group. Started by the supervisor, which passes the control socket and the
+// region of shared memory as file descriptors; see proto/msg.h for what they say to each other.
+#include <getopt.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "worker/job_run.h"
+
+struct arguments {
+    const char *config, *group, *incarnation;
+    long rank, ranks, control_fd, shm_fd;
+};
+
+static bool parse_number(const char *text, long max, long *out)
+{
+    char *end;
+    *out = strtol(text, &end, 10);
+    return end != text && *end == '\0' && *out >= 0 && *out <= max;
+}
+
+static int parse_arguments(int argc, char **argv, struct arguments *a)
+{
+    static const struct option options[] = {
+        {"config", required_argument, NULL, 'c'},      {"group", required_argument, NULL, 'g'},
+        {"incarnation", required_argument, NULL, 'i'}, {"rank", required_argument, NULL, 'r'},
+        {"ranks", required_argument, NULL, 'n'},       {"control-fd", required_argument, NULL, 'f'},
+        {"shm-fd", required_argument, NULL, 's'},      {NULL, 0, NULL, 0},
+    };
+    bool ok = true;
+    *a = (struct arguments){.rank = -1, .ranks = -1, .control_fd = -1, .shm_fd = -1};
+    for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;)
+        switch (c) {
+        case 'c':
+            a->config = optarg;
+            break;
+        case 'g':
+            a->group = optarg;
+            break;
+        case 'i':
+            a->incarnation = optarg;
+            break;
+        case 'r':
+            ok &= parse_number(optarg, COMM_MAX_RANKS - 1, &a->rank);
+            break;
+        case 'n':
+            ok &= parse_number(optarg, COMM_MAX_RANKS, &a->ranks);
+            break;
+        case 'f':
+            ok &= parse_number(optarg, 1 << 20, &a->control_fd);
+            break;
+        case 's':
+            ok &= parse_number(optarg, 1 << 20, &a->shm_fd);
+            break;
+        default:
+            ok = false;
+        }
+    if (ok && optind == argc && a->config && a->group && a->incarnation && a->control_fd >= 0 && a->shm_fd >= 0 &&
+        a->rank >= 0 && a->rank < a->ranks)
+        return 0;
+    fprintf(stderr, "usage: ditfleet-worker --config FILE --group NAME --rank R --ranks N --incarnation HEX "
+                    "--control-fd FD --shm-fd FD\n(started by ditfleet-supervisor; to make one picture without a "
+                    "fleet: ditfleet generate)\n");
+    return EXIT_DO_NOT_RESTART;
+}
+
+// The supervisor is gone: nobody would restart, drain or watch this process. Its jobs come back when the leases end.
+static void on_orphaned(void *arg)
+{
+    (void)arg;
+    _exit(EXIT_FAILURE);
+}
+
+// The supervisor drains by message; a signal from elsewhere (a user, a container's stop) is given the same meaning by
+// the leader, and left to the leader by the others.
+static struct pulse *signalled_pulse;
+
+static void on_sigterm(int number)
+{
+    (void)number;
+    if (signalled_pulse)
+        pulse_drain(signalled_pulse);
+}
+
+static int load_models(struct worker *w, struct err *err)
+{
+    w->models = calloc((size_t)w->group->model.count + 1, sizeof(struct model *));
+    if (!w->models)
+        return err_set(err, ERR_NO_MEMORY, "no memory for models");
+    for (int i = 0; i < w->group->model.count; i++) {
+        pulse_report(w->pulse, STAGE_LOADING, (uint32_t)i, (uint32_t)w->group->model.count, "");
+        TRY(model_load(w->group->models[i].directory, &w->models[i], err));
+        log_line(w->log, LOG_INFO, "model.loaded", "model=%s@%s hash=%.16s", w->group->models[i].name,
+                 w->group->models[i].version, w->models[i]->hash);
+    }
+    return 0;
+}
+
+static void free_models(struct worker *w)
+{
+    for (int i = 0; w->models && i < w->group->model.count; i++)
+        model_free(w->models[i]);
+    free(w->models);
+}
+
+static int work(struct worker *w, const struct arguments *a, struct err *err)
+{
+    TRY(load_models(w, err));
+    TRY(comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
+    const struct engine_options options = {
+        .kernels = &kernels_cpu, .device.threads = conf_group_threads(w->group), .data = w->comm, .control = w->comm};
+    TRY(engine_new(&options, &w->engine, err));
+    TRY(worker_warm_up(w, err));
+    pulse_report(w->pulse, STAGE_IDLE, 0, 0, "");
+    pulse_ready(w->pulse);
+    return a->rank == 0 ? worker_lead(w, err) : worker_follow(w, err);
+}
+
+// Failures that the next start would meet again: configuration and checkpoint. The rest may pass.
+static int exit_status(int rc, const struct err *err)
+{
+    if (rc == 0)
+        return EXIT_SUCCESS;
+    return err->retryable ? EXIT_FAILURE : EXIT_DO_NOT_RESTART;
+}
+
+int main(int argc, char **argv)
+{
+    struct arguments a;
+    struct err err = {.code = ERR_NONE};
+    struct conf *conf = NULL;
+    int rc = parse_arguments(argc, argv, &a);
+    if (rc != 0)
+        return rc;
+    struct log log = {.fd = 2, .level = LOG_INFO, .prog = "worker", .rank = (int)a.rank};
+    struct worker w = {.log = &log, .incarnation = a.incarnation};
+    rc = pulse_new((int)a.control_fd, &log, on_orphaned, NULL, &w.pulse, &err);
+    if (rc == 0) {
+        signalled_pulse = w.pulse;
+        signal(SIGTERM, on_sigterm);
+        signal(SIGINT, SIG_IGN); // Ctrl-C reaches the whole foreground group; the supervisor decides
+        signal(SIGPIPE, SIG_IGN);
+        rc = conf_load(a.config, &conf, &err);
+    }
+    if (rc == 0) {
+        log.level = (enum log_level)conf->log.level;
+        w.conf = conf;
+        w.group = conf_group_find(conf, a.group);
+        if (!w.group)
+            rc = err_set(&err, ERR_NOT_FOUND, "%s has no [group %s]", a.config, a.group);
+    }
+    if (rc == 0) {
+        conf_worker_id(conf, a.group, w.id);
+        rc = work(&w, &a, &err);
+    }
+    if (rc != 0)
+        log_line(&log, LOG_ERROR, "worker.failed", "code=%s error=\"%s\"", err_name(err.code), err.text);
+    engine_free(w.engine);
+    comm_free(w.comm);
+    if (w.group)
+        free_models(&w);
+    signal(SIGTERM, SIG_IGN);
+    signalled_pulse = NULL;
+    pulse_free(w.pulse, rc == 0 ? "drained" : err.text);
+    conf_free(conf);
+    return exit_status(rc, &err);
+}
