@@ -5,21 +5,49 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void print_job_flags(void)
+// Fields that say how a job travels, and where to; no flags of a command whose job stays here.
+static const char *const travelling[] = {
+    "id",          "output.url",   "output.headers", "output.file", "callback_url",  "priority",
+    "deadline_ms", "max_attempts", "traceparent",    "labels",      "not_before_ms",
+};
+
+// The flag that sets the rule's field: "--output-url" of output.url. False: no flag does.
+static bool job_flag(const struct cli_command *self, const struct job_rule *rule, char *name, size_t size)
+{
+    const char *dot = strchr(rule->name, '.');
+    if (strcmp(rule->name, "output") == 0 || strncmp(rule->name, "labels.", 7) == 0 || (dot && strchr(dot + 1, '.')))
+        return false; // a part of what another flag sets, or the whole of what others set
+    for (size_t i = 0; self->local && i < sizeof travelling / sizeof *travelling; i++)
+        if (strcmp(rule->name, travelling[i]) == 0)
+            return false;
+    snprintf(name, size, "--%s", rule->name);
+    for (char *c = name; *c; c++)
+        if (*c == '_' || *c == '.')
+            *c = '-';
+    return true;
+}
+
+static const struct cli_flag *find_flag(const struct cli_flag *flags, int n_flags, const char *name)
+{
+    for (int i = 0; i < n_flags; i++)
+        if (strcmp(flags[i].name, name) == 0)
+            return &flags[i];
+    return NULL;
+}
+
+static void print_job_flags(const struct cli_command *self, const struct cli_flag *flags, int n_flags)
 {
     size_t count;
     const struct job_rule *rules = job_rules(&count);
-    printf("\nThe job:\n");
+    printf("\nThe job, fields named as in diffusers:\n");
     for (size_t i = 0; i < count; i++) {
         char name[64], allowed[256];
-        snprintf(name, sizeof name, "%s", rules[i].name);
-        if (strchr(name, '.') && strncmp(name, "output.", 7) != 0)
-            continue; // parts of a repeated field are set through the field
-        for (char *c = name; *c; c++)
-            if (*c == '_')
-                *c = '-';
-        printf("  --%-25s %s\n  %27s (%s%s%s)\n", name, rules[i].doc, "",
-               job_rule_allowed(&rules[i], allowed, sizeof allowed), rules[i].fallback ? "; default: " : "",
+        if (!job_flag(self, &rules[i], name, sizeof name) || find_flag(flags, n_flags, name))
+            continue;
+        job_rule_allowed(&rules[i], allowed, sizeof allowed);
+        if (rules[i].separator)
+            snprintf(allowed, sizeof allowed, "NAME%cVALUE, up to %zu times", rules[i].separator, rules[i].max_items);
+        printf("  %-27s %s\n  %27s (%s%s%s)\n", name, rules[i].doc, "", allowed, rules[i].fallback ? "; default: " : "",
                rules[i].fallback ? rules[i].fallback : "");
     }
 }
@@ -34,7 +62,7 @@ static void print_help(const struct cli_command *self, const struct cli_flag *fl
         printf("  %-27s %s\n", head, flags[i].doc);
     }
     if (job)
-        print_job_flags();
+        print_job_flags(self, flags, n_flags);
 }
 
 static int usage_error(const struct cli_command *self, const char *format, const char *what, const char *why)
@@ -69,8 +97,6 @@ static int set_flag(const struct cli_command *self, const struct cli_flag *flag,
         *(bool *)flag->target = true;
         return -1;
     }
-    if (!text)
-        return usage_error(self, "%s needs a value: %s", flag->name, flag->value);
     if (flag->kind == CLI_STRING) {
         *(const char **)flag->target = text;
         return -1;
@@ -82,14 +108,51 @@ static int set_flag(const struct cli_command *self, const struct cli_flag *flag,
     return usage_error(self, "%s takes %s", flag->name, why);
 }
 
-static int set_job_flag(const struct cli_command *self, Ditfleet__V1__Job *job, const char *name, const char *text)
+// The rule of a field's flag, which may also be spelled as the field is: --num_inference_steps, --output.url.
+static const struct job_rule *find_job_flag(const struct cli_command *self, const char *name)
+{
+    size_t count;
+    const struct job_rule *rules = job_rules(&count);
+    char wanted[64], flag[64];
+    snprintf(wanted, sizeof wanted, "%s", name);
+    for (char *c = wanted; *c; c++)
+        if (*c == '_' || *c == '.')
+            *c = '-';
+    for (size_t i = 0; i < count; i++)
+        if (job_flag(self, &rules[i], flag, sizeof flag) && strcmp(flag, wanted) == 0)
+            return &rules[i];
+    return NULL;
+}
+
+static int set_job_flag(const struct cli_command *self, const struct job_rule *rule, Ditfleet__V1__Job *job,
+                        const char *text)
 {
     struct err err = {.code = ERR_NONE};
-    if (job_set_field(job, name + 2, text ? text : "", &err) == 0)
+    if (job_set_field(job, rule->name, text, &err) == 0)
         return -1;
-    if (err.code == ERR_NOT_FOUND)
+    return usage_error(self, "%s%s", err.text, "");
+}
+
+// One flag at argv[*i], and its value, which may be the next argument. Returns -1 or an exit code.
+static int take_flag(const struct cli_command *self, const struct cli_flag *flags, int n_flags, Ditfleet__V1__Job *job,
+                     int argc, char **argv, int *i)
+{
+    char name[64];
+    const char *arg = argv[*i], *equals = strncmp(arg, "--", 2) == 0 ? strchr(arg, '=') : NULL;
+    snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - arg) : 63, arg);
+    const struct cli_flag *flag = find_flag(flags, n_flags, name);
+    const struct job_rule *rule = !flag && job && name[1] == '-' ? find_job_flag(self, name) : NULL;
+    if (!flag && !rule)
         return usage_error(self, "unknown flag %s%s", name, "");
-    return usage_error(self, "%s: %s", name, err.text);
+    const char *text = equals ? equals + 1 : NULL;
+    if (flag && flag->kind == CLI_BOOL && text)
+        return usage_error(self, "%s takes no value%s", name, "");
+    if (!text && (rule || flag->kind != CLI_BOOL)) {
+        if (*i + 1 >= argc)
+            return usage_error(self, "%s needs a value%s", name, "");
+        text = argv[++*i];
+    }
+    return flag ? set_flag(self, flag, text) : set_job_flag(self, rule, job, text);
 }
 
 int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int n_flags, Ditfleet__V1__Job *job,
@@ -101,38 +164,38 @@ int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int 
     for (int i = 1; i < argc; i++) {
         if (only_operands || argv[i][0] != '-' || argv[i][1] == '\0') {
             if (!n_operands)
-                return usage_error(self, "unexpected argument %s%s", argv[i], "");
+                return usage_error(self, "unexpected argument %.80s%s", argv[i], "");
             operands[(*n_operands)++] = argv[i];
-            continue;
-        }
-        if (strcmp(argv[i], "--") == 0) {
+        } else if (strcmp(argv[i], "--") == 0) {
             only_operands = true;
-            continue;
-        }
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+        } else if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             print_help(self, flags, n_flags, job != NULL);
             return CLI_OK;
+        } else {
+            int rc = take_flag(self, flags, n_flags, job, argc, argv, &i);
+            if (rc >= 0)
+                return rc;
         }
-        char name[64];
-        const char *equals = strncmp(argv[i], "--", 2) == 0 ? strchr(argv[i], '=') : NULL;
-        snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - argv[i]) : 63, argv[i]);
-        const struct cli_flag *flag = NULL;
-        for (int f = 0; f < n_flags && !flag; f++)
-            if (strcmp(flags[f].name, name) == 0)
-                flag = &flags[f];
-        const bool takes_value = !flag || flag->kind != CLI_BOOL;
-        const char *text = equals ? equals + 1 : takes_value && i + 1 < argc ? argv[++i] : NULL;
-        int rc;
-        if (flag)
-            rc = set_flag(self, flag, text);
-        else if (job && strncmp(name, "--", 2) == 0)
-            rc = set_job_flag(self, job, name, text);
-        else
-            rc = usage_error(self, "unknown flag %s%s", name, "");
-        if (rc >= 0)
-            return rc;
     }
     return -1;
+}
+
+int cli_operands(const struct cli_command *self, int n, int wanted)
+{
+    if (n == wanted)
+        return -1;
+    return usage_error(self, n < wanted ? "missing argument: %s%s" : "too many arguments: %s%s", self->arguments, "");
+}
+
+void cli_numbered(const char *path, uint32_t index, uint32_t count, char *out, size_t size)
+{
+    const char *slash = strrchr(path, '/'), *dot = strrchr(path, '.');
+    if (dot && slash && dot < slash)
+        dot = NULL;
+    if (count == 1)
+        snprintf(out, size, "%s", path);
+    else
+        snprintf(out, size, "%.*s-%u%s", dot ? (int)(dot - path) : (int)strlen(path), path, index, dot ? dot : "");
 }
 
 int cli_fail(const struct err *err)
@@ -140,5 +203,5 @@ int cli_fail(const struct err *err)
     fprintf(stderr, "ditfleet: %s\n", err->text);
     if (err->code == ERR_INVALID)
         return CLI_USAGE;
-    return err->code == ERR_UNAVAILABLE ? CLI_UNAVAILABLE : CLI_FAILED;
+    return err->code == ERR_UNAVAILABLE || err->code == ERR_TIMEOUT ? CLI_UNAVAILABLE : CLI_FAILED;
 }

@@ -23,6 +23,7 @@ struct cli_command {
     const char *arguments;                                             // "ID", "", as shown in the usage line
     const char *summary;                                               // one line
     int (*run)(const struct cli_command *self, int argc, char **argv); // argv[0] is the command's name
+    bool local; // its job never travels: the fields that say how and where to are no flags of it
 };
 
 extern const struct cli_command cli_generate, cli_submit, cli_show, cli_cancel, cli_status, cli_tenant;
@@ -44,6 +45,12 @@ struct cli_flag {
 // the flag and what is allowed.
 int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int n_flags, Ditfleet__V1__Job *job,
               int argc, char **argv, const char **operands, int *n_operands);
+
+// "picture.png" -> "picture-2.png" for the third of several images; of one, path itself.
+void cli_numbered(const char *path, uint32_t index, uint32_t count, char *out, size_t size);
+
+// -1 when n operands are what is wanted, else CLI_USAGE after a message.
+int cli_operands(const struct cli_command *self, int n, int wanted);
 
 // "ditfleet: text" on stderr; returns the exit code that fits the error.
 int cli_fail(const struct err *err);

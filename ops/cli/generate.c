@@ -147,18 +147,6 @@ static int run_group(struct generate *g, struct engine_result *out, struct err *
     return rc;
 }
 
-// "picture.png" -> "picture-2.png" for the third of several images
-static void numbered(const char *path, uint32_t index, uint32_t count, char *out, size_t size)
-{
-    const char *slash = strrchr(path, '/'), *dot = strrchr(path, '.');
-    if (dot && slash && dot < slash)
-        dot = NULL;
-    if (count == 1)
-        snprintf(out, size, "%s", path);
-    else
-        snprintf(out, size, "%.*s-%u%s", dot ? (int)(dot - path) : (int)strlen(path), path, index, dot ? dot : "");
-}
-
 static int write_file(const char *path, const void *bytes, size_t length, struct err *err)
 {
     FILE *f = fopen(path, "we");
@@ -181,7 +169,7 @@ static int write_pictures(const struct generate *g, const struct engine_result *
                                 d.texts, DESCRIPTION_TEXTS, &p, err);
         description_free(&d);
         TRY(rc);
-        numbered(g->out, i, job->num_images, path, sizeof path);
+        cli_numbered(g->out, i, job->num_images, path, sizeof path);
         rc = write_file(path, p.bytes, p.len, err);
         picture_free(&p);
         TRY(rc);
@@ -258,4 +246,4 @@ static int run(const struct cli_command *self, int argc, char **argv)
     return rc;
 }
 
-const struct cli_command cli_generate = {"generate", "", "make one picture on this machine, with no Redis", run};
+const struct cli_command cli_generate = {"generate", "", "make one picture on this machine, with no Redis", run, true};
