@@ -14,17 +14,17 @@ local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5,
 -- Settings that `conf` may override; PROTOCOL.md explains them.
 local SETTINGS = {
   retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
-  check_ms = 60000, event_max = 1000, dlq_max = 10000, outbox_max = 10000,
+  check_ms = 60000, dlq_max = 10000, outbox_max = 10000,
 }
+local EVENT_MAX = 1000 -- of one job's stream
 
-local function key(...) return P .. table.concat({ ... }, ':') end
 local function int(n) return string.format('%.0f', n) end
 
 local conf_read
 local function conf(name)
   if not conf_read then
     conf_read = {}
-    local all = call('HGETALL', key('conf'))
+    local all = call('HGETALL', P .. 'conf')
     for i = 1, #all, 2 do conf_read[all[i]] = tonumber(all[i + 1]) end
   end
   return conf_read[name] or SETTINGS[name]
@@ -73,66 +73,71 @@ end
 
 -- ---- the record
 
-local NUMBERS = { 'epoch', 'attempts_app', 'attempts_infra', 'max_attempts', 'deadline_ms', 'due_ms', 'gpu_ms', 'rank',
-                  'step', 'steps', 'created_ms' }
-local TEXTS = { 'state', 'nonce', 'pool', 'class', 'batch', 'worker', 'stage', 'callback', 'left', 'hash', 'refused' }
-local FIELDS = {}
-for _, f in ipairs(NUMBERS) do FIELDS[#FIELDS + 1] = f end
-for _, f in ipairs(TEXTS) do FIELDS[#FIELDS + 1] = f end
+-- What every operation needs, and what only some do: those call read_fields(r, REST) first.
+local BASE = { 'state', 'epoch', 'nonce', 'pool', 'class', 'worker', 'stage', 'step', 'steps', 'gpu_ms', 'deadline_ms',
+               'rank', 'callback' }
+local REST = { 'attempts_app', 'attempts_infra', 'max_attempts', 'due_ms', 'created_ms', 'batch', 'left', 'hash', 'refused' }
+local NUMBER = { epoch = true, step = true, steps = true, gpu_ms = true, deadline_ms = true, rank = true,
+                 attempts_app = true, attempts_infra = true, max_attempts = true, due_ms = true, created_ms = true }
 
-local function record_key(tenant, id) return key('job', tenant, id) end
+local function record_key(tenant, id) return P .. 'job:' .. tenant .. ':' .. id end
 local function member(r) return r.tenant .. ':' .. r.id end
 
-local function load(tenant, id) -- without payload and result; nil: no such job
-  local values = call('HMGET', record_key(tenant, id), unpack(FIELDS))
+local function read_fields(r, names)
+  local values = call('HMGET', record_key(r.tenant, r.id), unpack(names))
+  for i = 1, #names do
+    local f, v = names[i], values[i]
+    if NUMBER[f] then r[f] = tonumber(v or 0) or 0 else r[f] = v or '' end
+  end
+end
+local function load(tenant, id) -- nil: no such job
   local r = { tenant = tenant, id = id }
-  for i, f in ipairs(FIELDS) do r[f] = values[i] or '' end
-  if r.state == '' then return nil end
-  for _, f in ipairs(NUMBERS) do r[f] = tonumber(r[f]) or 0 end
-  return r
+  read_fields(r, BASE)
+  return r.state ~= '' and r or nil
 end
 local function load_member(m)
   local tenant, id = m:match('^([^:]*):(.*)$')
   return load(tenant or '', id or '')
 end
 
-local function count(field, by) call('HINCRBY', key('stats'), field, by) end
+-- `stats` counts what the sizes of the indexes do not tell: see ops.stats.
+local COUNTED = { RUNNING = true, UPLOADING = true, RETRY_WAIT = true }
+local function count(field, by) call('HINCRBY', P .. 'stats', field, by) end
 
 local function tell(r, e, eta) -- an event for whoever watches this job
-  local k = key('ev', r.tenant, r.id)
-  call('XADD', k, 'MAXLEN', '~', conf('event_max'), '*', 'event', pb_event(r, e, eta))
-  call('PEXPIRE', k, conf('retention_ms'))
+  local k = P .. 'ev:' .. r.tenant .. ':' .. r.id
+  call('XADD', k, 'MAXLEN', '~', EVENT_MAX, '*', 'event', pb_event(r, e, eta))
+  -- Set where a life begins, ends or turns; the steps in between need not.
+  if not HELD[r.state] then call('PEXPIRE', k, conf('retention_ms')) end
 end
 
 local woken = {}
 local function wake(pool)
   if woken[pool] then return end
   woken[pool] = true
-  call('XADD', key('wake'), 'MAXLEN', '~', 1000, '*', 'pool', pool)
+  call('XADD', P .. 'wake', 'MAXLEN', '~', 1000, '*', 'pool', pool)
 end
 
 -- ---- the ready set and the ring of tenants
 -- ring:<pool>:<class> orders the tenants that have ready jobs there by virtual time: GPU-milliseconds charged / weight.
 -- A tenant that comes back from idling starts at the clock of the last claim, so it cannot save up a claim on the fleet.
--- Scores in other rings than the one last charged lag behind; claim() mends them when it meets them.
+-- Scores in a ring may lag behind, and a tenant may stay in one that has nothing ready: claim mends both when it meets them.
 
-local function ready_key(r) return key('ready', r.pool, r.class, r.tenant) end
-local function ring_key(pool, class) return key('ring', pool, class) end
-local function vtime(tenant) return tonumber(call('HGET', key('tenant', tenant), 'vtime')) or 0 end
+local function ready_key(r) return P .. 'ready:' .. r.pool .. ':' .. r.class .. ':' .. r.tenant end
+local function ring_key(pool, class) return P .. 'ring:' .. pool .. ':' .. class end
+local function vtime(tenant) return tonumber(call('HGET', P .. 'tenant:' .. tenant, 'vtime') or 0) end
 
 local function join_ready(r)
-  if call('ZADD', ready_key(r), r.rank, member(r)) == 0 then return end
-  local t, at = key('tenant', r.tenant), nil
-  if call('HINCRBY', t, 'ready', 1) == 1 then
-    at = max(vtime(r.tenant), tonumber(call('GET', key('vclock'))) or 0)
-    call('HSET', t, 'vtime', at)
+  local ready, tenant, at = ready_key(r), P .. 'tenant:' .. r.tenant, nil
+  if call('ZADD', ready, r.rank, member(r)) == 0 then return end
+  if call('HINCRBY', tenant, 'ready', 1) == 1 then
+    at = max(vtime(r.tenant), tonumber(call('GET', P .. 'vclock') or 0))
+    call('HSET', tenant, 'vtime', at)
   end
-  if call('ZCARD', ready_key(r)) == 1 then call('ZADD', ring_key(r.pool, r.class), at or vtime(r.tenant), r.tenant) end
+  if call('ZCARD', ready) == 1 then call('ZADD', ring_key(r.pool, r.class), at or vtime(r.tenant), r.tenant) end
 end
 local function leave_ready(r)
-  if call('ZREM', ready_key(r), member(r)) == 0 then return end
-  call('HINCRBY', key('tenant', r.tenant), 'ready', -1)
-  if call('EXISTS', ready_key(r)) == 0 then call('ZREM', ring_key(r.pool, r.class), r.tenant) end
+  if call('ZREM', ready_key(r), member(r)) == 1 then call('HINCRBY', P .. 'tenant:' .. r.tenant, 'ready', -1) end
 end
 
 -- ---- the one place where a state changes
@@ -141,63 +146,67 @@ end
 
 local function leave(r)
   if r.state == 'QUEUED' then leave_ready(r)
-  elseif WAITING[r.state] then call('ZREM', key('delayed'), member(r))
+  elseif WAITING[r.state] then call('ZREM', P .. 'delayed', member(r))
   elseif HELD[r.state] then
-    call('ZREM', key('lease'), member(r))
-    call('HDEL', key('held', r.worker), member(r))
+    call('ZREM', P .. 'lease', member(r))
+    call('HDEL', P .. 'held:' .. r.worker, member(r))
   end
 end
 local function enter(r)
   if r.state == 'QUEUED' then
     join_ready(r)
     wake(r.pool)
-  elseif WAITING[r.state] then call('ZADD', key('delayed'), r.due_ms, member(r))
+  elseif WAITING[r.state] then call('ZADD', P .. 'delayed', r.due_ms, member(r))
   elseif HELD[r.state] then
-    call('ZADD', key('lease'), r.lease_ms, member(r))
-    call('HSET', key('held', r.worker), member(r), r.incarnation .. ' ' .. int(r.epoch) .. ' ' .. r.nonce)
+    call('ZADD', P .. 'lease', r.lease_ms, member(r))
+    call('HSET', P .. 'held:' .. r.worker, member(r), r.incarnation .. ' ' .. int(r.epoch) .. ' ' .. r.nonce)
   end
 end
 local function settle(r, k) -- a record that became final
-  call('ZREM', key('live'), member(r))
-  -- The payload may hold secrets (headers, signed URLs). DEAD keeps it: a dead job can be looked into.
-  if r.state ~= 'DEAD' then call('HDEL', k, 'payload') end
-  call('PEXPIRE', k, conf('retention_ms'))
-  count('gpu_ms', -r.gpu_ms)
+  local retention = conf('retention_ms')
+  call('ZREM', P .. 'live', member(r))
+  call('PEXPIRE', k, retention)
+  count(r.state, 1)
   count('gpu_ms:' .. r.pool, -r.gpu_ms)
   if r.callback ~= '' then
-    call('XADD', key('outbox'), 'MAXLEN', '~', conf('outbox_max'), '*', 'tenant', r.tenant, 'id', r.id,
+    call('XADD', P .. 'outbox', 'MAXLEN', '~', conf('outbox_max'), '*', 'tenant', r.tenant, 'id', r.id,
       'state', r.state, 'url', r.callback)
   end
 end
 local function move(r, state, set, e, eta)
-  local k = record_key(r.tenant, r.id)
-  local stays = HELD[r.state] and HELD[state]
-  if r.state ~= '' then
-    count(r.state, -1)
-    if not stays then leave(r) end
-  end
+  local k, from, n = record_key(r.tenant, r.id), r.state, #set
+  local stays = HELD[from] and HELD[state]
+  if from ~= '' and not stays then leave(r) end
+  if COUNTED[from] then count(from, -1) end
+  if COUNTED[state] then count(state, 1) end
   r.state = state
-  count(state, 1)
   if not stays then enter(r) end
+  -- The payload may hold secrets (headers, signed URLs). DEAD keeps it: a dead job can be looked into.
+  if FINAL[state] and state ~= 'DEAD' then set[n + 1], set[n + 2] = 'payload', '' end
   call('HSET', k, 'state', state, 'updated_ms', int(now()), unpack(set))
   if FINAL[state] then settle(r, k) end
   tell(r, e, eta)
 end
 
-local function fail_final(r, state, e) -- DEAD, CANCELLED or EXPIRED
+local function fail_final(r, state, e, set) -- DEAD, CANCELLED or EXPIRED
   if state == 'DEAD' then
-    call('XADD', key('dlq'), 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', r.tenant, 'id', r.id,
+    call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', r.tenant, 'id', r.id,
       'code', e.code, 'error', e.message)
   end
-  move(r, state, { 'error_code', e.code, 'error', e.message, 'result', pb_result(r.id, state, e, r.epoch) }, e)
+  set = set or {}
+  for _, v in ipairs({ 'error_code', e.code, 'error', e.message, 'result', pb_result(r.id, state, e, r.epoch) }) do
+    set[#set + 1] = v
+  end
+  move(r, state, set, e)
 end
-local function expire(r)
-  fail_final(r, 'EXPIRED', { code = 'expired', message = 'the deadline passed before the job was finished' })
+local function expire(r, set)
+  fail_final(r, 'EXPIRED', { code = 'expired', message = 'the deadline passed before the job was finished' }, set)
 end
 
 -- An attempt failed. cause: 'app' counts against the job, 'infra' against the fleet. Full jitter: random is in [0, 1).
 local function fail_attempt(r, cause, e, random, left)
   local field = 'attempts_' .. cause
+  read_fields(r, REST)
   local n = r[field] + 1
   local most = cause == 'infra' and conf('max_attempts_infra') or (r.max_attempts > 0 and r.max_attempts or conf('max_attempts'))
   r[field] = n
@@ -225,31 +234,31 @@ local ops = {}
 
 -- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, ...}
 function ops.doors()
-  call('HSETNX', key('tenants'), 'default', 1)
-  local all, out = call('HGETALL', key('tenants')), {}
+  call('HSETNX', P .. 'tenants', 'default', 1)
+  local all, out = call('HGETALL', P .. 'tenants'), {}
   for i = 1, #all, 2 do
-    redis.pcall('XGROUP', 'CREATE', key('in', all[i]), 'admit', '0', 'MKSTREAM')
+    redis.pcall('XGROUP', 'CREATE', P .. 'in:' .. all[i], 'admit', '0', 'MKSTREAM')
     out[#out + 1], out[#out + 2] = all[i], all[i + 1]
-    out[#out + 1] = call('XLEN', key('in', all[i]))
-    out[#out + 1] = max(0, tonumber(call('HGET', key('tenant', all[i]), 'ready')) or 0)
+    out[#out + 1] = call('XLEN', P .. 'in:' .. all[i])
+    out[#out + 1] = max(0, tonumber(call('HGET', P .. 'tenant:' .. all[i], 'ready')) or 0)
   end
   return out
 end
 
 -- tenant <name> <weight>
 function ops.tenant()
-  call('HSET', key('tenants'), ARGV[2], ARGV[3])
+  call('HSET', P .. 'tenants', ARGV[2], ARGV[3])
   return ops.doors()
 end
 
 -- publish <name> <version>: the version becomes what the bare name means
 function ops.publish()
-  call('HSET', key('models'), ARGV[2] .. '@' .. ARGV[3], int(now()), ARGV[2], ARGV[3])
+  call('HSET', P .. 'models', ARGV[2] .. '@' .. ARGV[3], int(now()), ARGV[2], ARGV[3])
 end
 
 -- withdraw <name> <version>: the bare name falls back to the version published last
 function ops.withdraw()
-  local k, name = key('models'), ARGV[2]
+  local k, name = P .. 'models', ARGV[2]
   call('HDEL', k, name .. '@' .. ARGV[3])
   if call('HGET', k, name) ~= ARGV[3] then return end
   local all, best, at = call('HGETALL', k), nil, -1
@@ -262,13 +271,12 @@ end
 
 -- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it.
 local function refuse(tenant, entry, id, payload, size, e)
-  call('XADD', key('dlq'), 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', id, 'entry', entry,
+  call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', id, 'entry', entry,
     'code', e.code, 'error', e.message, 'size', size, 'payload', payload)
   count('refused', 1)
   for _, name in ipairs({ '@' .. entry, id }) do
-    local there = name ~= '' and load(tenant, name)
-    if name ~= '' and (not there or there.refused == '1') then
-      local k = record_key(tenant, name)
+    local k = record_key(tenant, name)
+    if name ~= '' and (call('EXISTS', k) == 0 or call('HGET', k, 'refused') == '1') then
       call('DEL', k)
       call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', entry, 'created_ms', int(now()), 'updated_ms', int(now()),
         'error_code', e.code, 'error', e.message, 'result', pb_result(id, 'DEAD', e, 0))
@@ -279,38 +287,44 @@ local function refuse(tenant, entry, id, payload, size, e)
   return 'refused'
 end
 
+-- The same id again: the same job, or one that is refused.
+local function admit_again(tenant, a, there, hash)
+  if there.hash ~= hash then
+    return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = 'conflict',
+      message = 'id is taken by a job with other bytes, which is untouched; choose another id' })
+  end
+  local receipt = record_key(tenant, '@' .. a.entry)
+  call('HSET', receipt, 'same_as', a.id)
+  call('PEXPIRE', receipt, conf('retention_ms'))
+  tell({ tenant = tenant, id = '@' .. a.entry, state = there.state, stage = '', step = 0, steps = 0, epoch = there.epoch })
+  call('PEXPIRE', P .. 'ev:' .. tenant .. ':@' .. a.entry, conf('retention_ms'))
+  return 'duplicate'
+end
+
 local function admit_one(tenant, a)
-  call('XACK', key('in', tenant), 'admit', a.entry)
-  if call('XDEL', key('in', tenant), a.entry) == 0 then return 'gone' end -- another admitter was first
+  -- An entry that is not pending was admitted by another.
+  if call('XACK', P .. 'in:' .. tenant, 'admit', a.entry) == 0 then return 'gone' end
   if a.code ~= '' then
     return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = a.code, message = a.message })
   end
-  local hash, k, there = redis.sha1hex(a.payload), record_key(tenant, a.id), load(tenant, a.id)
-  if there and there.refused ~= '1' then
-    if there.hash ~= hash then
-      return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = 'conflict',
-        message = 'id is taken by a job with other bytes, which is untouched; choose another id' })
-    end
-    local receipt = record_key(tenant, '@' .. a.entry)
-    call('HSET', receipt, 'same_as', a.id)
-    call('PEXPIRE', receipt, conf('retention_ms'))
-    tell({ tenant = tenant, id = '@' .. a.entry, state = there.state, stage = '', step = 0, steps = 0, epoch = there.epoch })
-    return 'duplicate'
+  local hash, k = redis.sha1hex(a.payload), record_key(tenant, a.id)
+  if call('EXISTS', k) == 1 then
+    local there = load(tenant, a.id)
+    read_fields(there, REST)
+    if there.refused ~= '1' then return admit_again(tenant, a, there, hash) end
+    call('DEL', k, P .. 'ev:' .. tenant .. ':' .. a.id)
   end
-  if there then call('DEL', k, key('ev', tenant, a.id)) end
   local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = tonumber(a.gpu_ms),
               deadline_ms = tonumber(a.deadline_ms), due_ms = tonumber(a.not_before_ms), callback = a.callback,
               rank = next_rank(), epoch = 0, stage = '', step = 0, steps = 0 }
-  call('HSET', k, 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class,
-    'gpu_ms', a.gpu_ms, 'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts,
-    'batch', a.batch, 'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'attempts_app', 0, 'attempts_infra', 0,
-    'created_ms', int(now()))
-  call('ZADD', key('live'), next_check(r), member(r))
-  count('gpu_ms', r.gpu_ms)
+  local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
+    'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts, 'batch', a.batch,
+    'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'created_ms', int(now()) }
+  call('ZADD', P .. 'live', next_check(r), member(r))
   count('gpu_ms:' .. r.pool, r.gpu_ms)
-  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
-  elseif r.due_ms > now() then move(r, 'DELAYED', {})
-  else move(r, 'QUEUED', {}) end
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r, set)
+  elseif r.due_ms > now() then move(r, 'DELAYED', set)
+  else move(r, 'QUEUED', set) end
   return 'admitted'
 end
 
@@ -318,12 +332,14 @@ end
 local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'deadline_ms', 'not_before_ms',
                 'max_attempts', 'batch', 'callback', 'code', 'message' }
 function ops.admit()
-  local out = {}
+  local out, entries = {}, {}
   for at = 3, #ARGV, #ADMIT do
     local a = {}
     for i, name in ipairs(ADMIT) do a[name] = ARGV[at + i - 1] end
+    entries[#entries + 1] = a.entry
     out[#out + 1] = admit_one(ARGV[2], a)
   end
+  call('XDEL', P .. 'in:' .. ARGV[2], unpack(entries))
   return out
 end
 
@@ -346,37 +362,58 @@ local function choose(pools, class)
   return best
 end
 
-local function claimed(r, nonce, payload)
+local function claimed(r, nonce) -- a job as claim answers it
   return { r.tenant, r.id, int(r.epoch), nonce, r.pool, int(r.attempts_app), int(r.attempts_infra), int(r.created_ms),
-           int(r.lease_ms), int(r.deadline_ms), payload }
+           int(r.lease_ms), int(r.deadline_ms), call('HGET', record_key(r.tenant, r.id), 'payload') or '' }
 end
 
-local function lease(r, c, nonce, at)
-  local payload = call('HGET', record_key(r.tenant, r.id), 'payload')
+local function lease(r, c, nonce)
   r.epoch, r.nonce, r.worker, r.incarnation, r.lease_ms = r.epoch + 1, nonce, c.worker, c.incarnation, now() + c.lease_ms
   move(r, 'LEASED', { 'epoch', int(r.epoch), 'nonce', nonce, 'worker', c.worker, 'left', '', 'lease_ms', int(r.lease_ms) })
-  -- The tenant pays in advance.
-  local weight = tonumber(call('HGET', key('tenants'), r.tenant)) or 1
-  call('HSET', key('tenant', r.tenant), 'vtime', at + r.gpu_ms / weight)
-  if at > (tonumber(call('GET', key('vclock'))) or 0) then call('SET', key('vclock'), at) end
-  return claimed(r, nonce, payload or '')
+  return claimed(r, nonce)
+end
+
+-- The tenant pays in advance, and the clock moves on to where it stood.
+local function charge(best, gpu_ms)
+  local weight = tonumber(call('HGET', P .. 'tenants', best.tenant) or 1)
+  call('HSET', P .. 'tenant:' .. best.tenant, 'vtime', best.vtime + gpu_ms / weight)
+  if best.vtime > tonumber(call('GET', P .. 'vclock') or 0) then call('SET', P .. 'vclock', best.vtime) end
 end
 
 -- Claims from one tenant: its oldest job, and up to c.most of the same batch key. Members that are no claimable job
 -- leave the set, so the caller's loop makes progress.
 local function claim_from(c, best, class, out)
-  local ready, batch = key('ready', best.pool, class, best.tenant), nil
+  local ready, batch, gpu_ms = P .. 'ready:' .. best.pool .. ':' .. class .. ':' .. best.tenant, nil, 0
   local members = call('ZRANGE', ready, 0, c.most > 1 and K - 1 or 0)
   if #members == 0 then call('ZREM', ring_key(best.pool, class), best.tenant) end
   for _, m in ipairs(members) do
-    local r = #out < c.most and load_member(m)
-    if r == nil or (r and r.state ~= 'QUEUED') then
+    if #out == c.most then break end
+    local r = load_member(m)
+    if r then read_fields(r, REST) end
+    if not r or r.state ~= 'QUEUED' then
       call('ZREM', ready, m)
-      call('HINCRBY', key('tenant', best.tenant), 'ready', -1)
-    elseif r and r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
-    elseif r and (not batch or r.batch == batch) then
-      batch = r.batch
-      out[#out + 1] = lease(r, c, c.nonces[#out + 1], vtime(best.tenant))
+      call('HINCRBY', P .. 'tenant:' .. best.tenant, 'ready', -1)
+    elseif r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
+    elseif not batch or r.batch == batch then
+      batch, gpu_ms = r.batch, gpu_ms + r.gpu_ms
+      out[#out + 1] = lease(r, c, c.nonces[#out + 1])
+    end
+  end
+  if #out > 0 then charge(best, gpu_ms) end
+end
+
+-- The same claim sent again after a lost reply gets what it got.
+local function claimed_before(c, out)
+  local held = call('HGETALL', P .. 'held:' .. c.worker)
+  for i = 1, #held, 2 do
+    local nonce = held[i + 1]:match('%S+$')
+    for n = 1, c.most do
+      local r = c.nonces[n] == nonce and load_member(held[i])
+      if r then
+        read_fields(r, REST)
+        r.lease_ms = tonumber(call('ZSCORE', P .. 'lease', held[i]) or now())
+        out[#out + 1] = claimed(r, nonce)
+      end
     end
   end
 end
@@ -384,22 +421,10 @@ end
 -- claim <worker> <incarnation> <lease_ms> <n> <nonce>*n <pool>...; {cursor of wake, job, ...}
 function ops.claim()
   local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {} }
-  local out, pools, mine = {}, {}, {}
-  for i = 1, c.most do
-    c.nonces[i] = ARGV[5 + i]
-    mine[ARGV[5 + i]] = true
-  end
+  local out, pools = {}, {}
+  for i = 1, c.most do c.nonces[i] = ARGV[5 + i] end
   for i = 6 + c.most, #ARGV do pools[#pools + 1] = ARGV[i] end
-  -- The same claim sent again after a lost reply gets what it got.
-  local held = call('HGETALL', key('held', c.worker))
-  for i = 1, #held, 2 do
-    local nonce = held[i + 1]:match('%S+$')
-    local r = mine[nonce] and load_member(held[i])
-    if r then
-      r.lease_ms = tonumber(call('ZSCORE', key('lease'), held[i])) or now()
-      out[#out + 1] = claimed(r, nonce, call('HGET', record_key(r.tenant, r.id), 'payload') or '')
-    end
-  end
+  claimed_before(c, out)
   for _, class in ipairs(CLASSES) do
     for _ = 1, K do
       local best = #out == 0 and choose(pools, class)
@@ -407,7 +432,7 @@ function ops.claim()
       claim_from(c, best, class, out)
     end
   end
-  local last = call('XREVRANGE', key('wake'), '+', '-', 'COUNT', 1)
+  local last = call('XREVRANGE', P .. 'wake', '+', '-', 'COUNT', 1)
   table.insert(out, 1, last[1] and last[1][1] or '0-0')
   return out
 end
@@ -417,8 +442,9 @@ end
 local function fenced()
   local r = load(ARGV[2], ARGV[3])
   if not r or int(r.epoch) ~= ARGV[4] or r.nonce ~= ARGV[5] then return nil, 'STALE' end
-  if not HELD[r.state] then return nil, r.state, r end
-  return r
+  if HELD[r.state] then return r end
+  read_fields(r, REST)
+  return nil, r.state, r
 end
 
 -- beat <fence> <lease_ms or 0> [<state> <stage> <step> <steps> <eta>]
@@ -427,7 +453,7 @@ function ops.beat()
   if not r then return why end
   local k, extend = record_key(r.tenant, r.id), tonumber(ARGV[6])
   if extend > 0 then
-    call('ZADD', key('lease'), 'GT', now() + extend, member(r))
+    call('ZADD', P .. 'lease', 'GT', now() + extend, member(r))
     call('HSET', k, 'lease_ms', int(now() + extend))
   end
   if not ARGV[7] then return 'ok' end
@@ -445,7 +471,7 @@ end
 function ops.finish()
   local r, why = fenced()
   if not r then return why == 'SUCCEEDED' and 'ok' or why end
-  move(r, 'SUCCEEDED', { 'result', ARGV[6], 'error_code', '', 'error', '', 'left', 'finish' })
+  move(r, 'SUCCEEDED', { 'result', ARGV[6], 'error_code', '', 'error', '' })
   return 'ok'
 end
 
@@ -468,7 +494,7 @@ end
 
 -- release_all <worker> <incarnation or ''> <code> <message> <random>; {returned, 1 if there are more}
 function ops.release_all()
-  local k, n = key('held', ARGV[2]), 0
+  local k, n = P .. 'held:' .. ARGV[2], 0
   local held = call('HGETALL', k)
   for i = 1, #held, 2 do
     local incarnation, epoch = held[i + 1]:match('^(%S*) (%d+)')
@@ -494,11 +520,11 @@ end
 
 -- ---- upkeep
 
-local function due(name) return call('ZRANGEBYSCORE', key(name), '-inf', now(), 'LIMIT', 0, K) end
+local function due(name) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, K) end
 
 local function reap_lease(m, random)
   local r = load_member(m)
-  if not r or not HELD[r.state] then call('ZREM', key('lease'), m) return 'stray' end
+  if not r or not HELD[r.state] then call('ZREM', P .. 'lease', m) return 'stray' end
   if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
   fail_attempt(r, 'infra', { code = 'timeout', message = 'the lease ran out: worker ' .. r.worker .. ' was not heard from',
     retryable = true }, random, 'lost')
@@ -507,7 +533,7 @@ end
 
 local function reap_delayed(m)
   local r = load_member(m)
-  if not r or not WAITING[r.state] then call('ZREM', key('delayed'), m) return 'stray' end
+  if not r or not WAITING[r.state] then call('ZREM', P .. 'delayed', m) return 'stray' end
   if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
   move(r, 'QUEUED', {})
   return 'due'
@@ -520,14 +546,15 @@ local function mend(r, random)
     local ring = ring_key(r.pool, r.class)
     if call('ZSCORE', ready_key(r), m) and call('ZSCORE', ring, r.tenant) then return false end
     call('ZADD', ring, vtime(r.tenant), r.tenant)
-    if call('ZADD', ready_key(r), r.rank, m) == 1 and (tonumber(call('HGET', key('tenant', r.tenant), 'ready')) or 0) < 1 then
-      call('HSET', key('tenant', r.tenant), 'ready', 1)
+    if call('ZADD', ready_key(r), r.rank, m) == 1 and (tonumber(call('HGET', P .. 'tenant:' .. r.tenant, 'ready')) or 0) < 1 then
+      call('HSET', P .. 'tenant:' .. r.tenant, 'ready', 1)
     end
     wake(r.pool)
   elseif WAITING[r.state] then
-    if call('ZADD', key('delayed'), 'NX', r.due_ms, m) == 0 then return false end
+    read_fields(r, REST)
+    if call('ZADD', P .. 'delayed', 'NX', r.due_ms, m) == 0 then return false end
   else
-    if call('ZSCORE', key('lease'), m) then return false end
+    if call('ZSCORE', P .. 'lease', m) then return false end
     fail_attempt(r, 'infra', { code = 'timeout', message = 'the job had no lease', retryable = true }, random, 'lost')
   end
   return true
@@ -536,12 +563,12 @@ end
 local function reap_live(m, random)
   local r = load_member(m)
   if not r or FINAL[r.state] then
-    for _, index in ipairs({ 'live', 'lease', 'delayed' }) do call('ZREM', key(index), m) end
+    for _, index in ipairs({ 'live', 'lease', 'delayed' }) do call('ZREM', P .. index, m) end
     return 'stray'
   end
   if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
   local orphan = mend(r, random)
-  if not FINAL[r.state] then call('ZADD', key('live'), next_check(r), m) end
+  if not FINAL[r.state] then call('ZADD', P .. 'live', next_check(r), m) end
   return orphan and 'orphans' or 'stray'
 end
 
@@ -558,7 +585,7 @@ function ops.reap()
   end
   local wait = 1000
   for _, index in ipairs({ 'lease', 'delayed', 'live' }) do
-    local first = call('ZRANGE', key(index), 0, 0, 'WITHSCORES')
+    local first = call('ZRANGE', P .. index, 0, 0, 'WITHSCORES')
     if first[2] then wait = max(0, min(wait, tonumber(first[2]) - now())) end
   end
   return { n.lost, n.due, n.expired, n.orphans, wait }
@@ -567,15 +594,27 @@ end
 -- set <name> <value>
 function ops.set()
   if not SETTINGS[ARGV[2]] then return false end
-  call('HSET', key('conf'), ARGV[2], ARGV[3])
+  call('HSET', P .. 'conf', ARGV[2], ARGV[3])
   return 'ok'
 end
 
--- stats: {field, value, ...} of the counters, with "waiting" (all doors) and "dead_letter" (dlq)
+-- stats: {field, value, ...}: jobs now in each state, totals of the final ones, what waits in the doors and in dlq, and the
+-- backlog in GPU-milliseconds. The sizes of the indexes say most; the rest is counted in move().
 function ops.stats()
-  local out, waiting = call('HGETALL', key('stats')), 0
-  for _, tenant in ipairs(call('HKEYS', key('tenants'))) do waiting = waiting + call('XLEN', key('in', tenant)) end
-  for _, v in ipairs({ 'waiting', waiting, 'dead_letter', call('XLEN', key('dlq')) }) do out[#out + 1] = tostring(v) end
+  local n, out = { QUEUED = 0, waiting = 0, gpu_ms = 0 }, {}
+  local counted = call('HGETALL', P .. 'stats')
+  for i = 1, #counted, 2 do
+    if counted[i]:sub(1, 7) == 'gpu_ms:' then n.gpu_ms = n.gpu_ms + counted[i + 1]
+    else n[counted[i]] = tonumber(counted[i + 1]) end
+  end
+  for _, tenant in ipairs(call('HKEYS', P .. 'tenants')) do
+    n.waiting = n.waiting + call('XLEN', P .. 'in:' .. tenant)
+    n.QUEUED = n.QUEUED + (call('HGET', P .. 'tenant:' .. tenant, 'ready') or 0)
+  end
+  n.dead_letter = call('XLEN', P .. 'dlq')
+  n.LEASED = call('ZCARD', P .. 'lease') - (n.RUNNING or 0) - (n.UPLOADING or 0)
+  n.DELAYED = call('ZCARD', P .. 'delayed') - (n.RETRY_WAIT or 0)
+  for field, value in pairs(n) do out[#out + 1], out[#out + 2] = field, int(value) end
   return out
 end
 

@@ -1,0 +1,213 @@
+// queue_bench.c: how many jobs a second pass through enqueue, admission, claim and finish, with no model.
+//
+//   queue_bench [JOBS [WORKERS [BATCH]]]
+//
+// Everything is the production path over one private Redis with an append-only file (everysec): producers that XADD one
+// job at a time, one admitter, workers that claim BATCH jobs and finish each. First the highest
+// rate, then the delay from submission to commit at a steady 500 jobs a second.
+#include "proto/queue.h"
+#include "tests/unit/private_redis.h"
+
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+struct bench {
+    const char *url;
+    pid_t server;
+    unsigned jobs, producers, workers, batch;
+    double rate; // jobs a second of all producers; 0: as fast as they can
+    atomic_uint submitted, finished, next_worker;
+    double *began, *ended; // seconds by job
+};
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// CPU seconds of a process so far.
+static double cpu_seconds(pid_t pid)
+{
+    char path[32];
+    unsigned long user = 0, system = 0;
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    FILE *f = fopen(path, "r");
+    if (!f)
+        return 0;
+    if (fscanf(f, "%*d (%*[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
+        user = system = 0;
+    fclose(f);
+    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
+}
+
+// A benchmark has nobody to hand an error to.
+static void must(int rc, const struct err *e)
+{
+    if (rc == 0)
+        return;
+    fprintf(stderr, "queue_bench: %s\n", e->text);
+    _exit(1);
+}
+
+static struct queue *open_queue(const struct bench *b)
+{
+    struct queue *q;
+    struct err e = {0};
+    must(queue_open(&q, b->url, "bench", QUEUE_NODE, NULL, &e), &e);
+    return q;
+}
+
+static void *produce(void *arg)
+{
+    struct bench *b = arg;
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    Ditfleet__V1__Job *job = job_new();
+    must(!job || job_set_field(job, "model", "none", &e), &e);
+    must(job_set_field(job, "prompt", "a small red circle above a large blue square", &e), &e);
+    must(job_set_field(job, "output.url", "https://store.example/pictures/{id}.png", &e), &e);
+    double start = seconds();
+    for (unsigned i; (i = atomic_fetch_add(&b->submitted, 1)) < b->jobs;) {
+        char id[32], entry[QUEUE_ENTRY_SIZE];
+        void *bytes;
+        size_t length;
+        while (b->rate > 0 && seconds() < start + i / b->rate)
+            nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+        snprintf(id, sizeof id, "job-%u", i);
+        must(job_set_field(job, "id", id, &e), &e);
+        must(job_pack(job, &bytes, &length, &e), &e);
+        b->began[i] = seconds();
+        must(queue_submit(q, "default", bytes, length, entry, &e), &e);
+        free(bytes);
+    }
+    job_free(job);
+    queue_close(q);
+    return NULL;
+}
+
+static void *admit(void *arg)
+{
+    struct bench *b = arg;
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    struct queue_admission admission = {.consumer = "bench"};
+    struct queue_admitted out;
+    while (atomic_load(&b->finished) < b->jobs)
+        must(queue_admit(q, &admission, 100, &out, &e), &e);
+    queue_close(q);
+    return NULL;
+}
+
+static void commit(struct bench *b, struct queue *q, struct queue_job *job)
+{
+    struct err e = {0};
+    Ditfleet__V1__Result result = DITFLEET__V1__RESULT__INIT;
+    void *bytes;
+    size_t length;
+    result.id = job->fence.id;
+    result.state = DITFLEET__V1__STATE__STATE_SUCCEEDED;
+    must(result_pack(&result, &bytes, &length, &e), &e);
+    must(queue_finish(q, &job->fence, bytes, length, &e), &e);
+    free(bytes);
+    b->ended[strtoul(job->fence.id + 4, NULL, 10)] = seconds();
+    atomic_fetch_add(&b->finished, 1);
+    queue_job_free(job);
+}
+
+static void *work(void *arg)
+{
+    static const char *const pools[] = {"none@1"};
+    struct bench *b = arg;
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    struct queue_job *jobs = calloc(QUEUE_BATCH, sizeof *jobs);
+    char name[32], cursor[QUEUE_ENTRY_SIZE];
+    snprintf(name, sizeof name, "worker-%u", atomic_fetch_add(&b->next_worker, 1));
+    struct queue_claim want = {name, "1", pools, 1, 60000, b->batch};
+    while (jobs && atomic_load(&b->finished) < b->jobs) {
+        size_t n;
+        bool woken;
+        must(queue_claim(q, &want, jobs, &n, cursor, &e), &e);
+        for (size_t i = 0; i < n; i++)
+            commit(b, q, &jobs[i]);
+        if (n == 0)
+            must(queue_wait(q, cursor, 100, &woken, &e), &e);
+    }
+    free(jobs);
+    queue_close(q);
+    return NULL;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void run(struct bench *b, const char *what)
+{
+    pthread_t threads[64];
+    unsigned n = 0;
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    must(redis_command(queue_redis(q), NULL, &e, "FLUSHALL"), &e);
+    must(queue_model_publish(q, "none", "1", &e), &e);
+    b->submitted = b->finished = b->next_worker = 0;
+    b->began = calloc(b->jobs, sizeof *b->began);
+    b->ended = calloc(b->jobs, sizeof *b->ended);
+    if (!b->began || !b->ended)
+        return;
+    double start = seconds(), server = cpu_seconds(b->server), clients = cpu_seconds(getpid());
+    for (unsigned i = 0; i < b->producers; i++)
+        pthread_create(&threads[n++], NULL, produce, b);
+    pthread_create(&threads[n++], NULL, admit, b);
+    for (unsigned i = 0; i < b->workers; i++)
+        pthread_create(&threads[n++], NULL, work, b);
+    while (n > 0)
+        pthread_join(threads[--n], NULL);
+    double wall = seconds() - start;
+    server = 1e6 * (cpu_seconds(b->server) - server) / b->jobs;
+    clients = 1e6 * (cpu_seconds(getpid()) - clients) / b->jobs;
+    for (unsigned i = 0; i < b->jobs; i++)
+        b->ended[i] -= b->began[i];
+    qsort(b->ended, b->jobs, sizeof *b->ended, by_value);
+    printf("%-8s %6u jobs  %u workers  batch %2u  %7.0f jobs/s  p50 %8.2f ms  p99 %8.2f ms  CPU a job: Redis %.0f us, "
+           "clients %.0f us\n",
+           what, b->jobs, b->workers, b->batch, b->jobs / wall, 1e3 * b->ended[b->jobs / 2],
+           1e3 * b->ended[(size_t)b->jobs * 99 / 100], server, clients);
+    free(b->began);
+    free(b->ended);
+    queue_close(q);
+}
+
+static unsigned number(int argc, char **argv, int i, unsigned fallback, unsigned most)
+{
+    unsigned long n = argc > i ? strtoul(argv[i], NULL, 10) : fallback;
+    return n < 1 ? 1 : n > most ? most : (unsigned)n;
+}
+
+int main(int argc, char **argv)
+{
+    static const char *const durable[] = {"--appendonly", "yes", "--appendfsync", "everysec", NULL};
+    struct private_redis server = {0};
+    if (private_redis_start(&server, durable) != 0) {
+        fprintf(stderr, "queue_bench: no Redis server could be started; install redis-tools\n");
+        private_redis_stop(&server);
+        return 1;
+    }
+    struct bench b = {.url = server.url, .server = server.pid, .producers = 2};
+    b.jobs = number(argc, argv, 1, 20000, 1000000);
+    b.workers = number(argc, argv, 2, 4, 32);
+    b.batch = number(argc, argv, 3, 8, QUEUE_BATCH);
+    run(&b, "highest");
+    b.jobs = b.jobs < 2000 ? b.jobs : 2000;
+    b.rate = 500;
+    b.batch = 1;
+    run(&b, "steady");
+    private_redis_stop(&server);
+    return 0;
+}
