@@ -26,7 +26,7 @@ static const char *what(const Ditfleet__V1__Event *e)
 
 static bool has_steps(const Ditfleet__V1__Event *e)
 {
-    return e->state == DITFLEET__V1__STATE__STATE_RUNNING && e->steps > 0;
+    return e->state == DITFLEET__V1__STATE__STATE_RUNNING && e->steps > 0 && strcmp(e->stage, "denoise") == 0;
 }
 
 const char *progress_text(const Ditfleet__V1__Event *e, bool bar, char out[PROGRESS_BYTES])
@@ -42,7 +42,7 @@ const char *progress_text(const Ditfleet__V1__Event *e, bool bar, char out[PROGR
         }
         snprintf(steps, sizeof steps, "%s%u/%u", cells, step, e->steps);
         if (e->eta_seconds > 0 && e->eta_seconds < 1e6)
-            snprintf(eta, sizeof eta, "  eta %.0f s", e->eta_seconds);
+            snprintf(eta, sizeof eta, "  eta %.*f s", e->eta_seconds < 10 ? 1 : 0, e->eta_seconds);
     }
     if (e->error && !job_state_final(e->state))
         snprintf(error, sizeof error, "  (attempt %u: %.20s)", e->attempt, e->error->code);
