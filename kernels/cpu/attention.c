@@ -2,37 +2,37 @@
 // the running maximum and sum of its softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 //
 // A task is a head and a range of queries. A block of keys and values is packed once a task and met by its queries in
-// tiles of TILE_ROWS; the output rows themselves hold the running weighted sums. Blocks start at multiples of a size
+// tiles of QUERIES; the output rows themselves hold the running weighted sums. Blocks start at multiples of a size
 // that depends on dim alone, so a row's result depends on neither threads nor the other rows.
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/tile.h"
 
-enum { MAX_BLOCK = 512, BLOCK_FLOATS = 64 * 1024 };
+enum { QUERIES = 12, PANEL = TILE_VECS * LANES, MAX_BLOCK = 512, BLOCK_FLOATS = 64 * 1024 };
 
 struct attention {
     struct device *d;
     struct tensor out, q, k, v;
     const struct attention_opts *opts;
-    int64_t s, dim, block; // keys; block: keys of one block, a multiple of TILE_COLS
+    int64_t s, dim, block; // keys; block: keys of one block, a multiple of PANEL
+    int64_t width;         // columns of a panel of values
     int64_t ranges;        // ranges of queries a head is split into
     int64_t range;         // queries of a range
 };
 
 // A thread's scratch, laid out by layout().
 struct space {
-    float *keys;    // panels of (dim, TILE_COLS)
-    float *values;  // panels of (block, TILE_COLS)
-    float *scores;  // (TILE_ROWS, block)
-    float *tile;    // (TILE_ROWS, TILE_COLS)
+    float *keys;    // panels of (dim, PANEL)
+    float *values;  // panels of (block, width)
+    float *scores;  // (QUERIES, block)
+    float *tile;    // (QUERIES, width)
     float *highest; // (range) running maxima
     float *sum;     // (range) running sums
 };
 
 static size_t layout(const struct attention *a, float *base, struct space *s)
 {
-    int64_t padded = ceil_div(a->dim, TILE_COLS) * TILE_COLS;
-    int64_t sizes[] = {a->block * a->dim,     a->block * padded, TILE_ROWS * a->block,
-                       TILE_ROWS * TILE_COLS, a->range,          a->range};
+    int64_t padded = ceil_div(a->dim, a->width) * a->width;
+    int64_t sizes[] = {a->block * a->dim, a->block * padded, QUERIES * a->block, QUERIES * PANEL, a->range, a->range};
     float **fields[] = {&s->keys, &s->values, &s->scores, &s->tile, &s->highest, &s->sum};
     size_t used = 0;
     for (int i = 0; i < 6; i++) {
@@ -47,14 +47,20 @@ static const float *row_of(struct tensor t, int64_t row, int64_t head)
     return (const float *)t.data + row * t.ld + head * t.n[2];
 }
 
+// Vectors of a panel when n columns are left.
+static int vecs_of(int64_t n, int64_t width)
+{
+    return (int)ceil_div(min64(n, width), LANES);
+}
+
 static void pack_block(const struct attention *a, const struct space *s, int64_t head, int64_t first, int64_t keys)
 {
-    for (int64_t i = 0; i < keys; i += TILE_COLS)
-        tile_pack_transposed(s->keys + i * a->dim, 2, row_of(a->k, first + i, head), DT_F32, a->k.ld,
-                             min64(TILE_COLS, keys - i), a->dim);
-    for (int64_t j = 0; j < a->dim; j += TILE_COLS)
-        tile_pack(s->values + j * a->block, tile_vecs(a->dim - j), row_of(a->v, first, head) + j, a->v.ld,
-                  min64(TILE_COLS, a->dim - j), keys);
+    for (int64_t i = 0; i < keys; i += PANEL)
+        tile_pack_transposed(s->keys + i * a->dim, vecs_of(keys - i, PANEL), row_of(a->k, first + i, head), DT_F32,
+                             a->k.ld, min64(PANEL, keys - i), a->dim);
+    for (int64_t j = 0; j < a->dim; j += a->width)
+        tile_pack(s->values + j * a->block, vecs_of(a->dim - j, a->width), row_of(a->v, first, head) + j, a->v.ld,
+                  min64(a->width, a->dim - j), keys);
 }
 
 // Largest of the n numbers at t; those beyond n may be anything.
@@ -113,13 +119,13 @@ static void accumulate(const struct attention *a, const struct space *s, int64_t
                        int64_t keys, const float *shrink)
 {
     struct tile_rows weights = {s->scores, a->block, keys, 0, 1};
-    for (int64_t j = 0; j < a->dim; j += TILE_COLS) {
-        int64_t columns = min64(TILE_COLS, a->dim - j);
-        tile_multiply(rows, tile_vecs(columns), weights, s->values + j * a->block, s->tile, TILE_COLS);
+    for (int64_t j = 0; j < a->dim; j += a->width) {
+        int64_t columns = min64(a->width, a->dim - j);
+        tile_multiply(rows, vecs_of(columns, a->width), weights, s->values + j * a->block, s->tile, PANEL);
         for (int r = 0; r < rows; r++) {
             float *o = (float *)a->out.data + (query + r) * a->out.ld + head * a->dim + j;
             for (int64_t i = 0; i < columns; i += LANES) {
-                vf new = vload(s->tile + r * TILE_COLS + i);
+                vf new = vload(s->tile + r * PANEL + i);
                 // The first block's shrink is 0, and what out held before must not matter, NaN included.
                 vf old = shrink[r] == 0 ? vset(0) : vload_n(o + i, columns - i) * shrink[r];
                 vstore_n(o + i, old + new, columns - i);
@@ -133,9 +139,9 @@ static void tile_of_queries(const struct attention *a, const struct space *s, in
 {
     struct tile_rows q = {row_of(a->q, query, head), a->q.ld, a->dim, 0, 1};
     const struct tensor *bias = &a->opts->bias;
-    float shrink[TILE_ROWS];
-    for (int64_t i = 0; i < keys; i += TILE_COLS)
-        tile_multiply(rows, 2, q, s->keys + i * a->dim, s->scores + i, a->block);
+    float shrink[QUERIES];
+    for (int64_t i = 0; i < keys; i += PANEL)
+        tile_multiply(rows, vecs_of(keys - i, PANEL), q, s->keys + i * a->dim, s->scores + i, a->block);
     for (int r = 0; r < rows; r++) {
         float *t = s->scores + r * a->block;
         int64_t seen = a->opts->causal ? max64(0, min64(keys, query + r + 1 - first)) : keys;
@@ -172,8 +178,8 @@ static void task(void *ctx, int64_t task, int thread)
     for (int64_t first = 0; first < last; first += a->block) {
         int64_t keys = min64(a->block, last - first);
         pack_block(a, &s, head, first, keys);
-        for (int64_t i = from; i < to; i += TILE_ROWS)
-            tile_of_queries(a, &s, head, i, (int)min64(TILE_ROWS, to - i), first, keys, i - from);
+        for (int64_t i = from; i < to; i += QUERIES)
+            tile_of_queries(a, &s, head, i, (int)min64(QUERIES, to - i), first, keys, i - from);
     }
     finish(a, &s, head, from, to);
 }
@@ -184,12 +190,13 @@ void cpu_attention(struct device *d, struct tensor out, struct tensor q, struct 
     if (!check_attention(&d->check, out, q, k, v, opts) || tensor_count(out) == 0)
         return;
     struct attention a = {.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts, .s = k.n[0], .dim = q.n[2]};
-    int64_t fit = max64(1, BLOCK_FLOATS / a.dim / TILE_COLS) * TILE_COLS;
+    int64_t fit = max64(1, BLOCK_FLOATS / a.dim / PANEL) * PANEL;
     a.block = min64(fit, MAX_BLOCK);
+    a.width = (int64_t)tile_vecs(a.dim) * LANES;
     // Heads are shared out; when they do not balance, each is split into ranges of whole tiles.
-    int64_t tiles = ceil_div(q.n[0], TILE_ROWS), heads = q.n[1];
+    int64_t tiles = ceil_div(q.n[0], QUERIES), heads = q.n[1];
     int64_t ranges = heads % d->threads == 0 ? 1 : min64(tiles, ceil_div(4L * d->threads, heads));
-    a.range = ceil_div(tiles, ranges) * TILE_ROWS;
+    a.range = ceil_div(tiles, ranges) * QUERIES;
     a.ranges = ceil_div(q.n[0], a.range);
     struct space s;
     if (cpu_scratch(d, layout(&a, NULL, &s)))

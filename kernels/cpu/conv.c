@@ -23,8 +23,8 @@ static void gather(const struct conv_rows *c, int64_t y, int64_t left, int64_t w
 static int locate_pixels(const struct product *p, int64_t t, float *gathered, struct tile_rows *a, float **out)
 {
     const struct conv_rows *c = p->ctx;
-    int64_t y = t / c->row_tiles, x = t % c->row_tiles * TILE_ROWS, channels = c->x.n[2];
-    int64_t rows = min64(TILE_ROWS, c->x.n[1] - x), left = x - c->kw / 2, width = rows + c->kw - 1;
+    int64_t y = t / c->row_tiles, x = t % c->row_tiles * p->rows, channels = c->x.n[2];
+    int64_t rows = min64(p->rows, c->x.n[1] - x), left = x - c->kw / 2, width = rows + c->kw - 1;
     *a = (struct tile_rows){.ld = channels, .k = c->kw * channels, .segments = (int)c->kh};
     if (left >= 0 && left + width <= c->x.n[1]) {
         a->p = (const float *)c->x.data + y * c->x.ld + left * channels;
@@ -46,13 +46,16 @@ void cpu_conv2d(struct device *d, struct tensor y, struct tensor x, const struct
     struct linear flat = {.parts = 1, .n = w.n[0], .k = w.n[1] * w.n[2] * w.n[3], .b = {conv->b}};
     flat.w[0] = tensor_2d(w.data, w.dtype, flat.n, flat.k);
     flat.w[0].ld = w.ld;
-    struct conv_rows rows = {x, y, w.n[1], w.n[2], ceil_div(x.n[1], TILE_ROWS)};
+    int vecs = tile_vecs(flat.n), most = tile_rows_of(vecs);
+    struct conv_rows rows = {x, y, w.n[1], w.n[2], ceil_div(x.n[1], most)};
     struct product p = {.w = &flat,
+                        .vecs = vecs,
+                        .rows = most,
                         .act = ACT_NONE,
                         .tiles = y.n[0] * rows.row_tiles,
                         .locate = locate_pixels,
                         .y_ld = y.n[2],
-                        .gather = ceil_div(w.n[1] * (TILE_ROWS + w.n[2] - 1) * x.n[2], LANES) * LANES,
+                        .gather = ceil_div(w.n[1] * (most + w.n[2] - 1) * x.n[2], LANES) * LANES,
                         .ctx = &rows};
     product_run(d, &p);
 }

@@ -7,11 +7,11 @@ enum { FEW_ROWS = 4, DOT_COLUMNS = 4, COLUMN_BLOCK = 32 };
 static int locate_rows(const struct product *p, int64_t t, float *gathered, struct tile_rows *a, float **y)
 {
     const struct tensor *xy = p->ctx; // x, y
-    int64_t first = t * TILE_ROWS;
+    int64_t first = t * p->rows;
     (void)gathered;
     *a = (struct tile_rows){(const float *)xy[0].data + first * xy[0].ld, xy[0].ld, xy[0].n[1], 0, 1};
     *y = (float *)xy[1].data + first * xy[1].ld;
-    return (int)min64(TILE_ROWS, xy[0].n[0] - first);
+    return (int)min64(p->rows, xy[0].n[0] - first);
 }
 
 struct few {
@@ -91,7 +91,11 @@ void cpu_linear(struct device *d, struct tensor y, struct tensor x, const struct
         return;
     }
     struct tensor xy[2] = {x, y};
-    struct product p = {
-        .w = w, .act = act, .tiles = ceil_div(x.n[0], TILE_ROWS), .locate = locate_rows, .y_ld = y.ld, .ctx = xy};
+    int64_t widest = 0;
+    for (int i = 0; i < w->parts; i++)
+        widest = max64(widest, w->w[i].n[0]);
+    struct product p = {.w = w, .act = act, .vecs = tile_vecs(widest), .locate = locate_rows, .y_ld = y.ld, .ctx = xy};
+    p.rows = tile_rows_of(p.vecs);
+    p.tiles = ceil_div(x.n[0], p.rows);
     product_run(d, &p);
 }

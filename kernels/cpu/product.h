@@ -8,6 +8,8 @@
 struct product {
     const struct linear *w;
     enum act act;
+    int vecs;      // width of a panel, tile_vecs() of the columns
+    int rows;      // rows of a tile, tile_rows_of(vecs)
     int64_t tiles; // tiles of rows
     // Where tile t's rows are: its left operand, its first output row and how many rows. May gather the operand into
     // `gathered` (gather floats).

@@ -3,64 +3,60 @@
 
 INLINE void multiply(const int rows, const int vecs, struct tile_rows a, const float *b, float *c, int64_t c_ld)
 {
-    vf acc[TILE_ROWS][2] = {0};
+    vf acc[14][TILE_VECS] = {0};
     for (int s = 0; s < a.segments; s++) {
         const float *p = a.p + s * a.segment;
+#pragma GCC unroll 2
         for (int64_t k = 0; k < a.k; k++, b += vecs * LANES) {
-            vf b0 = vload(b), b1 = vecs > 1 ? vload(b + LANES) : b0;
-#pragma GCC unroll 16
+            vf column[TILE_VECS];
+#pragma GCC unroll 4
+            for (int v = 0; v < vecs; v++)
+                column[v] = vload(b + v * LANES);
+#pragma GCC unroll 14
             for (int r = 0; r < rows; r++) {
-                acc[r][0] += p[r * a.ld + k] * b0;
-                if (vecs > 1)
-                    acc[r][1] += p[r * a.ld + k] * b1;
+                vf x = vset(p[r * a.ld + k]);
+#pragma GCC unroll 4
+                for (int v = 0; v < vecs; v++)
+                    acc[r][v] += x * column[v];
             }
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) {
-        vstore(c + r * c_ld, acc[r][0]);
-        if (vecs > 1)
-            vstore(c + r * c_ld + LANES, acc[r][1]);
-    }
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++)
+            vstore(c + r * c_ld + v * LANES, acc[r][v]);
 }
 
-// One function for each number of rows, so that the accumulators are registers.
+// One function for each shape, so that the accumulators are registers.
 typedef void tile_fn(struct tile_rows a, const float *b, float *c, int64_t c_ld);
-#define TILE(R)                                                                                                        \
-    static void tile_##R##_1(struct tile_rows a, const float *b, float *c, int64_t c_ld)                               \
+#define TILE(R, V)                                                                                                     \
+    static void tile_##R##_##V(struct tile_rows a, const float *b, float *c, int64_t c_ld)                             \
     {                                                                                                                  \
-        multiply((R) < TILE_ROWS ? (R) : TILE_ROWS, 1, a, b, c, c_ld);                                                 \
-    }                                                                                                                  \
-    static void tile_##R##_2(struct tile_rows a, const float *b, float *c, int64_t c_ld)                               \
-    {                                                                                                                  \
-        multiply((R) < TILE_ROWS ? (R) : TILE_ROWS, 2, a, b, c, c_ld);                                                 \
+        multiply(R, V, a, b, c, c_ld);                                                                                 \
     }
-TILE(1)
-TILE(2)
-TILE(3)
-TILE(4)
-TILE(5)
-TILE(6)
-TILE(7)
-TILE(8)
-TILE(9)
-TILE(10)
-TILE(11)
-TILE(12)
-TILE(13)
-TILE(14)
+#define UP_TO_6(M, V)  M(1, V) M(2, V) M(3, V) M(4, V) M(5, V) M(6, V)
+#define UP_TO_9(M, V)  UP_TO_6(M, V) M(7, V) M(8, V) M(9, V)
+#define UP_TO_14(M, V) UP_TO_9(M, V) M(10, V) M(11, V) M(12, V) M(13, V) M(14, V)
+UP_TO_14(TILE, 1)
+UP_TO_14(TILE, 2)
+UP_TO_9(TILE, 3)
+UP_TO_6(TILE, 4)
 
-#define TILES(V)                                                                                                       \
-    {                                                                                                                  \
-        tile_1_##V, tile_2_##V, tile_3_##V, tile_4_##V, tile_5_##V, tile_6_##V, tile_7_##V, tile_8_##V, tile_9_##V,    \
-            tile_10_##V, tile_11_##V, tile_12_##V, tile_13_##V, tile_14_##V                                            \
-    }
-static tile_fn *const tiles[2][14] = {TILES(1), TILES(2)};
-_Static_assert(TILE_ROWS <= 14, "a function for each number of rows");
+#define NAME(R, V) tile_##R##_##V,
+static tile_fn *const tiles[TILE_VECS][14] = {
+    {UP_TO_14(NAME, 1)}, {UP_TO_14(NAME, 2)}, {UP_TO_9(NAME, 3)}, {UP_TO_6(NAME, 4)}};
 
 void tile_multiply(int rows, int vecs, struct tile_rows a, const float *b, float *c, int64_t c_ld)
 {
-    tiles[vecs - 1][rows - 1](a, b, c, c_ld);
+    int most = tile_rows_of(vecs), parts = rows <= most ? 1 : (rows + most - 1) / most;
+    for (int i = 0, from = 0; i < parts; i++) {
+        int to = i + 1 == parts ? rows : rows * (i + 1) / parts;
+        struct tile_rows part = a;
+        part.p += from * a.ld;
+        tiles[vecs - 1][to - from - 1](part, b, c + from * c_ld, c_ld);
+        from = to;
+    }
 }
 
 // Transposes LANES vectors in place: log2(LANES) rounds, each swapping off-diagonal blocks of half the size.
@@ -108,9 +104,7 @@ void tile_pack_transposed(float *b, int vecs, const void *w, enum dtype dtype, i
 
 void tile_pack(float *b, int vecs, const float *v, int64_t ld, int64_t columns, int64_t k)
 {
-    for (int64_t i = 0; i < k; i++, v += ld, b += vecs * LANES) {
-        vstore(b, vload_n(v, columns));
-        if (vecs > 1)
-            vstore(b + LANES, vload_n(v + LANES, columns - LANES));
-    }
+    for (int64_t i = 0; i < k; i++, v += ld, b += vecs * LANES)
+        for (int64_t j = 0; j < vecs; j++)
+            vstore(b + j * LANES, j * LANES < columns ? vload_n(v + j * LANES, columns - j * LANES) : vset(0));
 }

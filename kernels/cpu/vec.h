@@ -10,15 +10,14 @@
 #include <math.h>
 #include <string.h>
 
-// TILE_ROWS x 2 vectors of accumulators, 2 vectors of weights and one more fill the register file.
 #ifdef __AVX512F__
-enum { LANES = 16, TILE_ROWS = 14 };
+enum { LANES = 16, REGISTERS = 32 };
 #define LANE_NUMBERS                                                                                                   \
     {                                                                                                                  \
         0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15                                                           \
     }
 #else
-enum { LANES = 8, TILE_ROWS = 6 };
+enum { LANES = 8, REGISTERS = 16 };
 #define LANE_NUMBERS                                                                                                   \
     {                                                                                                                  \
         0, 1, 2, 3, 4, 5, 6, 7                                                                                         \
@@ -110,14 +109,13 @@ INLINE float vmax_lane(vf v)
 // n lanes from element i of a weight, as float.
 INLINE vf weight_load(const void *data, enum dtype dtype, int64_t i, int64_t n)
 {
-    size_t lanes = n < LANES ? (size_t)n : LANES;
-    if (dtype == DT_F32) {
-        vf v = {0};
-        memcpy(&v, (const char *)data + i * 4, lanes * 4);
-        return v;
-    }
+    if (dtype == DT_F32)
+        return vload_n((const float *)data + i, n);
     vh h = {0};
-    memcpy(&h, (const char *)data + i * 2, lanes * 2);
+    if (n >= LANES)
+        memcpy(&h, (const uint16_t *)data + i, sizeof h);
+    else
+        memcpy(&h, (const uint16_t *)data + i, (size_t)n * 2);
     vu u = __builtin_convertvector(h, vu);
     if (dtype == DT_BF16)
         return (vf)(u << 16);
