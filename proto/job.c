@@ -873,17 +873,21 @@ static int append_pair(ProtobufCMessage *m, const ProtobufCFieldDescriptor *f, c
     while (rule->separator == ':' && *value == ' ')
         value++;
     char *key = strndup(text, (size_t)(separator - text)), name[PATH_SIZE];
-    ProtobufCMessage **grown = realloc(*items, (*count + 1) * sizeof **items), *item = new_message(d);
+    ProtobufCMessage *item = new_message(d), **grown = realloc(*items, (*count + 1) * sizeof(void *));
     if (grown)
         *items = grown;
-    int rc = key && grown && item ? 0 : no_memory(e);
+    if (!key || !grown || !item) {
+        free(key);
+        free(item);
+        return no_memory(e);
+    }
     join_path(name, path, d->fields[0].name);
-    rc = rc ? rc : set_leaf(item, &d->fields[0], name, key, e);
+    int rc = set_leaf(item, &d->fields[0], name, key, e);
     join_path(name, path, d->fields[1].name);
     rc = rc ? rc : set_leaf(item, &d->fields[1], name, value, e);
     if (rc == 0)
         grown[(*count)++] = item;
-    else if (item)
+    else
         protobuf_c_message_free_unpacked(item, NULL);
     free(key);
     return rc;
@@ -994,6 +998,9 @@ int result_pack_error(const char *id, Ditfleet__V1__State state, const struct er
     char code[32], message[sizeof why->text], name[JOB_NAME_SIZE];
     snprintf(code, sizeof code, "%s", err_name(why->code));
     snprintf(message, sizeof message, "%s", why->text);
+    for (char *p = message; *p; p++) // text of system calls may be cut inside a character; the field must be UTF-8
+        if ((unsigned char)*p > 0x7f)
+            *p = '?';
     snprintf(name, sizeof name, "%s", id);
     error.code = code;
     error.message = message;

@@ -140,9 +140,9 @@ int queue_admit(struct queue *q, const struct queue_admission *admission, int bl
 // ---- the holder's side
 
 struct queue_fence {
+    uint64_t epoch;
     char tenant[JOB_MAX_TENANT + 1];
     char id[JOB_NAME_SIZE];
-    uint64_t epoch;
     char nonce[QUEUE_NONCE_SIZE];
 };
 

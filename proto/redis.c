@@ -296,6 +296,7 @@ static int lost(struct redis *r, struct err *e, const char *why)
 
 static int wait_fd(struct redis *r, short events, int64_t deadline, short *got, struct err *e)
 {
+    *got = 0;
     for (;;) {
         int64_t left = deadline - now_ms();
         struct pollfd p = {.fd = r->fd, .events = events};

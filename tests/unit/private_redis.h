@@ -5,6 +5,7 @@
 #ifndef DITFLEET_TESTS_PRIVATE_REDIS_H
 #define DITFLEET_TESTS_PRIVATE_REDIS_H
 
+#include <ftw.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,16 +69,20 @@ static inline int private_redis_start(struct private_redis *r, const char *const
     return -1;
 }
 
+static inline int private_redis_remove(const char *path, const struct stat *status, int kind, struct FTW *walk)
+{
+    (void)status, (void)kind, (void)walk;
+    return remove(path);
+}
+
 static inline void private_redis_stop(struct private_redis *r)
 {
-    char command[128];
     if (r->pid > 0) {
         kill(r->pid, SIGKILL);
         waitpid(r->pid, NULL, 0);
     }
-    snprintf(command, sizeof command, "rm -rf '%s'", r->folder);
-    if (strncmp(r->folder, "/tmp/ditfleet-redis-", 20) == 0 && system(command) != 0)
-        perror(command);
+    if (strncmp(r->folder, "/tmp/ditfleet-redis-", 20) == 0)
+        nftw(r->folder, private_redis_remove, 8, FTW_DEPTH | FTW_PHYS);
 }
 
 #endif

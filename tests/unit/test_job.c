@@ -141,7 +141,7 @@ static void test_table_is_whole_and_documented(void **state)
     const ProtobufCMessageDescriptor *others[] = {&ditfleet__v1__result__descriptor, &ditfleet__v1__event__descriptor,
                                                   &ditfleet__v1__image__descriptor, &ditfleet__v1__timing__descriptor,
                                                   &ditfleet__v1__error__descriptor};
-    for (size_t m = 0; m < sizeof others / sizeof *others; m++)
+    for (size_t m = 0; m < 5; m++)
         for (unsigned i = 0; i < others[m]->n_fields; i++) {
             char word[64];
             snprintf(word, sizeof word, "`%s`", others[m]->fields[i].name);

@@ -636,7 +636,7 @@ static void test_orphans_are_found(void **state)
     admit(w);
     struct queue_fence f = claim(w, 60000);
     assert_string_equal(f.id, "q");
-    f = claim(w, 60000);
+    claim(w, 60000);
     freeReplyObject(command(w, "ZREM " PREFIX "lease default:l"));
     freeReplyObject(
         command(w, "DEL " PREFIX "lease " PREFIX "ready:" POOL ":normal:default " PREFIX "ring:" POOL ":normal"));
