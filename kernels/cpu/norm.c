@@ -105,16 +105,18 @@ struct qk {
     float eps;
 };
 
+#define LANE_EVEN(i, s) ((i) & ~(s))
+#define LANE_ODD(i, s)  ((i) | (s))
+
 // x of `dim` numbers, normalised and turned; rope holds a cosine and a sine for each pair.
 static void norm_rope(float *x, int64_t dim, const float *gamma, const float *rope, float eps)
 {
     float rstd = 1 / sqrtf(row_squares(x, dim, 0) / (float)dim + eps);
-    const vi lanes = vlanes(), even = lanes & ~1, odd = lanes | 1, swap = lanes ^ 1;
-    const vf sign = __builtin_convertvector((lanes & 1) * 2 - 1, vf);
+    const vf sign = __builtin_convertvector((vlanes() & 1) * 2 - 1, vf);
     for (int64_t i = 0; i < dim; i += LANES) {
         vf v = vload_n(x + i, dim - i) * rstd * vload_n(gamma + i, dim - i), turn = vload_n(rope + i, dim - i);
-        vf cosine = __builtin_shuffle(turn, even), sine = __builtin_shuffle(turn, odd) * sign;
-        vstore_n(x + i, v * cosine + __builtin_shuffle(v, swap) * sine, dim - i);
+        vf cosine = VSHUFFLE(turn, turn, LANE_EVEN, 1), sine = VSHUFFLE(turn, turn, LANE_ODD, 1) * sign;
+        vstore_n(x + i, v * cosine + VSHUFFLE(v, v, LANE_XOR, 1) * sine, dim - i);
     }
 }
 

@@ -59,22 +59,26 @@ void tile_multiply(int rows, int vecs, struct tile_rows a, const float *b, float
     }
 }
 
-// Transposes LANES vectors in place: log2(LANES) rounds, each swapping off-diagonal blocks of half the size.
+// Transposes LANES vectors in place: log2(LANES) rounds, each swapping off-diagonal blocks of s by s numbers.
+#define LANE_LOW(i, s)  ((i) & (s) ? LANES + (i) - (s) : (i))
+#define LANE_HIGH(i, s) ((i) & (s) ? LANES + (i) : (i) + (s))
+#define TRANSPOSE_ROUND(t, s)                                                                                          \
+    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)                                                           \
+    {                                                                                                                  \
+        if (i & (s))                                                                                                   \
+            continue;                                                                                                  \
+        vf low = VSHUFFLE((t)[i], (t)[i + (s)], LANE_LOW, s);                                                          \
+        (t)[i + (s)] = VSHUFFLE((t)[i], (t)[i + (s)], LANE_HIGH, s);                                                   \
+        (t)[i] = low;                                                                                                  \
+    }
+
 INLINE void transpose(vf t[LANES])
 {
-#pragma GCC unroll 4
-    for (int s = LANES / 2; s; s /= 2) {
-        const vi j = vlanes(), second = (j & s) != 0;
-        const vi low = j + (second & (LANES - s)), high = low + s;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            if (i & s)
-                continue;
-            vf a = t[i], b = t[i + s];
-            t[i] = __builtin_shuffle(a, b, low);
-            t[i + s] = __builtin_shuffle(a, b, high);
-        }
-    }
+    TRANSPOSE_ROUND(t, LANES / 2)
+    TRANSPOSE_ROUND(t, LANES / 4)
+    TRANSPOSE_ROUND(t, LANES / 8)
+    if (LANES > 8)
+        TRANSPOSE_ROUND(t, 1)
 }
 
 INLINE void pack_transposed(float *b, int vecs, const void *w, enum dtype dtype, int64_t ld, int64_t columns, int64_t k)

@@ -21,7 +21,7 @@ static inline int tile_rows_of(int vecs)
 static inline int tile_vecs(int64_t columns)
 {
     if (columns <= 3L * LANES)
-        return (int)((columns + LANES - 1) / LANES);
+        return 1 + (columns > LANES) + (columns > 2L * LANES);
     return columns % (4L * LANES) != 0 && columns % (3L * LANES) == 0 ? 3 : 4;
 }
 

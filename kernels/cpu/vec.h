@@ -10,18 +10,14 @@
 #include <math.h>
 #include <string.h>
 
+#define FIRST_LANES(F, s) F(0, s), F(1, s), F(2, s), F(3, s), F(4, s), F(5, s), F(6, s), F(7, s)
+#define OTHER_LANES(F, s) F(8, s), F(9, s), F(10, s), F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)
 #ifdef __AVX512F__
 enum { LANES = 16, REGISTERS = 32 };
-#define LANE_NUMBERS                                                                                                   \
-    {                                                                                                                  \
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15                                                           \
-    }
+#define EACH_LANE(F, s) FIRST_LANES(F, s), OTHER_LANES(F, s)
 #else
 enum { LANES = 8, REGISTERS = 16 };
-#define LANE_NUMBERS                                                                                                   \
-    {                                                                                                                  \
-        0, 1, 2, 3, 4, 5, 6, 7                                                                                         \
-    }
+#define EACH_LANE(F, s) FIRST_LANES(F, s)
 #endif
 
 #define INLINE static inline __attribute__((always_inline, unused))
@@ -85,24 +81,32 @@ INLINE vf vmax(vf a, vf b)
     return vselect(a > b, a, b);
 }
 
-INLINE vi vlanes(void)
+// Lane i of the result is lane F(i, s) of a, or of b from LANES on; s and so the indices are constants.
+#define VSHUFFLE(a, b, F, s) __builtin_shufflevector(a, b, EACH_LANE(F, s))
+#define LANE_XOR(i, s)       ((i) ^ (s))
+
+INLINE vi vlanes(void) // 0, 1, 2, ...
 {
-    return (vi)LANE_NUMBERS;
+    return (vi){EACH_LANE(LANE_XOR, 0)};
 }
 
 INLINE float vsum(vf v)
 {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2)
-        v += __builtin_shuffle(v, vlanes() ^ half);
+    if (LANES > 8)
+        v += VSHUFFLE(v, v, LANE_XOR, 8);
+    v += VSHUFFLE(v, v, LANE_XOR, 4);
+    v += VSHUFFLE(v, v, LANE_XOR, 2);
+    v += VSHUFFLE(v, v, LANE_XOR, 1);
     return v[0];
 }
 
 INLINE float vmax_lane(vf v)
 {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2)
-        v = vmax(v, __builtin_shuffle(v, vlanes() ^ half));
+    if (LANES > 8)
+        v = vmax(v, VSHUFFLE(v, v, LANE_XOR, 8));
+    v = vmax(v, VSHUFFLE(v, v, LANE_XOR, 4));
+    v = vmax(v, VSHUFFLE(v, v, LANE_XOR, 2));
+    v = vmax(v, VSHUFFLE(v, v, LANE_XOR, 1));
     return v[0];
 }
 

@@ -71,7 +71,7 @@ static void addresses(void **state)
             struct err err = {0};                                                                                      \
             __VA_ARGS__;                                                                                               \
             assert_int_equal(k->sync(d, &err), ERR_INVALID);                                                           \
-            if (strncmp(err.text, starts, strlen(starts)) || !strstr(err.text, shape))                                 \
+            if (strncmp(err.text, starts, strlen(starts)) != 0 || !strstr(err.text, shape))                            \
                 fail_msg("%s: %s", k->name, err.text);                                                                 \
             k->close(d);                                                                                               \
         }                                                                                                              \
