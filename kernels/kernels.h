@@ -66,7 +66,8 @@ struct kernels {
     // Memory of the device, 256-byte aligned; freed by free. dry hands out addresses that nobody may touch.
     int (*alloc)(struct device *d, size_t bytes, void **out, struct err *err);
     void (*free)(struct device *d, void *p);
-    // Host to device and back; host is contiguous f32 (or i32, when the tensor is), converted on the way.
+    // Host to device and back; host is contiguous: f32, converted on the way, for f32, bf16 and f16 tensors, else the
+    // tensor's own type.
     void (*upload)(struct device *d, struct tensor dst, const void *host);
     void (*download)(struct device *d, void *host, struct tensor src);
 
@@ -75,10 +76,10 @@ struct kernels {
     void (*zero)(struct device *d, struct tensor t);
     // y (m, n) = act(x (m, k) W^T + b)
     void (*linear)(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
-    void (*activate)(struct device *d, struct tensor x, enum act act);                    // in place
-    void (*add)(struct device *d, struct tensor x, struct tensor y);                      // x += y
-    void (*add_row)(struct device *d, struct tensor x, struct tensor row);                // x (m, n) += row (n)
-    void (*mul)(struct device *d, struct tensor x, struct tensor y);                      // x *= y
+    void (*activate)(struct device *d, struct tensor x, enum act act);                        // in place
+    void (*add)(struct device *d, struct tensor x, struct tensor y);                          // x += y
+    void (*add_row)(struct device *d, struct tensor x, struct tensor row);                    // x (m, n) += row (n)
+    void (*mul)(struct device *d, struct tensor x, struct tensor y);                          // x *= y
     void (*gate_add)(struct device *d, struct tensor x, struct tensor gate, struct tensor y); // x += gate (n) * y
     // y = (x - mean) / sqrt(var + eps) * gamma + beta, per row; gamma and beta (n) of any weight type, or none
     void (*layer_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,
@@ -102,6 +103,7 @@ struct kernels {
     // ---- across rows
     // out (m, heads, dim) = softmax(scale q k^T + bias) v; q (m, heads, dim), k and v (s, heads, dim), m may differ
     // from s. All four may be strided views. Heads are independent.
+    // A query that sees no key (s = 0, or a bias of -inf throughout) gets zeros.
     void (*attention)(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                       const struct attention_opts *opts);
     // y (h, w, c_out) from x (h + kh - 1, w, c_in): the caller supplies the rows above and below (zeros at the
