@@ -42,10 +42,10 @@ static inline struct tensor tensor_2d(void *data, enum dtype dtype, int64_t n0, 
     return tensor_of(data, dtype, 2, n0, n1, 1, 1);
 }
 
-int64_t tensor_count(struct tensor t);                                        // elements seen through the view
-size_t tensor_bytes(struct tensor t);                                         // their bytes, gaps not counted
-struct tensor tensor_rows(struct tensor t, int64_t start, int64_t count);     // entries start.. of n[0]
-struct tensor tensor_cols(struct tensor t, int64_t start, int64_t count);     // columns start.. of a 2-d tensor
+int64_t tensor_count(struct tensor t);                                    // elements seen through the view
+size_t tensor_bytes(struct tensor t);                                     // their bytes, gaps not counted
+struct tensor tensor_rows(struct tensor t, int64_t start, int64_t count); // entries start.. of n[0]
+struct tensor tensor_cols(struct tensor t, int64_t start, int64_t count); // columns start.. of a 2-d tensor
 struct tensor tensor_reshape(struct tensor t, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3);
 // tensor_reshape: splits or merges inner dimensions; n[0] must stay when the view has gaps.
 
