@@ -379,8 +379,9 @@ static void enum_list(const ProtobufCEnumDescriptor *d, char *buffer, size_t siz
 // The names as constants, since callers keep them; a test holds them equal to the descriptors.
 const char *job_rng_name(Ditfleet__V1__Rng rng)
 {
-    static const char *const names[] = {"cpu-f32", "cpu-bf16", "cpu-f16", "cuda"};
-    return (unsigned)rng < 4 ? names[rng] : "unknown";
+    static const char *const names[] = {"cpu-f32",           "cpu-bf16", "cpu-f16", "cuda", "cpu-bf16-torch-2-12",
+                                        "cpu-f16-torch-2-12"};
+    return (unsigned)rng < sizeof names / sizeof *names ? names[rng] : "unknown";
 }
 
 const char *job_precision_name(Ditfleet__V1__Precision precision)

@@ -167,7 +167,7 @@ static void test_names_of_enums(void **state)
     for (size_t i = 0; i < count; i++) {
         const char *want = NULL;
         if (strcmp(rules[i].name, "rng") == 0)
-            for (int v = 0; v < 4; v++)
+            for (int v = 0; v < 6; v++)
                 snprintf(names + strlen(names), 32, "%s%s", v ? ", " : "", job_rng_name((Ditfleet__V1__Rng)v)),
                     want = names;
         if (want)
