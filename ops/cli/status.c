@@ -137,9 +137,9 @@ static int status(struct connection *c, bool as_json)
         json_decref(both);
         return cli_fail(&no_queue);
     }
-    control_request(control_path(c->conf, path), "{\"cmd\":\"status\"}", &node, &no_node);
-    if (connection_open(c, &q, &no_queue) == 0)
-        ask_queue(q, &queue, &no_queue);
+    const int node_rc = control_request(control_path(c->conf, path), "{\"cmd\":\"status\"}", &node, &no_node);
+    int queue_rc = connection_open(c, &q, &no_queue);
+    queue_rc = queue_rc ? queue_rc : ask_queue(q, &queue, &no_queue);
     if (node && !as_json)
         print_node(node);
     if (queue && !as_json)
@@ -154,8 +154,8 @@ static int status(struct connection *c, bool as_json)
         json_decref(both);
     connection_close(c, q);
     fflush(stdout);
-    const int code = no_node.code ? cli_fail(&no_node) : CLI_OK;
-    return no_queue.code ? cli_fail(&no_queue) : code;
+    const int code = node_rc ? cli_fail(&no_node) : CLI_OK;
+    return queue_rc ? cli_fail(&no_queue) : code;
 }
 
 static int run(const struct cli_command *self, int argc, char **argv)

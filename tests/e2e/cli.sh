@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# The command line against a queue with no workers: usage, exit codes, what it prints, waiting, Ctrl-C.
+set -euo pipefail
+source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+unset DITFLEET_REDIS
+fleet_begin "${DITFLEET_BUILD:?}"
+ditfleet=$fleet_build/ditfleet
+
+fail() {
+  echo "FAILED: $*" >&2
+  exit 1
+}
+
+# expect STATUS TEXT command...: its exit status, and a text that it prints
+expect() {
+  local want=$1 text=$2 got=0
+  shift 2
+  "$@" >"$fleet/out" 2>&1 || got=$?
+  [[ $got == "$want" ]] || fail "$*: exit status $got, expected $want: $(<"$fleet/out")"
+  grep -qF -- "$text" "$fleet/out" || fail "$*: \"$text\" is not in: $(<"$fleet/out")"
+}
+
+job=(--model demo --prompt "a secret cat" --output-url "http://127.0.0.1:9/{id}.png")
+
+# ---- usage: nothing is running yet
+expect 2 "usage: ditfleet COMMAND" "$ditfleet"
+expect 0 "usage: ditfleet COMMAND" "$ditfleet" --help
+expect 2 "unknown command frobnicate" "$ditfleet" frobnicate
+for command in generate submit show cancel status tenant; do
+  expect 0 "usage: ditfleet $command" "$ditfleet" $command --help
+  expect 2 "unknown flag --nonsense" "$ditfleet" $command --nonsense
+done
+expect 0 "--output-url" "$ditfleet" submit --help
+"$ditfleet" generate --help | grep -q -e --output-url -e --callback-url && fail "generate offers flags of delivery"
+expect 2 "unknown flag --output-url" "$ditfleet" generate --output-url http://h/x
+expect 2 "--prompt needs a value" "$ditfleet" submit --prompt
+expect 2 "--wait takes no value" "$ditfleet" submit --wait=yes
+expect 2 "unexpected argument stray" "$ditfleet" submit stray
+expect 2 "width is 0; allowed: 16 to 16384" "$ditfleet" submit "${job[@]}" --width 0
+expect 2 "num_inference_steps" "$ditfleet" submit "${job[@]}" --num_inference_steps 1e9
+expect 2 "rng" "$ditfleet" submit "${job[@]}" --rng dice
+expect 2 "--output-url URL or --output-file" "$ditfleet" submit --model demo
+expect 2 "model is missing" "$ditfleet" submit --output-file /x/y
+expect 2 "-o needs --wait" "$ditfleet" submit "${job[@]}" -o x.png
+expect 2 "exactly one" "$ditfleet" submit "${job[@]}" --output.file=/x/y
+expect 2 "needs {index}" "$ditfleet" submit "${job[@]}" --num-images 2
+expect 2 "prompt" "$ditfleet" submit "${job[@]}" --prompt $'\xff'
+expect 2 "missing argument: ID" "$ditfleet" show
+expect 2 "too many arguments" "$ditfleet" cancel a b
+expect 2 "missing argument: add NAME | list" "$ditfleet" tenant remove x
+expect 2 "--weight takes a number from 0.001 to 1000" "$ditfleet" tenant add x --weight 0
+expect 1 "missing.conf: cannot open" "$ditfleet" status --config "$fleet/missing.conf"
+expect 3 "unix:$fleet/none.sock: No such file or directory; start it, or say by --redis" \
+  "$ditfleet" submit "${job[@]}" --redis "unix://$fleet/none.sock"
+[[ $(wc -l <"$fleet/out") == 1 ]] || fail "more than one line when Redis is down"
+
+# ---- a queue node, which admits
+fleet_redis
+export DITFLEET_REDIS=$fleet_redis_url
+expect 3 "no supervisor answers there" "$ditfleet" status
+expect 0 "ACL SETUSER acme on" "$ditfleet" tenant add acme --weight 2.5
+expect 0 '"name":"acme","weight":2.5' "$ditfleet" tenant list --json
+expect 2 "not a name" "$ditfleet" tenant add "a b"
+fleet_supervisor ""
+redis-cli -s "$fleet/redis.sock" HSET 'dit:{default}:models' demo 1 demo@1 1 >/dev/null
+
+expect 1 "has no job nope" "$ditfleet" show nope
+expect 1 "has no job nope" "$ditfleet" cancel nope
+expect 0 "id       first" "$ditfleet" submit "${job[@]}" --id first --output-headers "Authorization: hush"
+expect 0 '"id":"second"' "$ditfleet" submit "${job[@]}" --id second --json --tenant acme
+"$ditfleet" submit "${job[@]}" | grep -qE '^id {7}[0-9a-f]{16}$' || fail "no id was made"
+admitted() {
+  "$ditfleet" show "$@" >/dev/null 2>&1
+}
+fleet_wait supervisor 10 admitted first
+fleet_wait supervisor 10 admitted second --tenant acme
+expect 0 "state    QUEUED" "$ditfleet" show first
+expect 0 "pool     demo@1" "$ditfleet" show first
+expect 0 '"state":"QUEUED"' "$ditfleet" show first --json
+grep -qE 'secret|hush' "$fleet/out" && fail "show tells a header or a prompt"
+expect 1 "has no job second" "$ditfleet" show second
+expect 0 "role" "$ditfleet" status --json --config "$fleet/ditfleet.conf"
+python3 -c 'import json, sys
+s = json.load(open(sys.argv[1]))
+assert s["node"]["redis"]["up"] is True and s["node"]["groups"] == [], s
+assert s["queue"]["jobs"]["queued"] == 3 and s["queue"]["models"][0]["name"] == "demo", s
+assert {t["name"]: t["weight"] for t in s["queue"]["tenants"]} == {"acme": 2.5, "default": 1}, s' "$fleet/out"
+expect 0 "model demo@1 (default)" "$ditfleet" status --config "$fleet/ditfleet.conf"
+
+# ---- ends
+expect 0 "first CANCELLED" "$ditfleet" cancel first
+expect 0 "first CANCELLED" "$ditfleet" cancel first
+expect 0 "state    CANCELLED" "$ditfleet" show first
+expect 1 "is DEAD: not_found" "$ditfleet" submit "${job[@]}" --model unicorn --wait
+entry=$(sed -n 's/^entry *//p' "$fleet/out")
+expect 0 "state    DEAD" "$ditfleet" show "@$entry"
+expect 1 "is DEAD: conflict" "$ditfleet" submit "${job[@]}" --id first --seed 5 --wait
+expect 1 "is EXPIRED" "$ditfleet" submit "${job[@]}" --deadline-ms 1 --wait
+
+# Waiting goes on until the job ends, or Ctrl-C.
+"$ditfleet" submit "${job[@]}" --id waits --wait --json >"$fleet/waits" 2>"$fleet/waits.err" &
+waits=$!
+fleet_wait supervisor 10 admitted waits
+expect 0 "waits CANCELLED" "$ditfleet" cancel waits
+rc=0
+wait $waits || rc=$?
+[[ $rc == 1 ]] && grep -q "is CANCELLED" "$fleet/waits.err" && grep -q '"state":"CANCELLED"' "$fleet/waits" ||
+  fail "a cancelled job: exit status $rc, $(cat "$fleet/waits" "$fleet/waits.err")"
+for signal in INT TERM; do
+  "$ditfleet" submit "${job[@]}" --id "stops-$signal" --tenant acme --wait >"$fleet/stops" 2>"$fleet/stops.err" &
+  waits=$!
+  fleet_wait supervisor 10 admitted "stops-$signal" --tenant acme
+  kill -$signal $waits
+  rc=0
+  wait $waits || rc=$?
+  [[ $rc == 130 ]] && grep -q "goes on" "$fleet/stops.err" &&
+    grep -q "cancel: ditfleet cancel stops-$signal --tenant acme" "$fleet/stops.err" ||
+    fail "after SIG$signal: exit status $rc, $(<"$fleet/stops.err")"
+  expect 0 "state    QUEUED" "$ditfleet" show "stops-$signal" --tenant acme
+done

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# The whole fleet: Redis, an upload host, the supervisor, two CPU ranks. A picture is the one that `generate` makes,
+# byte for byte; bad jobs end in an error that says why; a killed worker costs no job.
+set -euo pipefail
+source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+unset DITFLEET_REDIS
+export no_proxy=127.0.0.1
+fleet_begin "${DITFLEET_BUILD:?}"
+model=$DITFLEET_SOURCE/ops/demo/model
+small=(--width 64 --height 48 --num-inference-steps 2 --max-sequence-length 64 --seed 11)
+
+fail() {
+  echo "FAILED: $*" >&2
+  fleet_show_log supervisor
+  exit 1
+}
+
+# submit NAME STATUS TEXT flags...: waits; the exit status, and a text that it prints
+submit() {
+  local id=$1 want=$2 text=$3 got=0
+  shift 3
+  fleet_cli submit --id "$id" --model demo --wait "${small[@]}" "$@" >"$fleet/out" 2>&1 || got=$?
+  [[ $got == "$want" ]] || fail "$id: exit status $got, expected $want: $(<"$fleet/out")"
+  grep -qF -- "$text" "$fleet/out" || fail "$id: \"$text\" is not in: $(<"$fleet/out")"
+}
+
+# same NAME flags...: generate makes the very bytes of $fleet/NAME.png
+same() {
+  local id=$1
+  shift
+  "$fleet_build/ditfleet" generate --model "$model" --ranks 2 --quiet "${small[@]}" "$@" -o "$fleet/own.png" >/dev/null
+  cmp "$fleet/own.png" "$fleet/$id.png" || fail "$id: not the picture that generate makes"
+}
+
+# A second upload host, which fails.
+fleet_redis
+mkdir "$fleet/files" "$fleet/bad-sink"
+fleet_start bad-sink "$fleet_build/ditfleet-sink" --dir "$fleet/bad-sink" --port-file "$fleet/bad.port" --fail 403
+fleet_wait bad-sink 20 test -s "$fleet/bad.port"
+bad_sink=127.0.0.1:$(<"$fleet/bad.port")
+fleet_sink --fail 503 --fail-count 2 --count-file "$fleet/counts"
+fleet_supervisor "[upload]
+allow = $bad_sink
+file_roots = $fleet/files
+[group demo]
+ranks = 2
+model = demo@1=$model"
+fleet_wait_ready 1
+
+# ---- pictures
+url=(--output-url "$fleet_sink_url/{id}.png")
+submit plain 0 "state    SUCCEEDED" "${url[@]}" --prompt "a red circle" -o "$fleet/plain.png"
+grep -q "^plan     cfg=1 ulysses=2$" "$fleet/out" || fail "not the plan of two ranks: $(<"$fleet/out")"
+grep -q "^3 plain.png$" "$fleet/counts" || fail "the upload was not tried three times: $(<"$fleet/counts")"
+cmp "$fleet/plain.png" "$fleet/sink/plain.png" || fail "the saved picture is not the uploaded one"
+same plain --prompt "a red circle"
+submit guided 0 "cfg=2 ulysses=1" --output-file "$fleet/files/{id}.png" --prompt "a red circle" \
+  --negative-prompt "" --true-cfg-scale 2.5 -o "$fleet/guided.png"
+same guided --prompt "a red circle" --negative-prompt "" --true-cfg-scale 2.5
+submit pair 0 "saved    $fleet/pair-1.png" --output-url "$fleet_sink_url/{id}-{index}.png" --num-images 2 \
+  -o "$fleet/pair.png"
+"$fleet_build/ditfleet" generate --model "$model" --ranks 2 --quiet "${small[@]}" --num-images 2 -o "$fleet/own.png" >"$fleet/out"
+cmp "$fleet/own-0.png" "$fleet/pair-0.png" && cmp "$fleet/own-1.png" "$fleet/pair-1.png" || fail "the pair differs"
+submit plain 0 "state    SUCCEEDED" "${url[@]}" --prompt "a red circle" # the same job again: its old result
+submit cut 0 "warning" "${url[@]}" --prompt "$(printf 'red %.0s' {1..400})"
+
+# ---- bad jobs: each ends, each says why
+submit width 1 "is DEAD: invalid: width" "${url[@]}" --width 56
+submit model 1 "is DEAD: not_found" "${url[@]}" --model demo@2
+submit length 1 "max_sequence_length" "${url[@]}" --max-sequence-length 4000
+submit private 1 "is DEAD: refused" --output-url "http://127.0.0.1:1/x.png"
+submit forbidden 1 "is DEAD: upload" --output-url "http://$bad_sink/x.png"
+submit outside 1 "is DEAD: refused" --output-file "$fleet/elsewhere.png"
+submit plain 1 "is DEAD: conflict" "${url[@]}" --prompt "another"
+redis-cli -s "$fleet/redis.sock" XADD 'dit:{default}:in:default' '*' job rubbish >/dev/null
+submit after 0 "state    SUCCEEDED" "${url[@]}"
+fleet_cli status --json | grep -q '"dead_letter":[1-9]' || fail "the rubbish is in no dead-letter stream"
+grep -qE "a red circle|rubbish" "$fleet/supervisor.log" && fail "a prompt is in the log"
+
+# ---- a rank dies in the middle: the job comes back and is done
+fleet_cli submit --id survivor --model demo --wait --width 256 --height 256 --num-inference-steps 60 \
+  --max-sequence-length 64 "${url[@]}" >"$fleet/survivor" 2>&1 &
+waiting=$!
+denoising() {
+  fleet_cli show survivor 2>/dev/null | grep -q "^stage    denoise"
+}
+fleet_wait supervisor 60 denoising
+pid=$(fleet_cli status --json | grep -o '"rank":1,"pid":[0-9]*' | grep -o '[0-9]*$')
+kill -9 "$pid"
+wait $waiting || fail "a job was lost with a worker: $(<"$fleet/survivor")"
+fleet_cli show survivor | grep -q "0 failed by its own error, 1 by the fleet's" || fail "$(fleet_cli show survivor)"
+
+# ---- nothing is left behind
+fleet_wait_ready 1
+pids=$(fleet_cli status --json | grep -o '"pid":[0-9]*' | grep -o '[0-9]*$')
+fleet_stop supervisor
+for pid in $pids; do
+  ! kill -0 "$pid" 2>/dev/null || fail "process $pid outlives its supervisor"
+done
