@@ -9,6 +9,7 @@
 struct loop {
     struct spread image;             // image rows over the ranks of the branch
     int64_t of_rank[COMM_MAX_RANKS]; // text and image rows together
+    int64_t text_of_rank[COMM_MAX_RANKS];
     struct dit_rows rows;
     struct dit_cond cond[BRANCHES];
     struct tensor v[BRANCHES]; // predicted velocities of my rows, side by side
@@ -47,9 +48,14 @@ static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BR
     sampler_schedule(&r->model->sampler, steps, r->image_tokens, shift, l->sigmas, l->timesteps);
     const struct spread text = spread_even(r->text_tokens, me, ranks);
     l->image = spread_even(r->image_tokens, me, ranks);
-    l->rows = (struct dit_rows){.text = spread_mine(&text), .image = spread_mine(&l->image), .of_rank = l->of_rank};
-    for (int i = 0; i < ranks; i++)
-        l->of_rank[i] = spread_of(&text, i).count + spread_of(&l->image, i).count;
+    l->rows = (struct dit_rows){.text = spread_mine(&text),
+                                .image = spread_mine(&l->image),
+                                .of_rank = l->of_rank,
+                                .text_of_rank = l->text_of_rank};
+    for (int i = 0; i < ranks; i++) {
+        l->text_of_rank[i] = spread_of(&text, i).count;
+        l->of_rank[i] = l->text_of_rank[i] + spread_of(&l->image, i).count;
+    }
     TRY(upload_rope(r, l, err));
 
     float model_time[SAMPLER_MAX_STEPS]; // the model multiplies by 1000 again, as the reference does
@@ -68,7 +74,7 @@ static void predict(struct run *r, struct loop *l, struct tensor x, int i)
 {
     for (int b = 0; b < r->branches; b++)
         if (r->pair == NULL || b == comm_rank(r->pair))
-            runner_whole.run(&runner_whole, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
+            r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
     if (r->pair) {
         const int64_t bytes = (int64_t)tensor_bytes(l->v[0]), counts[BRANCHES] = {bytes, bytes};
         comm_all_gather(r->pair, l->v[comm_rank(r->pair)].data, l->v[0].data, counts);
@@ -83,7 +89,7 @@ static void trace_rows(struct run *r, const struct loop *l, const char *name, st
     const size_t mark = arena_mark(x->arena);
     struct tensor whole = exec_tensor(x, 2, r->image_tokens, mine.n[1], 1, 1);
     exec_gather(x, whole, mine, &l->image);
-    run_trace(r, name, whole);
+    run_trace(r, name, tensor_reshape(whole, 3, 1, r->image_tokens, mine.n[1], 1));
     arena_release(x->arena, mark);
 }
 

@@ -31,7 +31,7 @@ static int tokenize(struct run *r, int branch, struct ids *ids, bool cut[4], str
     TRY(clip_tokenizer_encode(r->model->clip_tokenizer, first, strlen(first), clip_length, ids->clip, &count, err));
     cut[2 * branch] = count > clip_length;
     TRY(t5_tokenizer_encode(r->model->t5_tokenizer, second, strlen(second), (int)r->text_tokens, ids->t5, &count, err));
-    cut[2 * branch + 1] = count > r->text_tokens;
+    cut[2 * branch + (second != first)] |= count > r->text_tokens; // the text that the job holds
     return 0;
 }
 
@@ -89,7 +89,8 @@ int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], 
         if (rc == 0) {
             trace_ids(r, names[b][0], ids[b].clip, clip_positions(r->model->clip));
             trace_ids(r, names[b][1], ids[b].t5, r->text_tokens);
-            run_trace(r, names[b][2], prompts[b].embeds);
+            run_trace(r, names[b][2],
+                      tensor_reshape(prompts[b].embeds, 3, 1, r->text_tokens, r->model->info.text_dim, 1));
             run_trace(r, names[b][3], prompts[b].pooled);
         }
         free(ids[b].clip);

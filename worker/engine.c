@@ -79,15 +79,13 @@ void run_trace(struct run *r, const char *name, struct tensor t)
     if (!host)
         return;
     r->world.k->download(r->world.d, host, t);
-    const bool pooled = t.dims == 2 && t.n[0] == 1; // (1, n) already has its batch dimension
-    r->hooks->trace(r->hooks->arg, name,
-                    pooled ? tensor_2d(host, DT_F32, 1, t.n[1]) : tensor_of(host, DT_F32, 3, 1, t.n[0], t.n[1], 1));
+    r->hooks->trace(r->hooks->arg, name, tensor_of(host, DT_F32, t.dims, t.n[0], t.n[1], t.n[2], t.n[3]));
     free(host);
 }
 
 // ---- a job
 
-static void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan)
+void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan)
 {
     static const struct engine_hooks none = {0};
     const int64_t scale = vae_scale(m->vae);
@@ -99,27 +97,32 @@ static void run_init(struct run *r, const struct model *m, const Ditfleet__V1__J
     r->text_tokens = job->max_sequence_length;
 }
 
-// The communicators of the plan: this rank's branch, and its counterpart in the other one.
-static int join_groups(struct run *r, struct comm *world, struct err *err)
+// How rows meet and how the blocks are gone through under this plan. A new way to share one picture is a link or a
+// runner, and a line here.
+static void choose_ways(struct run *r)
 {
-    const int me = comm_rank(world), u = r->plan.ulysses;
-    r->world.comm = world;
-    TRY(comm_group(world, me / u * u, 1, u, &r->branch.comm, err));
-    if (r->plan.cfg == 2)
-        TRY(comm_group(world, me % u, u, 2, &r->pair, err));
     r->world.attention = &attention_local;
-    r->branch.attention = u > 1 ? &attention_ulysses : &attention_local;
-    return 0;
+    r->branch.attention = r->plan.ulysses > 1 ? &attention_ulysses : &attention_local;
+    r->runner = &runner_whole;
 }
 
-static void leave_groups(struct run *r)
+int run_join(struct run *r, struct comm *world, struct err *err)
+{
+    const int me = comm_rank(world), u = r->plan.ulysses;
+    choose_ways(r);
+    r->world.comm = world;
+    TRY(comm_group(world, me / u * u, 1, u, &r->branch.comm, err));
+    return r->plan.cfg == 2 ? comm_group(world, me % u, u, 2, &r->pair, err) : 0;
+}
+
+void run_leave(struct run *r)
 {
     comm_free(r->pair);
     comm_free(r->branch.comm);
     r->pair = r->branch.comm = NULL;
 }
 
-static void use_device(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)
+void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)
 {
     r->world.k = r->branch.k = k;
     r->world.d = r->branch.d = d;
@@ -162,8 +165,8 @@ static int predict(struct run *r, int rank, struct engine_estimate *out, struct 
     if (rc == 0)
         rc = arena_new(&kernels_dry, d, ARENA_UNBOUNDED, &arena, err);
     if (rc == 0) {
-        use_device(r, &kernels_dry, d, arena);
-        rc = join_groups(r, comm, err);
+        run_use(r, &kernels_dry, d, arena);
+        rc = run_join(r, comm, err);
     }
     if (rc == 0)
         rc = make_pictures(r, NULL, &unused, err);
@@ -171,7 +174,7 @@ static int predict(struct run *r, int rank, struct engine_estimate *out, struct 
         out->activation_bytes = arena_peak(arena);
         kernels_dry.cost(d, &out->cost);
     }
-    leave_groups(r);
+    run_leave(r);
     arena_free(arena);
     if (d)
         kernels_dry.close(d);
@@ -240,10 +243,10 @@ static int run_prepared(struct engine *e, struct run *r, struct engine_result *o
     if (rc == 0)
         rc = noise_tokens(r, noise, err);
     if (rc == 0)
-        rc = join_groups(r, e->data, err);
+        rc = run_join(r, e->data, err);
     if (rc == 0)
         rc = make_pictures(r, noise, out, err);
-    leave_groups(r);
+    run_leave(r);
     free(noise);
     return rc;
 }
@@ -289,7 +292,7 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     run_init(&r, m, job, &out->plan);
     r.hooks = hooks;
     r.control = e->control;
-    use_device(&r, e->k, e->d, e->arena);
+    run_use(&r, e->k, e->d, e->arena);
     const size_t mark = arena_mark(e->arena);
     int rc = run_prepared(e, &r, out, err);
     arena_release(e->arena, mark);

@@ -1,0 +1,536 @@
+// test_plans.c: every plan of ranks makes the picture that one rank makes. Ranks are processes over shared memory, as
+// in the fleet (and once threads, where a race detector sees them); what rank 0 was shown comes back through a mapping.
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "tests/unit/demo.h"
+#include "worker/comm/comm_internal.h"
+#include "worker/stages.h"
+
+enum { MAX_ENTRIES = 64, MAX_RANKS = 8, SLAB_BYTES = 1 << 20, PATIENCE_MS = 120000 };
+#define RECORDED_BYTES ((size_t)64 << 20)
+
+// What a group of ranks came to. Lives in memory that the ranks' processes share.
+struct outcome {
+    int rc[MAX_RANKS];
+    struct err err[MAX_RANKS];
+    struct plan plan;
+    bool cut[4];
+    int entries; // of what rank 0 was shown, in order
+    struct {
+        char name[40];
+        int64_t at, count; // in values
+    } entry[MAX_ENTRIES];
+    int64_t used;
+    size_t pixel_bytes;
+    uint8_t *pixels; // behind the values
+    float values[];
+};
+
+static struct outcome *outcome_new(void)
+{
+    struct outcome *o = mmap(NULL, RECORDED_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(o != MAP_FAILED);
+    return o;
+}
+
+static void outcome_free(struct outcome *o)
+{
+    munmap(o, RECORDED_BYTES);
+}
+
+static void record(void *arg, const char *name, struct tensor t)
+{
+    struct outcome *o = arg;
+    if (t.dtype != DT_F32 || o->entries == MAX_ENTRIES ||
+        (size_t)(o->used + tensor_count(t)) * sizeof(float) + sizeof *o > RECORDED_BYTES / 2)
+        return; // comparing finds that it is missing
+    snprintf(o->entry[o->entries].name, sizeof o->entry->name, "%s", name);
+    o->entry[o->entries].at = o->used;
+    o->entry[o->entries++].count = tensor_count(t);
+    memcpy(o->values + o->used, t.data, tensor_bytes(t));
+    o->used += tensor_count(t);
+}
+
+// ---- a group of ranks
+
+struct group {
+    const struct model *model;
+    const Ditfleet__V1__Job *job;
+    struct plan want; // ranks and degrees
+    struct outcome *outcome;
+    int (*work)(const struct group *g, struct comm *comm, struct err *err);
+    const struct outcome *replayed; // work == replay
+    int region;
+    void *mapping; // of the region, for ranks that are threads
+    int64_t mapping_bytes;
+};
+
+static int whole_job(const struct group *g, struct comm *comm, struct err *err)
+{
+    struct outcome *o = g->outcome;
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
+    const struct engine_hooks hooks = {.trace = record, .arg = o};
+    struct engine *e;
+    struct engine_result result;
+    TRY(engine_new(&options, &e, err));
+    int rc = engine_run(e, g->model, g->job, &g->want, &hooks, &result, err);
+    if (rc == 0 && comm_rank(comm) == 0) {
+        o->plan = result.plan;
+        memcpy(o->cut, result.prompt_cut, sizeof o->cut);
+        o->pixel_bytes = (size_t)g->job->num_images * g->job->width * g->job->height * 3;
+        o->pixels = (uint8_t *)o + RECORDED_BYTES - o->pixel_bytes;
+        memcpy(o->pixels, result.pixels, o->pixel_bytes);
+    }
+    engine_result_free(&result);
+    engine_free(e);
+    return rc;
+}
+
+static int run_rank(const struct group *g, int rank)
+{
+    struct outcome *o = g->outcome;
+    struct err *err = &o->err[rank];
+    struct comm *comm = NULL;
+    int rc = g->mapping ? comm_shm_attach_mapped(g->mapping, g->mapping_bytes, rank, &comm, err)
+                        : comm_shm_attach(g->region, rank, &comm, err);
+    if (rc == 0) {
+        comm_set_timeout(comm, PATIENCE_MS);
+        rc = g->work(g, comm, err);
+        comm_free(comm);
+    }
+    return o->rc[rank] = rc;
+}
+
+static void run_group(struct group *g)
+{
+    struct err err = {.code = ERR_NONE};
+    pid_t pid[MAX_RANKS];
+    g->region = comm_shm_region(g->want.ranks, SLAB_BYTES, &err);
+    assert_true(g->region >= 0);
+    for (int r = 0; r < g->want.ranks; r++) {
+        g->outcome->rc[r] = -1; // did not come back
+        pid[r] = fork();
+        assert_true(pid[r] >= 0);
+        if (pid[r] == 0) {
+            run_rank(g, r);
+            _exit(0);
+        }
+    }
+    for (int r = 0; r < g->want.ranks; r++)
+        while (waitpid(pid[r], NULL, 0) < 0 && errno == EINTR)
+            ;
+    close(g->region);
+}
+
+struct thread_rank {
+    const struct group *g;
+    int rank;
+    pthread_t thread;
+};
+
+static void *thread_main(void *arg)
+{
+    const struct thread_rank *t = arg;
+    run_rank(t->g, t->rank);
+    return NULL;
+}
+
+static void run_group_of_threads(struct group *g)
+{
+    struct thread_rank t[MAX_RANKS];
+    struct err err = {.code = ERR_NONE};
+    struct stat st;
+    g->region = comm_shm_region(g->want.ranks, SLAB_BYTES, &err);
+    assert_int_equal(fstat(g->region, &st), 0);
+    g->mapping_bytes = st.st_size;
+    g->mapping = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, g->region, 0);
+    assert_true(g->mapping != MAP_FAILED);
+    for (int r = 0; r < g->want.ranks; r++) {
+        t[r] = (struct thread_rank){.g = g, .rank = r};
+        assert_int_equal(pthread_create(&t[r].thread, NULL, thread_main, &t[r]), 0);
+    }
+    for (int r = 0; r < g->want.ranks; r++)
+        pthread_join(t[r].thread, NULL);
+    munmap(g->mapping, (size_t)g->mapping_bytes);
+    close(g->region);
+}
+
+static void expect_success(const struct outcome *o, int ranks)
+{
+    for (int r = 0; r < ranks; r++)
+        if (o->rc[r] != 0)
+            fail_msg("rank %d: %d %s", r, o->rc[r], o->err[r].text);
+}
+
+// ---- plans against one rank
+
+#define LAST_LATENTS "latents_after_step_"
+
+static double limit_of(const char *name)
+{
+    return strncmp(name, LAST_LATENTS, strlen(LAST_LATENTS)) == 0 || strcmp(name, "vae_decoded") == 0 ? 1e-4 : 1e-5;
+}
+
+static double compare(const struct outcome *o, const struct outcome *one)
+{
+    double worst = 0;
+    assert_int_equal(o->entries, one->entries);
+    for (int i = 0; i < one->entries; i++) {
+        const char *name = one->entry[i].name;
+        assert_string_equal(o->entry[i].name, name);
+        assert_int_equal(o->entry[i].count, one->entry[i].count);
+        double found = relative_l2(o->values + o->entry[i].at, one->values + one->entry[i].at, one->entry[i].count);
+        if (!(found <= limit_of(name)))
+            fail_msg("cfg=%d ulysses=%d: %s is %g off, allowed %g", o->plan.cfg, o->plan.ulysses, name, found,
+                     limit_of(name));
+        worst = found > worst ? found : worst;
+    }
+    assert_int_equal(o->pixel_bytes, one->pixel_bytes);
+    assert_int_equal(pixels_off(o->pixels, one->pixels, (int64_t)one->pixel_bytes / 3), 0);
+    return worst;
+}
+
+static const struct plan whole[] = {{2, 1, 2}, {4, 1, 4}, {8, 1, 8}, {0}};
+static const struct plan guided[] = {{2, 2, 1}, {2, 1, 2}, {4, 2, 2}, {8, 2, 4}, {8, 1, 8}, {0}};
+static const bool uncut[4];
+
+// The job under one rank and under every plan of the list; cut: what the result must say of the prompts.
+static void check(void **state, const char *const *fields, const struct plan *plans, const bool cut[4])
+{
+    const struct model *m = *state;
+    Ditfleet__V1__Job *job = demo_job(m, fields);
+    struct outcome *one = outcome_new();
+    struct group g = {.model = m, .job = job, .want = {1, 1, 1}, .outcome = one, .work = whole_job};
+    run_group(&g);
+    expect_success(one, 1);
+    assert_memory_equal(one->cut, cut, sizeof one->cut);
+    double worst = 0;
+    for (; plans->ranks; plans++) {
+        struct outcome *o = outcome_new();
+        g.want = *plans, g.outcome = o;
+        run_group(&g);
+        expect_success(o, plans->ranks);
+        assert_memory_equal(&o->plan, plans, sizeof *plans);
+        assert_memory_equal(o->cut, cut, sizeof o->cut);
+        double found = compare(o, one);
+        worst = found > worst ? found : worst;
+        outcome_free(o);
+    }
+    print_message("worst relative L2 %.2g\n", worst);
+    outcome_free(one);
+    job_free(job);
+}
+
+#define PROMPT "prompt", "a red circle above a blue square", "seed", "7"
+#define FIELDS(...)                                                                                                    \
+    (const char *const[])                                                                                              \
+    {                                                                                                                  \
+        __VA_ARGS__, NULL                                                                                              \
+    }
+
+static void square(void **state)
+{
+    check(state, FIELDS(PROMPT, "width", "256", "height", "256", "num_inference_steps", "2"), whole, uncut);
+}
+
+static void odd_size(void **state)
+{
+    check(state, FIELDS(PROMPT, "width", "208", "height", "176", "num_inference_steps", "3"), whole, uncut);
+}
+
+static void one_step(void **state)
+{
+    check(state, FIELDS(PROMPT, "width", "112", "height", "80", "num_inference_steps", "1"), whole, uncut);
+}
+
+static void true_cfg(void **state)
+{
+    check(state,
+          FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "guidance_scale", "1", "width", "144",
+                 "height", "176", "num_inference_steps", "3"),
+          guided, uncut);
+}
+
+static void empty_prompt(void **state)
+{
+    check(state, FIELDS("prompt", "", "seed", "8", "width", "112", "height", "80", "num_inference_steps", "2"), whole,
+          uncut);
+}
+
+// Longer than both encoders take: the picture is that of what fits, and the result says so, of the text it was.
+static void long_prompt(void **state)
+{
+    char text[4000] = "";
+    for (int i = 0; i < 120; i++)
+        strcat(text, "a red circle and ");
+    check(state,
+          FIELDS("prompt", text, "seed", "9", "max_sequence_length", "96", "width", "112", "height", "80",
+                 "num_inference_steps", "2"),
+          whole, (const bool[4]){true});
+    check(state,
+          FIELDS(PROMPT, "prompt_2", text, "negative_prompt", text, "negative_prompt_2", "a star", "true_cfg_scale",
+                 "2", "width", "64", "height", "48", "num_inference_steps", "1"),
+          (const struct plan[]){{2, 2, 1}, {0}}, (const bool[4]){false, true, true, false});
+}
+
+// Fewer text rows than ranks: some ranks have none.
+static void little_text(void **state)
+{
+    check(state,
+          FIELDS("prompt", "a ring", "seed", "10", "max_sequence_length", "13", "width", "112", "height", "80",
+                 "num_inference_steps", "2"),
+          whole, uncut);
+    check(state,
+          FIELDS("prompt", "", "seed", "10", "max_sequence_length", "1", "width", "112", "height", "80",
+                 "num_inference_steps", "2"),
+          whole, uncut);
+}
+
+// Latent rows: 4, 6 and 2. Some of 8 ranks decode nothing; one token, some denoise nothing.
+static void tiny(void **state)
+{
+    check(state, FIELDS(PROMPT, "width", "48", "height", "32", "num_inference_steps", "2"), whole, uncut);
+    check(state, FIELDS(PROMPT, "width", "32", "height", "48", "num_inference_steps", "2"), whole, uncut);
+    check(state, FIELDS(PROMPT, "width", "16", "height", "16", "num_inference_steps", "2"), whole, uncut);
+}
+
+static void two_images(void **state)
+{
+    check(state, FIELDS(PROMPT, "num_images", "2", "width", "112", "height", "80", "num_inference_steps", "2"), whole,
+          uncut);
+}
+
+// ---- each step by itself
+
+// Takes the tokens of each step from a recording, whatever came of the steps before.
+static void replay_run(const struct runner *self, const struct dit *m, struct exec *x, const struct dit_cond *cond,
+                       const struct dit_rows *rows, int step, struct tensor tokens, struct tensor out)
+{
+    const struct outcome *o = self->state;
+    char name[40] = "initial_noise";
+    if (step > 0)
+        snprintf(name, sizeof name, "latents_after_step_%d", step - 1);
+    for (int i = 0; i < o->entries; i++)
+        if (strcmp(o->entry[i].name, name) == 0)
+            tokens.data = (float *)o->values + o->entry[i].at + rows->image.start * tokens.ld;
+    runner_whole.run(&runner_whole, m, x, cond, rows, step, tokens, out);
+}
+
+static int replay_prepared(const struct group *g, struct run *r, struct comm *comm, struct err *err)
+{
+    const struct runner replay = {.run = replay_run, .state = (void *)g->replayed};
+    struct prompt prompts[BRANCHES];
+    bool cut[4] = {false};
+    TRY(run_join(r, comm, err));
+    r->runner = &replay;
+    TRY(encode_prompts(r, prompts, cut, err));
+    struct tensor tokens = exec_tensor(&r->world, 2, r->image_tokens, r->model->info.channels, 1, 1);
+    float *noise = calloc((size_t)tensor_count(tokens), sizeof *noise);
+    int rc = noise ? denoise(r, prompts, noise, tokens, err) : ERR_NO_MEMORY;
+    free(noise);
+    return rc;
+}
+
+static int replay(const struct group *g, struct comm *comm, struct err *err)
+{
+    const struct engine_hooks hooks = {.trace = record, .arg = g->outcome};
+    struct device *d;
+    struct arena *arena;
+    struct run r;
+    TRY(kernels_cpu.open(&(struct device_options){.threads = 1}, &d, err));
+    int rc = arena_new(&kernels_cpu, d, 64 << 20, &arena, err);
+    if (rc == 0) {
+        run_init(&r, g->model, g->job, &g->want);
+        r.hooks = &hooks;
+        r.control = comm;
+        run_use(&r, &kernels_cpu, d, arena);
+        rc = replay_prepared(g, &r, comm, err);
+        run_leave(&r);
+        arena_free(arena);
+    }
+    kernels_cpu.close(d);
+    return rc;
+}
+
+static void compare_predictions(const struct outcome *o, const struct outcome *one, int expected)
+{
+    int found = 0;
+    for (int i = 0; i < one->entries && i < o->entries; i++) {
+        if (!strstr(one->entry[i].name, "noise_pred_step_"))
+            continue;
+        assert_string_equal(o->entry[i].name, one->entry[i].name);
+        double off = relative_l2(o->values + o->entry[i].at, one->values + one->entry[i].at, one->entry[i].count);
+        if (!(off <= 1e-5))
+            fail_msg("%s is %g off", one->entry[i].name, off);
+        found++;
+    }
+    assert_int_equal(found, expected);
+}
+
+static void same_input_each_step(void **state)
+{
+    enum { STEPS = 6 };
+    const struct model *m = *state;
+    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
+                                                "112", "height", "80", "num_inference_steps", "6"));
+    struct outcome *one = outcome_new();
+    struct group g = {.model = m, .job = job, .want = {1, 1, 1}, .outcome = one, .work = whole_job};
+    run_group(&g);
+    expect_success(one, 1);
+    g.work = replay, g.replayed = one;
+    for (const struct plan *p = guided; p->ranks; p++) {
+        struct outcome *o = outcome_new();
+        g.want = *p, g.outcome = o;
+        run_group(&g);
+        expect_success(o, p->ranks);
+        compare_predictions(o, one, 2 * STEPS);
+        outcome_free(o);
+    }
+    outcome_free(one);
+    job_free(job);
+}
+
+// ---- ranks as threads
+
+static void threads(void **state)
+{
+    const struct model *m = *state;
+    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
+                                                "80", "height", "48", "num_inference_steps", "2"));
+    struct outcome *one = outcome_new(), *four = outcome_new();
+    struct group g = {.model = m, .job = job, .want = {1, 1, 1}, .outcome = one, .work = whole_job};
+    run_group_of_threads(&g);
+    expect_success(one, 1);
+    g.want = (struct plan){4, 2, 2}, g.outcome = four;
+    run_group_of_threads(&g);
+    expect_success(four, 4);
+    compare(four, one);
+    outcome_free(one);
+    outcome_free(four);
+    job_free(job);
+}
+
+// ---- plans that cannot be
+
+static void refused(void **state)
+{
+    static const struct {
+        struct plan want;
+        bool cfg;
+        enum err_code code;
+        const char *text; // part of the error
+    } rows[] = {
+        {{3, 0, 0}, false, ERR_UNSUPPORTED, "3 ranks: ulysses_degree 3 does not divide the model's 8 attention heads"},
+        {{6, 0, 0}, false, ERR_UNSUPPORTED, "it may be 1, 2, 4, 8"},
+        {{6, 0, 0}, true, ERR_UNSUPPORTED, "ulysses_degree 3 does not divide"},
+        {{2, 2, 0}, false, ERR_UNSUPPORTED, "cfg_degree 2 needs a job with two guidance branches"},
+        {{2, 3, 0}, true, ERR_INVALID, "cfg_degree 3"},
+        {{2, -1, 0}, true, ERR_INVALID, "cfg_degree -1"},
+        {{4, 1, 2}, false, ERR_UNSUPPORTED, "cfg_degree 1 x ulysses_degree 2 is not the 4 ranks"},
+        {{4, 2, 4}, true, ERR_UNSUPPORTED, "cfg_degree 2 x ulysses_degree 4 is not the 4 ranks"},
+        {{1, 0, 8}, false, ERR_UNSUPPORTED, "is not the 1 ranks"},
+        {{4, 0, -4}, false, ERR_UNSUPPORTED, "is not the 4 ranks"},
+        {{0, 0, 0}, false, ERR_INVALID, "0 ranks"},
+        {{COMM_MAX_RANKS + 1, 0, 0}, false, ERR_INVALID, "a group has 1 to 64"},
+    };
+    const struct model *m = *state;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct plan plan;
+        struct err err = {.code = ERR_NONE};
+        const struct plan *w = &rows[i].want;
+        assert_int_equal(plan_make(&m->info, w->ranks, rows[i].cfg, w->cfg, w->ulysses, &plan, &err), rows[i].code);
+        if (!strstr(err.text, rows[i].text))
+            fail_msg("\"%s\" does not say \"%s\"", err.text, rows[i].text);
+    }
+}
+
+static void chosen(void **state)
+{
+    static const struct {
+        struct plan want, made;
+        bool cfg;
+    } rows[] = {
+        {{1, 0, 0}, {1, 1, 1}, true},  {{2, 0, 0}, {2, 2, 1}, true},  {{2, 0, 2}, {2, 1, 2}, true},
+        {{2, 0, 0}, {2, 1, 2}, false}, {{8, 0, 0}, {8, 2, 4}, true},  {{8, 1, 0}, {8, 1, 8}, true},
+        {{8, 0, 4}, {8, 2, 4}, true},  {{8, 0, 0}, {8, 1, 8}, false},
+    };
+    const struct model *m = *state;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct plan plan;
+        struct err err = {.code = ERR_NONE};
+        const struct plan *w = &rows[i].want;
+        assert_int_equal(plan_make(&m->info, w->ranks, rows[i].cfg, w->cfg, w->ulysses, &plan, &err), 0);
+        assert_memory_equal(&plan, &rows[i].made, sizeof plan);
+    }
+}
+
+// A refusal ends the job on every rank with the same words, and the group goes on.
+static int refused_then_served(const struct group *g, struct comm *comm, struct err *err)
+{
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
+    const struct engine_hooks none = {0};
+    const struct plan other = {0};
+    struct engine *e;
+    struct engine_result result;
+    TRY(engine_new(&options, &e, err));
+    int rc = engine_run(e, g->model, g->job, &g->want, &none, &result, err);
+    struct err later;
+    if (engine_run(e, g->model, g->job, &other, &none, &result, &later) != 0)
+        rc = ERR_INTERNAL;
+    engine_result_free(&result);
+    engine_free(e);
+    return rc;
+}
+
+static void refusal_is_shared(void **state)
+{
+    const struct model *m = *state;
+    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "width", "32", "height", "32", "num_inference_steps", "1"));
+    struct outcome *o = outcome_new();
+    struct group g = {.model = m, .job = job, .want = {4, 2, 2}, .outcome = o, .work = refused_then_served};
+    run_group(&g);
+    for (int r = 0; r < 4; r++) {
+        assert_int_equal(o->rc[r], ERR_UNSUPPORTED);
+        assert_string_equal(o->err[r].text, o->err[0].text);
+        assert_non_null(strstr(o->err[r].text, "two guidance branches"));
+    }
+    outcome_free(o);
+    job_free(job);
+}
+
+static int set_up(void **state)
+{
+    *state = demo_model();
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    model_free(*state);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(square),       cmocka_unit_test(odd_size),
+        cmocka_unit_test(one_step),     cmocka_unit_test(true_cfg),
+        cmocka_unit_test(empty_prompt), cmocka_unit_test(long_prompt),
+        cmocka_unit_test(little_text),  cmocka_unit_test(tiny),
+        cmocka_unit_test(two_images),   cmocka_unit_test(refused),
+        cmocka_unit_test(chosen),       cmocka_unit_test(same_input_each_step),
+        cmocka_unit_test(threads),      cmocka_unit_test(refusal_is_shared),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
