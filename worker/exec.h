@@ -25,6 +25,7 @@ struct attention_call {
     struct tensor out;     // (rows, heads, dim)
     struct tensor q, k, v; // (rows, heads, dim), any ld
     const int64_t *rows;   // of every rank, in the order of the communicator
+    const int64_t *text;   // how many of these are text rows, which come first on every rank; NULL: none
     struct attention_opts opts;
 };
 

@@ -19,8 +19,9 @@ struct dit_cond {
 // The rows a pass carries: text rows first, then image rows. Spans count within the whole text and image.
 struct dit_rows {
     struct span text, image;
-    struct tensor rope;     // (text.count + image.count, head_dim / 2, 2) cosines and sines of their positions
-    const int64_t *of_rank; // rows that each rank of x->comm carries in this pass
+    struct tensor rope;          // (text.count + image.count, head_dim / 2, 2) cosines and sines of their positions
+    const int64_t *of_rank;      // rows that each rank of x->comm carries in this pass
+    const int64_t *text_of_rank; // the text rows among them
 };
 
 struct dit_pass {

@@ -196,6 +196,7 @@ static void attend(const struct flux *f, struct exec *x, const struct dit_pass *
                                             .k = split_heads(f, tensor_cols(qkv, f->dim, f->dim)),
                                             .v = split_heads(f, tensor_cols(qkv, 2 * f->dim, f->dim)),
                                             .rows = p->rows->of_rank,
+                                            .text = p->rows->text_of_rank,
                                             .opts.scale = 1.0F / sqrtf((float)f->head_dim)});
 }
 

@@ -45,67 +45,80 @@ static void gathered(const struct attention_link *self, struct exec *x, const st
 
 const struct attention_link attention_gathered = {.attend = gathered};
 
-// Byte counts and offsets of the all-to-all: to rank r go my rows of its heads; from rank r come its rows of my heads.
-struct ulysses_plan {
-    int64_t out_bytes[COMM_MAX_RANKS], out_at[COMM_MAX_RANKS];
-    int64_t in_bytes[COMM_MAX_RANKS], in_at[COMM_MAX_RANKS];
-};
-
-static void plan_exchange(struct ulysses_plan *p, int ranks, int64_t my_rows, const int64_t *rows, int64_t row_bytes)
+// One all-to-all of the Ulysses exchange: to rank r go `send_rows` rows of its heads, from it come recv_rows[r] of
+// mine. All pieces lie one after the other.
+static void exchange(struct exec *x, struct tensor send, const int64_t *send_rows, struct tensor recv,
+                     const int64_t *recv_rows, int64_t times)
 {
-    for (int64_t r = 0, in = 0; r < ranks; r++) {
-        p->out_bytes[r] = my_rows * row_bytes;
-        p->out_at[r] = r * my_rows * row_bytes;
-        p->in_bytes[r] = rows[r] * row_bytes;
-        p->in_at[r] = in;
-        in += p->in_bytes[r];
+    int64_t out_bytes[COMM_MAX_RANKS], out_at[COMM_MAX_RANKS], in_bytes[COMM_MAX_RANKS], in_at[COMM_MAX_RANKS];
+    const int64_t row_bytes = send.n[1] * (int64_t)dtype_size(send.dtype) * times;
+    int64_t out = 0, in = 0;
+    for (int r = 0; r < comm_size(x->comm); r++) {
+        out_bytes[r] = send_rows[r] * row_bytes, out_at[r] = out, out += out_bytes[r];
+        in_bytes[r] = recv_rows[r] * row_bytes, in_at[r] = in, in += in_bytes[r];
+    }
+    comm_all_to_all(x->comm, send.data, out_bytes, out_at, recv.data, in_bytes, in_at);
+}
+
+// recv holds (rank, q k v, its rows); pulls part i out of it. Keys and values are put in the order of the whole
+// sequence, all text before all image, whatever the number of ranks: so a query's sums are added in the same order, and
+// its result has the same bits, on one rank and on many.
+static void unpack(struct exec *x, const struct attention_call *call, struct tensor recv, int i, struct tensor whole)
+{
+    int64_t at = 0, text_at = 0, image_at = 0;
+    for (int r = 0; call->text && r < comm_size(x->comm); r++)
+        image_at += call->text[r];
+    for (int r = 0; r < comm_size(x->comm); at += call->rows[r++]) {
+        const int64_t rows = call->rows[r], text = call->text ? call->text[r] : 0;
+        struct tensor from = tensor_rows(recv, 3 * at + i * rows, rows);
+        if (i == 0) { // queries stay in the order in which their results go back
+            x->k->copy(x->d, tensor_rows(whole, at, rows), from);
+            continue;
+        }
+        x->k->copy(x->d, tensor_rows(whole, text_at, text), tensor_rows(from, 0, text));
+        x->k->copy(x->d, tensor_rows(whole, image_at, rows - text), tensor_rows(from, text, rows - text));
+        text_at += text;
+        image_at += rows - text;
     }
 }
 
-// q, k and v travel together: one message a pair of ranks, (3, rows, heads / ranks, dim) each.
+// q, k and v travel together: one message a pair of ranks.
 static void ulysses(const struct attention_link *self, struct exec *x, const struct attention_call *call)
 {
     const int ranks = comm_size(x->comm);
-    const int64_t mine = call->q.n[0], heads = call->q.n[1] / ranks, dim = call->q.n[2], width = heads * dim;
-    const int64_t total = sum_rows(x, call->rows);
+    const int64_t mine = call->q.n[0], all_heads = call->q.n[1] * call->q.n[2], total = sum_rows(x, call->rows);
+    const int64_t heads = call->q.n[1] / ranks, dim = call->q.n[2], width = heads * dim;
     const enum dtype type = call->q.dtype;
     const size_t mark = arena_mark(x->arena);
-    struct ulysses_plan p;
+    int64_t my_rows[COMM_MAX_RANKS];
+    for (int r = 0; r < ranks; r++)
+        my_rows[r] = mine;
 
     struct tensor send = arena_tensor(x->arena, type, 2, 3 * mine * ranks, width, 1, 1);
     struct tensor recv = arena_tensor(x->arena, type, 2, 3 * total, width, 1, 1);
     const struct tensor parts[3] = {call->q, call->k, call->v};
     for (int r = 0; r < ranks; r++)
-        for (int i = 0; i < 3; i++) {
-            struct tensor flat = tensor_reshape(parts[i], 2, mine, call->q.n[1] * dim, 1, 1);
-            x->k->copy(x->d, tensor_rows(send, (3 * r + i) * mine, mine), tensor_cols(flat, r * width, width));
-        }
-    plan_exchange(&p, ranks, 3 * mine, call->rows, width * (int64_t)dtype_size(type));
-    for (int64_t r = 0, at = 0; r < ranks; at += p.in_bytes[r++]) {
-        p.in_bytes[r] *= 3;
-        p.in_at[r] = at;
-    }
-    comm_all_to_all(x->comm, send.data, p.out_bytes, p.out_at, recv.data, p.in_bytes, p.in_at);
+        for (int i = 0; i < 3; i++)
+            x->k->copy(x->d, tensor_rows(send, (3 * r + i) * mine, mine),
+                       tensor_cols(tensor_reshape(parts[i], 2, mine, all_heads, 1, 1), r * width, width));
+    exchange(x, send, my_rows, recv, call->rows, 3);
 
-    // (rank, 3, rows) -> (3, rank, rows)
-    struct tensor full[3], out = arena_tensor(x->arena, type, 3, total, heads, dim, 1);
+    struct tensor whole[3], out = arena_tensor(x->arena, type, 2, total, width, 1, 1);
     for (int i = 0; i < 3; i++) {
-        full[i] = arena_tensor(x->arena, type, 3, total, heads, dim, 1);
-        struct tensor flat = tensor_reshape(full[i], 2, total, width, 1, 1);
-        for (int64_t r = 0, at = 0; r < ranks; at += call->rows[r++])
-            x->k->copy(x->d, tensor_rows(flat, at, call->rows[r]),
-                       tensor_rows(recv, 3 * at + i * call->rows[r], call->rows[r]));
+        whole[i] = arena_tensor(x->arena, type, 2, total, width, 1, 1);
+        unpack(x, call, recv, i, whole[i]);
     }
     struct attention_call inner = *call;
-    inner.q = full[0], inner.k = full[1], inner.v = full[2], inner.out = out;
+    inner.q = tensor_reshape(whole[0], 3, total, heads, dim, 1);
+    inner.k = tensor_reshape(whole[1], 3, total, heads, dim, 1);
+    inner.v = tensor_reshape(whole[2], 3, total, heads, dim, 1);
+    inner.out = tensor_reshape(out, 3, total, heads, dim, 1);
     self->next->attend(self->next, x, &inner);
 
-    // back: to rank r go its rows of my heads
-    plan_exchange(&p, ranks, mine, call->rows, width * (int64_t)dtype_size(type));
-    comm_all_to_all(x->comm, out.data, p.in_bytes, p.in_at, send.data, p.out_bytes, p.out_at);
-    struct tensor flat = tensor_reshape(call->out, 2, mine, call->q.n[1] * dim, 1, 1);
+    exchange(x, out, call->rows, send, my_rows, 1);
     for (int r = 0; r < ranks; r++)
-        x->k->copy(x->d, tensor_cols(flat, r * width, width), tensor_rows(send, r * mine, mine));
+        x->k->copy(x->d, tensor_cols(tensor_reshape(call->out, 2, mine, all_heads, 1, 1), r * width, width),
+                   tensor_rows(send, r * mine, mine));
     arena_release(x->arena, mark);
 }
 
