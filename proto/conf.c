@@ -78,7 +78,7 @@ static const struct key keys[] = {
     {"group", "device", ENUM, IN(device), .initial = "cpu", .choices = devices, .doc = "what a rank computes on"},
     {"group", "ranks", INT, IN(ranks), 1, 64, "1", .doc = "processes that make one image together"},
     {"group", "threads", INT, IN(threads), 0, 1024, "0",
-     .doc = "threads of a rank's matrix products; 0: cores / ranks, at least 1"},
+     .doc = "threads that a rank computes with; 0: cores / ranks, at least 1"},
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
      .doc = "name@version=directory of a model in diffusers format (relative: to this file); at least one"},
     {"group", "cfg_degree", INT, IN(cfg_degree), 0, 2, "0", .doc = "guidance branches apart; 0: the planner decides"},

@@ -30,7 +30,7 @@ struct conf_group {
     char *name;
     int device;                // enum conf_device
     int ranks;                 // processes, 1 to 64
-    int threads;               // BLAS threads a rank; 0: conf_group_threads decides
+    int threads;               // threads a rank computes with; 0: conf_group_threads decides
     int cfg_degree;            // 0: the planner decides
     int ulysses_degree;        // 0: the planner decides
     int64_t slab_bytes;        // each rank's window in the shared-memory region

@@ -17,15 +17,14 @@ enum { NUMBER = 16 };
 struct arguments {
     char rank[NUMBER], ranks[NUMBER], control_fd[NUMBER], shm_fd[NUMBER];
     const char *argv[20];
-    char blas[40], openmp[40];
     const char **envp; // malloc
 };
 
 // The supervisor's own notification and socket activation are not its workers' business.
 static bool is_dropped(const char *variable)
 {
-    static const char *const names[] = {"NOTIFY_SOCKET=",  "WATCHDOG_", "LISTEN_PID=",           "LISTEN_FDS=",
-                                        "LISTEN_FDNAMES=", "MAINPID=",  "OPENBLAS_NUM_THREADS=", "OMP_NUM_THREADS="};
+    static const char *const names[] = {
+        "NOTIFY_SOCKET=", "WATCHDOG_", "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "MAINPID="};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (strncmp(variable, names[i], strlen(names[i])) == 0)
             return true;
@@ -45,16 +44,12 @@ static int make_arguments(const struct child *c, struct arguments *a, struct err
     size_t n = 0, kept = 0;
     while (environ[n])
         n++;
-    a->envp = malloc((n + 3) * sizeof *a->envp);
+    a->envp = malloc((n + 1) * sizeof *a->envp);
     if (!a->envp)
         return err_set(err, ERR_NO_MEMORY, "cannot start rank %d of group %s: out of memory", c->rank, c->group);
     for (size_t i = 0; i < n; i++)
         if (!is_dropped(environ[i]))
             a->envp[kept++] = environ[i];
-    snprintf(a->blas, sizeof a->blas, "OPENBLAS_NUM_THREADS=%d", c->threads);
-    snprintf(a->openmp, sizeof a->openmp, "OMP_NUM_THREADS=%d", c->threads);
-    a->envp[kept++] = a->blas;
-    a->envp[kept++] = a->openmp;
     a->envp[kept] = NULL;
     return 0;
 }

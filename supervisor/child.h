@@ -16,8 +16,7 @@ struct child {
     const char *group;
     const char *incarnation;
     int rank, ranks;
-    int threads; // OPENBLAS_NUM_THREADS, read while the library loads
-    int shm_fd;  // stays the caller's
+    int shm_fd; // stays the caller's
 };
 
 // Forks and executes

@@ -9,7 +9,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "supervisor/clock.h"
+#include "proto/clock.h"
 
 enum { REPLY_LIMIT = 4 << 20 };
 

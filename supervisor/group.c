@@ -14,9 +14,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "proto/clock.h"
 #include "proto/msg.h"
 #include "supervisor/child.h"
-#include "supervisor/clock.h"
 #include "worker/comm/comm.h"
 
 enum event {
@@ -200,7 +200,6 @@ static int spawn_rank(struct group *g, int i, int shm_fd, struct err *err)
         .incarnation = g->incarnation,
         .rank = i,
         .ranks = g->n_ranks,
-        .threads = conf_group_threads(g->my),
         .shm_fd = shm_fd,
     };
     TRY(child_spawn(&c, &r->pid, &r->fd, err));

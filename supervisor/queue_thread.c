@@ -10,8 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "proto/clock.h"
 #include "proto/queue.h"
-#include "supervisor/clock.h"
 
 enum { CONNECT_MS = 2000, COMMAND_MS = 2000, ADMIT_BLOCK_MS = 250, REAP_MS = 1000 };
 #define RETRY_SECONDS 0.5

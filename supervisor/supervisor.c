@@ -17,7 +17,7 @@
 #include <systemd/sd-event.h>
 #include <unistd.h>
 
-#include "supervisor/clock.h"
+#include "proto/clock.h"
 #include "supervisor/control.h"
 #include "supervisor/group.h"
 #include "supervisor/queue_thread.h"
