@@ -26,19 +26,22 @@ struct deliverer {
 // What is to be said to the queue about a job; 0, or the queue's answer.
 typedef int last_word(struct queue *q, const struct held *job, const void *arg, struct err *err);
 
-// Says it, again while Redis is away; after the lease's length somebody else has the job anyway.
-static int say(const struct deliver_options *o, struct queue **queue, const struct held *job, last_word *word,
-               const void *arg, struct err *err)
+// Says it, again while Redis is away; after the lease's length somebody else has the job anyway. pulse: of the caller,
+// if it is the main path, whose waiting is no hang; else NULL.
+static int say(const struct deliver_options *o, struct pulse *pulse, struct queue **queue, const struct held *job,
+               last_word *word, const void *arg, struct err *err)
 {
     const double until = monotonic_seconds() + o->conf->queue.lease_s;
-    for (;;) {
+    for (bool told = false;; told = true) {
         int rc = *queue ? 0 : queue_open(queue, o->conf->redis.url, o->conf->redis.queue, QUEUE_NODE, NULL, err);
         if (rc == 0)
             rc = word(*queue, job, arg, err);
         if (rc == 0 || !err->retryable || monotonic_seconds() > until)
             return rc;
-        log_line(o->log, LOG_WARN, "queue.waiting", "job=%s error=\"%s\"", job->claim.fence.id, err->text);
-        pulse_report(o->pulse, STAGE_UPLOAD, 0, 0, NULL);
+        if (!told)
+            log_line(o->log, LOG_WARN, "queue.waiting", "job=%s error=\"%s\"", job->claim.fence.id, err->text);
+        if (pulse)
+            pulse_report(pulse, STAGE_UPLOAD, 0, 0, NULL);
         nanosleep(&(struct timespec){.tv_nsec = 500 * 1000000L}, NULL);
     }
 }
@@ -71,8 +74,8 @@ static int say_finish(struct queue *q, const struct held *job, const void *arg, 
     return queue_finish(q, &job->claim.fence, p->bytes, p->length, err);
 }
 
-void settle_failure(const struct deliver_options *o, struct queue **queue, const struct held *job,
-                    const struct err *why, enum queue_cause cause)
+static void fail(const struct deliver_options *o, struct pulse *pulse, struct queue **queue, const struct held *job,
+                 const struct err *why, enum queue_cause cause)
 {
     struct err err = {.code = ERR_NONE};
     const struct failure failure = {why, cause};
@@ -80,17 +83,28 @@ void settle_failure(const struct deliver_options *o, struct queue **queue, const
     const bool taken_away = why->code == ERR_STALE || why->code == ERR_CANCELLED || why->code == ERR_EXPIRED;
     log_line(o->log, LOG_WARN, "job.failed", "tenant=%s job=%s epoch=%llu code=%s error=\"%s\"", f->tenant, f->id,
              (unsigned long long)f->epoch, err_name(why->code), why->text);
-    if (!taken_away && say(o, queue, job, say_fail, &failure, &err) != 0)
+    if (!taken_away && say(o, pulse, queue, job, say_fail, &failure, &err) != 0)
         log_line(o->log, LOG_WARN, "job.not_settled", "job=%s error=\"%s\"", f->id, err.text);
+}
+
+static void release(const struct deliver_options *o, struct pulse *pulse, struct queue **queue, const struct held *job)
+{
+    struct err err = {.code = ERR_NONE};
+    if (say(o, pulse, queue, job, say_release, NULL, &err) != 0)
+        log_line(o->log, LOG_WARN, "job.not_settled", "job=%s error=\"%s\"", job->claim.fence.id, err.text);
+    else
+        log_line(o->log, LOG_INFO, "job.released", "job=%s", job->claim.fence.id);
+}
+
+void settle_failure(const struct deliver_options *o, struct queue **queue, const struct held *job,
+                    const struct err *why, enum queue_cause cause)
+{
+    fail(o, o->pulse, queue, job, why, cause);
 }
 
 void settle_release(const struct deliver_options *o, struct queue **queue, const struct held *job)
 {
-    struct err err = {.code = ERR_NONE};
-    if (say(o, queue, job, say_release, NULL, &err) != 0)
-        log_line(o->log, LOG_WARN, "job.not_settled", "job=%s error=\"%s\"", job->claim.fence.id, err.text);
-    else
-        log_line(o->log, LOG_INFO, "job.released", "job=%s", job->claim.fence.id);
+    release(o, o->pulse, queue, job);
 }
 
 // ---- a delivery
@@ -101,13 +115,16 @@ struct delivery {
     struct held *job;
     Ditfleet__V1__Image *images; // (num_images)
     double png_seconds, upload_seconds;
+    bool release; // it was stopped because the worker drains
 };
 
 // The uploader's question, before each try and once a second.
 static int ask_stop(void *arg, struct err *err)
 {
-    const struct delivery *v = arg;
-    return held_check(v->job, err);
+    struct delivery *v = arg;
+    TRY(held_check(v->job, err));
+    v->release = pulse_must_release(v->d->o.pulse, v->d->o.conf->restart.grace_s, 0);
+    return v->release ? err_set(err, ERR_UNAVAILABLE, "the worker is draining") : 0;
 }
 
 static void report(const struct delivery *v, const char *stage, uint32_t step)
@@ -210,7 +227,7 @@ static int deliver(struct delivery *v, struct err *err)
         TRY(deliver_image(v, i, err));
     }
     TRY(pack_result(v, &packed, err));
-    int rc = say(&d->o, &d->queue, v->job, say_finish, &packed, err);
+    int rc = say(&d->o, NULL, &d->queue, v->job, say_finish, &packed, err);
     free(packed.bytes);
     return rc;
 }
@@ -233,8 +250,10 @@ static void deliver_and_settle(struct deliverer *d, struct held *job)
         ditfleet__v1__image__init(&v.images[i]);
     if (rc == 0)
         rc = deliver(&v, &err);
-    if (rc != 0)
-        settle_failure(&d->o, &d->queue, job, &err, cause_of(&err));
+    if (rc != 0 && v.release)
+        release(&d->o, NULL, &d->queue, job);
+    else if (rc != 0)
+        fail(&d->o, NULL, &d->queue, job, &err, cause_of(&err));
     else
         log_line(d->o.log, LOG_INFO, "job.succeeded",
                  "tenant=%s job=%s epoch=%llu encode_s=%.3f denoise_s=%.3f decode_s=%.3f png_s=%.3f upload_s=%.3f",

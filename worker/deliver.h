@@ -12,7 +12,7 @@ struct deliverer;
 struct deliver_options {
     const struct conf *conf;
     const struct log *log;
-    struct pulse *pulse;
+    struct pulse *pulse; // of the main path, which reports progress while it waits
     struct herald *herald;
     const struct upload_policy *policy;
     const char *worker; // the id that results name
@@ -30,7 +30,7 @@ void deliverer_put(struct deliverer *d, struct held *job);
 void deliverer_wait(struct deliverer *d);
 
 // Says the last word on a job that did not get its picture, over queue: nothing when the queue took it away; else fail,
-// by whose fault it was. Retries while Redis is away, as long as the lease may last.
+// by whose fault it was. Main path only. Retries while Redis is away, as long as the lease may last.
 void settle_failure(const struct deliver_options *o, struct queue **queue, const struct held *job,
                     const struct err *why, enum queue_cause cause);
 // Gives the job back with no attempt charged.

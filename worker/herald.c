@@ -23,6 +23,7 @@ struct herald {
     pthread_mutex_t lock; // of what follows
     pthread_cond_t changed;
     struct slot slots[HERALD_MAX_HELD];
+    bool failing; // the last round trip failed, and that was told
     bool ending;
 };
 
@@ -75,13 +76,18 @@ static void tend(struct herald *h, struct slot *s, double period)
     s->busy = false;
     if (renew)
         s->renewed_at = monotonic_seconds();
-    if (rc == ERR_STALE || rc == ERR_CANCELLED || rc == ERR_EXPIRED) {
+    const bool taken_away = rc == ERR_STALE || rc == ERR_CANCELLED || rc == ERR_EXPIRED, failing = rc && !taken_away;
+    if (taken_away) {
         int none = 0;
         atomic_compare_exchange_strong(&job->stop, &none, rc);
-    } else if (rc != 0) {
-        log_line(h->log, LOG_WARN, "lease.not_renewed", "job=%s error=\"%s\"", job->claim.fence.id, err.text);
-        s->renewed_at = monotonic_seconds() - period + 0.5; // again in half a second
     }
+    if (failing)
+        s->renewed_at = monotonic_seconds() - period + 0.5; // again in half a second
+    if (failing && !h->failing)
+        log_line(h->log, LOG_WARN, "lease.not_renewed", "job=%s error=\"%s\"", job->claim.fence.id, err.text);
+    if (!failing && h->failing)
+        log_line(h->log, LOG_INFO, "lease.renewed", "job=%s", job->claim.fence.id);
+    h->failing = failing;
     pthread_cond_broadcast(&h->changed);
 }
 

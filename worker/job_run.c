@@ -11,7 +11,6 @@
 #include "worker/herald.h"
 
 enum { WAIT_MS = 500, CLAIM_RETRY_MS = 500 };
-static const double RELEASE_MARGIN = 2; // seconds of the grace time kept for giving a job back
 
 // What rank 0 broadcasts before each job; the packed job follows.
 struct order {
@@ -28,13 +27,8 @@ struct watch {
     struct herald *herald; // rank 0 with a job of the queue, else NULL
     struct held *held;
     double step_at; // when the last step ended
+    bool release;   // the job was stopped because the worker drains
 };
-
-static bool must_release(const struct worker *w)
-{
-    double since;
-    return pulse_draining(w->pulse, &since) && since > w->conf->restart.grace_s - RELEASE_MARGIN;
-}
 
 // The engine asks at each stage and step; rank 0's answer counts.
 static int on_progress(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
@@ -51,9 +45,9 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
                                             (uint32_t)step, (uint32_t)steps,
                                             stage == ENGINE_DENOISE && step > 0 ? (at - last) * (steps - step) : 0};
     herald_report(v->herald, v->held, &progress);
-    if (must_release(v->w))
-        return err_set(err, ERR_UNAVAILABLE, "the worker is draining");
-    return held_check(v->held, err);
+    TRY(held_check(v->held, err));
+    v->release = pulse_must_release(v->w->pulse, v->w->conf->restart.grace_s, step > 0 ? at - last : 0);
+    return v->release ? err_set(err, ERR_UNAVAILABLE, "the worker is draining") : 0;
 }
 
 // The degrees asked of the group, where the job allows them: a job of one guidance branch has no use for two.
@@ -99,6 +93,7 @@ int worker_warm_up(struct worker *w, struct err *err)
 
 int worker_follow(struct worker *w, struct err *err)
 {
+    w->serving = true;
     for (;;) {
         struct order order;
         pulse_report(w->pulse, STAGE_IDLE, 0, 0, "");
@@ -187,9 +182,9 @@ static uint64_t wall_ms(void)
 }
 
 // A job that ends here: refused, stopped, or given back. The leader's own queue connection says so.
-static void settle(struct leader *l, struct held *h, const struct err *why)
+static void settle(struct leader *l, struct held *h, const struct err *why, bool release)
 {
-    if (must_release(l->w) && why->code == ERR_UNAVAILABLE)
+    if (release)
         settle_release(&l->options, &l->queue, h);
     else
         settle_failure(&l->options, &l->queue, h, why, QUEUE_CAUSE_APP);
@@ -197,29 +192,40 @@ static void settle(struct leader *l, struct held *h, const struct err *why)
     held_free(h);
 }
 
+// Tells the others and runs. An error: the group is broken; else *rc is the job's.
+static int run_shared(struct leader *l, struct watch *watch, int model, int *rc, struct err *why, struct err *err)
+{
+    struct held *h = watch->held;
+    pulse_report(l->w->pulse, STAGE_TEXT, 0, 0, h->claim.fence.id);
+    TRY(share_order(l, model, h->job, err));
+    *rc = run_job(l->w, model, h->job, watch, &h->result, why);
+    return comm_check(l->w->comm, err);
+}
+
 // One claimed job: examine, tell the others, run, hand on. Returns an error only when the group is broken.
 static int run_claimed(struct leader *l, struct held *h, struct err *err)
 {
     struct worker *w = l->w;
+    struct watch watch = {.w = w, .herald = l->herald, .held = h};
     struct err why = {.code = ERR_NONE};
-    int model;
+    int model, rc;
     h->claimed_at = monotonic_seconds();
     h->claimed_ms = wall_ms();
     log_line(w->log, LOG_INFO, "job.claimed", "tenant=%s job=%s epoch=%llu", h->claim.fence.tenant, h->claim.fence.id,
              (unsigned long long)h->claim.fence.epoch);
     herald_hold(l->herald, h);
     if (examine(l, h, &model, &why) != 0) {
-        settle(l, h, &why);
+        settle(l, h, &why, false);
         return 0;
     }
-    pulse_report(w->pulse, STAGE_TEXT, 0, 0, h->claim.fence.id);
-    TRY(share_order(l, model, h->job, err));
-    struct watch watch = {.w = w, .herald = l->herald, .held = h};
-    int rc = run_job(w, model, h->job, &watch, &h->result, &why);
-    TRY(comm_check(w->comm, err)); // broken: the supervisor gives the lease back
+    if (run_shared(l, &watch, model, &rc, &why, err) != 0) { // the supervisor gives the lease back
+        herald_drop(l->herald, h);
+        held_free(h);
+        return err->code;
+    }
     h->denoised_at = monotonic_seconds();
     if (rc != 0)
-        settle(l, h, &why);
+        settle(l, h, &why, watch.release);
     else
         deliverer_put(l->deliverer, h);
     return 0;
@@ -331,6 +337,7 @@ int worker_lead(struct worker *w, struct err *err)
 {
     struct leader l = {.w = w};
     int rc = leader_start(&l, err);
+    w->serving = rc == 0;
     if (rc == 0)
         rc = serve(&l, err);
     leader_stop(&l);

@@ -18,6 +18,7 @@ struct worker {
     struct model **models;   // (group->model.count), beside group->models
     const char *incarnation; // new at each start of the group
     char id[CONF_WORKER_ID_BYTES];
+    bool serving; // it was ready: what goes wrong from here on need not go wrong again
 };
 
 // One step at the smallest size through every model, on all ranks: pages, threads and buffers are there afterwards.

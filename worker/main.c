@@ -75,7 +75,7 @@ static void on_orphaned(void *arg)
 
 // The supervisor drains by message; a signal from elsewhere (a user, a container's stop) is given the same meaning by
 // the leader, and left to the leader by the others.
-static struct pulse *signalled_pulse;
+static struct pulse *volatile signalled_pulse;
 
 static void on_sigterm(int number)
 {
@@ -119,42 +119,49 @@ static int work(struct worker *w, const struct arguments *a, struct err *err)
 }
 
 // Failures that the next start would meet again: configuration and checkpoint. The rest may pass.
-static int exit_status(int rc, const struct err *err)
+static int exit_status(int rc, const struct worker *w, const struct err *err)
 {
     if (rc == 0)
         return EXIT_SUCCESS;
-    return err->retryable ? EXIT_FAILURE : EXIT_DO_NOT_RESTART;
+    return err->retryable || w->serving ? EXIT_FAILURE : EXIT_DO_NOT_RESTART;
+}
+
+// Before any thread: the log's level does not change afterwards.
+static int configure(struct worker *w, const struct arguments *a, struct conf **conf, struct log *log, struct err *err)
+{
+    TRY(conf_load(a->config, conf, err));
+    log->level = (enum log_level)(*conf)->log.level;
+    w->conf = *conf;
+    w->group = conf_group_find(*conf, a->group);
+    if (!w->group)
+        return err_set(err, ERR_NOT_FOUND, "%s has no [group %s]", a->config, a->group);
+    conf_worker_id(*conf, a->group, w->id);
+    return 0;
 }
 
 int main(int argc, char **argv)
 {
     struct arguments a;
-    struct err err = {.code = ERR_NONE};
+    struct err err = {.code = ERR_NONE}, no_pulse = {.code = ERR_NONE};
     struct conf *conf = NULL;
     int rc = parse_arguments(argc, argv, &a);
     if (rc != 0)
         return rc;
     struct log log = {.fd = 2, .level = LOG_INFO, .prog = "worker", .rank = (int)a.rank};
     struct worker w = {.log = &log, .incarnation = a.incarnation};
-    rc = pulse_new((int)a.control_fd, &log, on_orphaned, NULL, &w.pulse, &err);
-    if (rc == 0) {
+    rc = configure(&w, &a, &conf, &log, &err);
+    // A faulty configuration too is told to the supervisor.
+    if (pulse_new((int)a.control_fd, &log, on_orphaned, NULL, &w.pulse, &no_pulse) == 0) {
         signalled_pulse = w.pulse;
         signal(SIGTERM, on_sigterm);
         signal(SIGINT, SIG_IGN); // Ctrl-C reaches the whole foreground group; the supervisor decides
         signal(SIGPIPE, SIG_IGN);
-        rc = conf_load(a.config, &conf, &err);
+    } else if (rc == 0) {
+        err = no_pulse;
+        rc = err.code;
     }
-    if (rc == 0) {
-        log.level = (enum log_level)conf->log.level;
-        w.conf = conf;
-        w.group = conf_group_find(conf, a.group);
-        if (!w.group)
-            rc = err_set(&err, ERR_NOT_FOUND, "%s has no [group %s]", a.config, a.group);
-    }
-    if (rc == 0) {
-        conf_worker_id(conf, a.group, w.id);
+    if (rc == 0)
         rc = work(&w, &a, &err);
-    }
     if (rc != 0)
         log_line(&log, LOG_ERROR, "worker.failed", "code=%s error=\"%s\"", err_name(err.code), err.text);
     engine_free(w.engine);
@@ -165,5 +172,5 @@ int main(int argc, char **argv)
     signalled_pulse = NULL;
     pulse_free(w.pulse, rc == 0 ? "drained" : err.text);
     conf_free(conf);
-    return exit_status(rc, &err);
+    return exit_status(rc, &w, &err);
 }

@@ -13,6 +13,8 @@
 
 #include "proto/clock.h"
 
+static const double RELEASE_MARGIN = 2; // seconds
+
 struct pulse {
     int fd;   // to the supervisor
     int wake; // eventfd: something to send now, or the end
@@ -182,6 +184,12 @@ bool pulse_draining(struct pulse *p, double *since_s)
     if (since_s)
         *since_s = draining ? monotonic_seconds() - atomic_load(&p->drain_at) : 0;
     return draining;
+}
+
+bool pulse_must_release(struct pulse *p, double grace_s, double step_s)
+{
+    double since;
+    return pulse_draining(p, &since) && since + step_s > grace_s - RELEASE_MARGIN;
 }
 
 double pulse_stalled(struct pulse *p, enum stage *stage)

@@ -25,6 +25,9 @@ void pulse_busy(struct pulse *p, double seconds); // adds device-seconds spent o
 // True once the supervisor (or a signal, through pulse_drain) asked to stop. since_s: how long ago.
 bool pulse_draining(struct pulse *p, double *since_s);
 void pulse_drain(struct pulse *p); // async-signal-safe
+// True while draining once only so much of the grace time is left as giving jobs back takes, after another step_s in
+// which nobody asks.
+bool pulse_must_release(struct pulse *p, double grace_s, double step_s);
 // Seconds since the main path last made progress, and the stage it is in.
 double pulse_stalled(struct pulse *p, enum stage *stage);
 
