@@ -136,7 +136,8 @@ static void check_case(const struct bench *b, const char *name)
     print_message("%s: worst relative L2 %.2g, %lld of %lld pixels off\n", name, c.worst, (long long)off,
                   (long long)pixels);
     assert_int_equal(c.failed, 0);
-    assert_int_equal(c.seen + 1, json_object_size(c.golden.header) - 1); // nothing was left out: image_u8 is compared below, __metadata__ not
+    assert_int_equal(c.seen + 1, json_object_size(c.golden.header) -
+                                     1); // nothing was left out: image_u8 is compared below, __metadata__ not
     assert_true(off * 1000 <= pixels);
     for (int i = 0; i < 4; i++)
         assert_false(result.prompt_cut[i]);
@@ -163,5 +164,7 @@ int main(void)
         cmocka_unit_test(relation_256_20), cmocka_unit_test(count_256_4),   cmocka_unit_test(wide_320x192_20),
         cmocka_unit_test(truecfg_256_20),  cmocka_unit_test(long512_384_4), cmocka_unit_test(tall_192x320_12_prompt2),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    const struct CMUnitTest one[] = {cmocka_unit_test(count_256_4)};
+    return SANITIZED ? cmocka_run_group_tests(one, set_up, tear_down)
+                     : cmocka_run_group_tests(tests, set_up, tear_down);
 }

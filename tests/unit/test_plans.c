@@ -232,7 +232,7 @@ static void check(void **state, const char *const *fields, const struct plan *pl
     job_free(job);
 }
 
-#define PROMPT "prompt", "a red circle above a blue square", "seed", "7"
+#define PROMPT "prompt", "a red circle above a blue square", "seed", "7", "max_sequence_length", "40"
 #define FIELDS(...)                                                                                                    \
     (const char *const[])                                                                                              \
     {                                                                                                                  \
@@ -241,11 +241,15 @@ static void check(void **state, const char *const *fields, const struct plan *pl
 
 static void square(void **state)
 {
+    if (SANITIZED)
+        return;
     check(state, FIELDS(PROMPT, "width", "256", "height", "256", "num_inference_steps", "2"), whole, uncut);
 }
 
 static void odd_size(void **state)
 {
+    if (SANITIZED)
+        return;
     check(state, FIELDS(PROMPT, "width", "208", "height", "176", "num_inference_steps", "3"), whole, uncut);
 }
 
@@ -257,15 +261,17 @@ static void one_step(void **state)
 static void true_cfg(void **state)
 {
     check(state,
-          FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "guidance_scale", "1", "width", "144",
-                 "height", "176", "num_inference_steps", "3"),
+          FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "guidance_scale", "1", "width", "112",
+                 "height", "80", "num_inference_steps", "2"),
           guided, uncut);
 }
 
 static void empty_prompt(void **state)
 {
-    check(state, FIELDS("prompt", "", "seed", "8", "width", "112", "height", "80", "num_inference_steps", "2"), whole,
-          uncut);
+    check(state,
+          FIELDS("prompt", "", "seed", "8", "max_sequence_length", "40", "width", "112", "height", "80",
+                 "num_inference_steps", "2"),
+          whole, uncut);
 }
 
 // Longer than both encoders take: the picture is that of what fits, and the result says so, of the text it was.
@@ -307,7 +313,7 @@ static void tiny(void **state)
 
 static void two_images(void **state)
 {
-    check(state, FIELDS(PROMPT, "num_images", "2", "width", "112", "height", "80", "num_inference_steps", "2"), whole,
+    check(state, FIELDS(PROMPT, "num_images", "2", "width", "48", "height", "80", "num_inference_steps", "2"), whole,
           uncut);
 }
 
@@ -380,10 +386,10 @@ static void compare_predictions(const struct outcome *o, const struct outcome *o
 
 static void same_input_each_step(void **state)
 {
-    enum { STEPS = 6 };
+    enum { STEPS = 4 };
     const struct model *m = *state;
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
-                                                "112", "height", "80", "num_inference_steps", "6"));
+                                                "112", "height", "80", "num_inference_steps", "4"));
     struct outcome *one = outcome_new();
     struct group g = {.model = m, .job = job, .want = {1, 1, 1}, .outcome = one, .work = whole_job};
     run_group(&g);
