@@ -74,6 +74,10 @@ static int run_job(struct worker *w, int model, const Ditfleet__V1__Job *job, st
 
 int worker_warm_up(struct worker *w, struct err *err)
 {
+    // Ranks that load longer are waited for as long as loading may take, not as long as a step.
+    comm_set_timeout(w->comm, (int)(w->conf->deadline.load_s * 1000));
+    comm_barrier(w->comm);
+    TRY(comm_check(w->comm, err));
     for (int i = 0; i < w->group->model.count; i++) {
         struct engine_result result;
         struct watch watch = {.w = w};

@@ -44,11 +44,22 @@ def until(what, condition, seconds=20):
         time.sleep(0.01)
 
 
-def alive(pid):
+def process_stat(pid):
+    """(state, parent), or None when it is gone."""
     try:
-        return open("/proc/%d/stat" % pid).read().rpartition(")")[2].split()[0] != "Z"
+        state, parent = open("/proc/%s/stat" % pid).read().rpartition(")")[2].split()[:2]
+        return state, int(parent)
     except OSError:
-        return False
+        return None
+
+
+def alive(pid):
+    stat = process_stat(pid)
+    return stat is not None and stat[0] != "Z"
+
+
+def children(pid):
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and (process_stat(name) or (0, 0))[1] == pid]
 
 
 class PrivateFleet:
@@ -171,6 +182,15 @@ class PrivateFleet:
     def events(self, id):
         return [job_pb2.Event.FromString(fields[b"event"])
                 for _, fields in self.server.xrange("dit:{default}:ev:default:" + id)]
+
+    def tells_no(self, *secrets):
+        """No log, listing or event holds any of the secrets."""
+        texts = {name: open(self.log(name), errors="replace").read() for name in ("supervisor", "redis", *self.sinks)}
+        texts["status"] = json.dumps(self.status())
+        for key in self.server.scan_iter("dit:{default}:ev:*"):
+            texts[key] = repr(self.server.xrange(key))
+        for name, text in texts.items():
+            assert not [secret for secret in secrets if secret in text], "%s tells a secret" % name
 
     def wait_step(self, id, step):
         """Until the job has done so many steps."""
