@@ -25,6 +25,7 @@ struct entry {
     char *name;
     struct tensor tensor;
     const struct shard *shard;
+    int64_t start; // where its bytes begin in the shard's data
 };
 
 struct weights {
@@ -69,7 +70,7 @@ static void *own(struct weights *w, size_t bytes)
 static int map_file(struct shard *s, const char *path, struct err *err)
 {
     s->path = strdup(path);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe is refused, not waited for
     struct stat st;
     if (fd < 0)
         return err_set(err, ERR_NOT_FOUND, "%s: cannot be opened (%s)", path, strerror(errno));
@@ -97,8 +98,27 @@ static int parse_dtype(const char *name, enum dtype *out)
     return ERR_UNSUPPORTED;
 }
 
+// A whole number that is not negative, or -1.
+static int64_t whole(const json_t *v)
+{
+    return json_is_integer(v) && json_integer_value(v) >= 0 ? json_integer_value(v) : -1;
+}
+
+// Bytes of a shape; -1 when it is none, or too large for a tensor's arithmetic even if other dimensions are zero.
+static int64_t parse_shape(const json_t *shape, enum dtype dtype, int64_t n[TENSOR_MAX_DIMS])
+{
+    int64_t bytes = (int64_t)dtype_size(dtype), span = bytes;
+    for (int i = 0; i < TENSOR_MAX_DIMS; i++) {
+        n[i] = i < (int)json_array_size(shape) ? whole(json_array_get(shape, (size_t)i)) : 1;
+        if (n[i] < 0 || __builtin_mul_overflow(span, n[i] ? n[i] : 1, &span))
+            return -1;
+        bytes *= n[i];
+    }
+    return bytes;
+}
+
 // Reads shape and data_offsets of one header entry; every number is checked against the bytes that are there.
-static int parse_tensor(struct weights *w, const struct shard *s, const char *name, json_t *info, struct tensor *out,
+static int parse_tensor(struct weights *w, const struct shard *s, const char *name, json_t *info, struct entry *out,
                         struct err *err)
 {
     enum dtype dtype;
@@ -110,15 +130,11 @@ static int parse_tensor(struct weights *w, const struct shard *s, const char *na
     if (!json_is_array(shape) || dims > TENSOR_MAX_DIMS || json_array_size(offsets) != 2)
         return err_set(err, ERR_CORRUPT, "%s: tensor %.120s has no shape of at most 4 dimensions and two offsets",
                        s->path, name);
-    int64_t n[TENSOR_MAX_DIMS] = {1, 1, 1, 1};
-    int64_t start = json_integer_value(json_array_get(offsets, 0)),
-            end = json_integer_value(json_array_get(offsets, 1));
-    int64_t bytes = (int64_t)dtype_size(dtype), room = (int64_t)(s->size - s->data);
-    for (int i = 0; i < dims; i++) {
-        n[i] = json_integer_value(json_array_get(shape, (size_t)i));
-        if (n[i] < 0 || __builtin_mul_overflow(bytes, n[i], &bytes))
-            return err_set(err, ERR_CORRUPT, "%s: tensor %.120s has an impossible shape", s->path, name);
-    }
+    int64_t n[TENSOR_MAX_DIMS];
+    int64_t start = whole(json_array_get(offsets, 0)), end = whole(json_array_get(offsets, 1));
+    int64_t bytes = parse_shape(shape, dtype, n), room = (int64_t)(s->size - s->data);
+    if (bytes < 0)
+        return err_set(err, ERR_CORRUPT, "%s: tensor %.120s has an impossible shape", s->path, name);
     if (start < 0 || end < start || end > room || end - start != bytes)
         return err_set(err, ERR_CORRUPT,
                        "%s: tensor %.120s needs bytes %lld to %lld of data but the file holds %lld (short or corrupt)",
@@ -130,7 +146,34 @@ static int parse_tensor(struct weights *w, const struct shard *s, const char *na
             return err_set(err, ERR_NO_MEMORY, "%s: out of memory", s->path);
         data = memcpy(copy, data, (size_t)bytes);
     }
-    *out = tensor_of(data, dtype, dims ? dims : 1, n[0], n[1], n[2], n[3]);
+    out->tensor = tensor_of(data, dtype, dims ? dims : 1, n[0], n[1], n[2], n[3]);
+    out->start = start;
+    return 0;
+}
+
+static int by_start(const void *a, const void *b)
+{
+    const struct entry *x = a, *y = b;
+    const int64_t p = x->start - y->start, q = tensor_count(x->tensor) - tensor_count(y->tensor);
+    const int64_t order = p ? p : q; // empty tensors lie before what begins where they do
+    return (order > 0) - (order < 0);
+}
+
+// The format's own rule: the tensors of a file fill its data without overlap and without a hole.
+static int check_layout(const struct shard *s, struct entry *entries, size_t count, struct err *err)
+{
+    int64_t at = 0;
+    qsort(entries, count, sizeof *entries, by_start);
+    for (size_t i = 0; i < count; i++) {
+        if (entries[i].start != at)
+            return err_set(err, ERR_CORRUPT,
+                           "%s: tensor %.120s begins at byte %lld of the data, where the one before ends at %lld",
+                           s->path, entries[i].name, (long long)entries[i].start, (long long)at);
+        at += (int64_t)tensor_bytes(entries[i].tensor);
+    }
+    if ((size_t)at != s->size - s->data)
+        return err_set(err, ERR_CORRUPT, "%s: %zu bytes of data, of which the tensors fill %lld", s->path,
+                       s->size - s->data, (long long)at);
     return 0;
 }
 
@@ -149,6 +192,7 @@ static int parse_header(struct weights *w, struct shard *s, struct err *err)
         return err_set(err, ERR_CORRUPT, "%s: header is not a JSON object: %s", s->path, why.text);
     }
     s->data = 8 + (size_t)length;
+    const size_t before = w->n_entries;
     int rc = 0;
     const char *name;
     json_t *info;
@@ -162,7 +206,7 @@ static int parse_header(struct weights *w, struct shard *s, struct err *err)
         if (rc != 0 || strcmp(name, "__metadata__") == 0)
             continue;
         struct entry *e = &w->entries[w->n_entries];
-        rc = parse_tensor(w, s, name, info, &e->tensor, err);
+        rc = parse_tensor(w, s, name, info, e, err);
         if (rc != 0)
             continue;
         e->shard = s;
@@ -170,7 +214,7 @@ static int parse_header(struct weights *w, struct shard *s, struct err *err)
         w->n_entries++;
     }
     json_decref(root);
-    return rc;
+    return rc != 0 ? rc : check_layout(s, w->entries + before, w->n_entries - before, err);
 }
 
 static int by_name(const void *a, const void *b)
@@ -206,8 +250,8 @@ static int open_index(struct weights *w, const char *dir, const char *index_path
     json_t *root = json_load_file(index_path, 0, &why), *map = json_object_get(root, "weight_map"), *file;
     json_t *files = json_object();
     const char *name;
-    json_object_foreach(map, name, file) if (json_is_string(file))
-        json_object_set_new(files, json_string_value(file), json_true());
+    json_object_foreach(map, name, file) // what is no name becomes one that is refused
+        json_object_set_new(files, json_is_string(file) ? json_string_value(file) : "/", json_true());
     int rc, count = 0, total = (int)json_object_size(files);
     const char **names = calloc((size_t)total + 1, sizeof *names);
     if (!names)
@@ -307,8 +351,8 @@ static int get(const struct weights *w, struct tensor *out, int dims, const int6
     char found[96], expected[96];
     print_shape(expected, sizeof expected, dims, n);
     if (!e)
-        return err_set(err, ERR_CORRUPT, "%s: tensor %s %s is missing", w->n_shards ? w->shards[0].path : "?", name,
-                       expected);
+        return err_set(err, ERR_CORRUPT, "%s%s: tensor %s %s is missing", w->shards[0].path,
+                       w->n_shards > 1 ? " and its other shards" : "", name, expected);
     if (e->tensor.dims != dims || memcmp(e->tensor.n, n, (size_t)dims * sizeof *n) != 0) {
         print_shape(found, sizeof found, e->tensor.dims, e->tensor.n);
         return err_set(err, ERR_CORRUPT, "%s: tensor %s has shape %s but the configuration implies %s", e->shard->path,
