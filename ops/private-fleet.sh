@@ -105,7 +105,7 @@ fleet_cli() {
 fleet_groups_ready() {
   local status
   status=$(fleet_cli status --json 2>/dev/null || true)
-  [[ $status != *'"state":"failed"'* ]] || return 2
+  [[ ! $status =~ \"state\":\"failed\"|\"restarts\":[2-9] ]] || return 2 # it will not come right by waiting
   [[ $(grep -o '"state":"ready"' <<<"$status" | wc -l) -ge $1 ]]
 }
 

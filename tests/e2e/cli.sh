@@ -118,3 +118,6 @@ for signal in INT TERM; do
     fail "after SIG$signal: exit status $rc, $(<"$fleet/stops.err")"
   expect 0 "state    QUEUED" "$ditfleet" show "stops-$signal" --tenant acme
 done
+
+fleet_stop supervisor
+! grep -E -A 30 'Sanitizer|runtime error:' "$fleet"/*.log || fail "a sanitizer spoke"

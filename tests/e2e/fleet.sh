@@ -54,6 +54,9 @@ grep -q "^plan     cfg=1 ulysses=2$" "$fleet/out" || fail "not the plan of two r
 grep -q "^3 plain.png$" "$fleet/counts" || fail "the upload was not tried three times: $(<"$fleet/counts")"
 cmp "$fleet/plain.png" "$fleet/sink/plain.png" || fail "the saved picture is not the uploaded one"
 same plain --prompt "a red circle"
+script -qec "'$fleet_build/ditfleet' submit --redis '$fleet_redis_url' --model demo --output-url '$fleet_sink_url/{id}' --wait \
+  --width 64 --height 48 --num-inference-steps 4 --max-sequence-length 64" /dev/null >"$fleet/out" </dev/null
+grep -qF 'denoise  [##############################] 4/4' "$fleet/out" || fail "no bar on a terminal: $(<"$fleet/out")"
 submit guided 0 "cfg=2 ulysses=1" --output-file "$fleet/files/{id}.png" --prompt "a red circle" \
   --negative-prompt "" --true-cfg-scale 2.5 -o "$fleet/guided.png"
 same guided --prompt "a red circle" --negative-prompt "" --true-cfg-scale 2.5
@@ -78,8 +81,8 @@ fleet_cli status --json | grep -q '"dead_letter":[1-9]' || fail "the rubbish is 
 grep -qE "a red circle|rubbish" "$fleet/supervisor.log" && fail "a prompt is in the log"
 
 # ---- a rank dies in the middle: the job comes back and is done
-fleet_cli submit --id survivor --model demo --wait --width 256 --height 256 --num-inference-steps 60 \
-  --max-sequence-length 64 "${url[@]}" >"$fleet/survivor" 2>&1 &
+fleet_cli submit --id survivor --model demo --wait --width 64 --height 64 --num-inference-steps 300 \
+  --max-sequence-length 16 "${url[@]}" >"$fleet/survivor" 2>&1 &
 waiting=$!
 denoising() {
   fleet_cli show survivor 2>/dev/null | grep -q "^stage    denoise"
@@ -97,3 +100,6 @@ fleet_stop supervisor
 for pid in $pids; do
   ! kill -0 "$pid" 2>/dev/null || fail "process $pid outlives its supervisor"
 done
+
+# In a sanitized build, whatever a worker was told of.
+! grep -E -A 30 'Sanitizer|runtime error:' "$fleet"/*.log || fail "a sanitizer spoke"
