@@ -10,7 +10,10 @@
 #include "worker/rng.h"
 #include "worker/weights.h"
 
-enum { SEQUENCE_LIMIT = 512 }; // the reference pipeline's
+enum {
+    SEQUENCE_LIMIT = 512, // the reference pipeline's
+    MAX_DIR = 900,
+};
 
 static int check_pipeline(const char *dir, struct err *err)
 {
@@ -44,6 +47,18 @@ static int load_limits(struct model *m, struct err *err)
     config_int_or(c, "min_side", 16, 16384, &l->min_side);
     config_int_or(c, "max_side", l->min_side, 16384, &l->max_side);
     config_int_or(c, "max_pixels", 256, (int64_t)16384 * 16384, &l->max_pixels);
+    const struct {
+        const char *key;
+        int64_t side;
+    } sides[] = {{"default_width", l->default_width}, {"default_height", l->default_height}};
+    for (int i = 0; i < 2; i++)
+        if (sides[i].side % m->side_multiple || sides[i].side < l->min_side || sides[i].side > l->max_side)
+            config_fail(c, ERR_INVALID, "%s %lld must be a multiple of %lld from min_side %lld to max_side %lld",
+                        sides[i].key, (long long)sides[i].side, (long long)m->side_multiple, (long long)l->min_side,
+                        (long long)l->max_side);
+    if (l->default_width * l->default_height > l->max_pixels)
+        config_fail(c, ERR_INVALID, "default_width x default_height must be at most max_pixels %lld",
+                    (long long)l->max_pixels);
     return config_close(c, err);
 }
 
@@ -71,29 +86,41 @@ static int check_fit(const struct model *m, struct err *err)
     return 0;
 }
 
+static const char *part(char path[1024], const char *dir, const char *name)
+{
+    snprintf(path, 1024, "%.*s/%s", MAX_DIR, dir, name);
+    return path;
+}
+
+// Every file that shapes a picture: the small ones whole, the weights as weights_fingerprint samples them.
 static void fingerprint(struct model *m)
 {
+    static const char *const files[] = {
+        "scheduler/scheduler_config.json", "tokenizer/vocab.json",     "tokenizer/merges.txt",
+        "tokenizer_2/spiece.model",        "text_encoder/config.json", "text_encoder_2/config.json",
+        "transformer/config.json",         "vae/config.json"};
     const struct weights *parts[] = {clip_weights(m->clip), t5_weights(m->t5), flux_weights(m->dit),
                                      vae_weights(m->vae)};
-    uint8_t digest[32];
+    uint8_t digest[32], bytes[4096];
+    char path[1024];
     EVP_MD_CTX *md = EVP_MD_CTX_new();
     EVP_DigestInit_ex(md, EVP_sha256(), NULL);
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        FILE *f = fopen(part(path, m->dir, files[i]), "rbe");
+        EVP_DigestUpdate(md, files[i], strlen(files[i]));
+        for (size_t n; f && (n = fread(bytes, 1, sizeof bytes, f)) > 0;)
+            EVP_DigestUpdate(md, bytes, n);
+        if (f)
+            fclose(f);
+    }
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         weights_fingerprint(parts[i], digest);
         EVP_DigestUpdate(md, digest, sizeof digest);
     }
-    EVP_DigestUpdate(md, &m->sampler.shift, sizeof m->sampler.shift);
-    EVP_DigestUpdate(md, &m->sampler.dynamic, sizeof m->sampler.dynamic);
     EVP_DigestFinal_ex(md, digest, NULL);
     EVP_MD_CTX_free(md);
     for (int i = 0; i < 32; i++)
         snprintf(m->hash + 2 * i, 3, "%02x", digest[i]);
-}
-
-static const char *part(char path[1024], const char *dir, const char *name)
-{
-    snprintf(path, 1024, "%.900s/%s", dir, name);
-    return path;
 }
 
 static int load_parts(struct model *m, struct err *err)
@@ -116,6 +143,8 @@ static int load_parts(struct model *m, struct err *err)
 int model_load(const char *dir, struct model **out, struct err *err)
 {
     *out = NULL;
+    if (strlen(dir) > MAX_DIR)
+        return err_set(err, ERR_INVALID, "model directory %.80s...: path longer than %d bytes", dir, MAX_DIR);
     struct model *m = calloc(1, sizeof *m);
     if (m)
         m->dir = strdup(dir);

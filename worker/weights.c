@@ -372,6 +372,15 @@ static int get(const struct weights *w, struct tensor *out, int dims, const int6
     vsnprintf(name, sizeof name, format, name##_args);                                                                 \
     va_end(name##_args)
 
+int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
+{
+    FORMAT_NAME(name, name_format);
+    const struct entry *e = find(w, name);
+    return e ? err_set(err, ERR_CORRUPT, "%s: tensor %s is there, but by the configuration's %s it should not be",
+                       e->shard->path, name, key)
+             : 0;
+}
+
 int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
                 struct err *err, const char *name_format, ...)
 {

@@ -14,6 +14,9 @@ struct weights;
 int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err);
 void weights_free(struct weights *w);
 bool weights_has(const struct weights *w, const char *name);
+// Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.
+int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
+    __attribute__((format(printf, 4, 5)));
 int64_t weights_bytes(const struct weights *w); // of all tensors
 // Fingerprint of names, types, shapes, sizes and 64 sampled pages a file: tells checkpoints apart without reading
 // all of them.

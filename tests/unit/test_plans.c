@@ -202,10 +202,11 @@ static double compare(const struct outcome *o, const struct outcome *one)
 }
 
 static const struct plan whole[] = {{2, 1, 2}, {4, 1, 4}, {8, 1, 8}, {0}};
-static const struct plan guided[] = {{2, 2, 1}, {2, 1, 2}, {4, 2, 2}, {8, 2, 4}, {8, 1, 8}, {0}};
+static const struct plan guided[] = {{2, 2, 1}, {2, 1, 2}, {4, 2, 2}, {8, 1, 8}, {8, 2, 4}, {0}};
 static const bool uncut[4];
 
-// The job under one rank and under every plan of the list; cut: what the result must say of the prompts.
+// The job under one rank and under every plan of the list (where SANITIZED, the last, which spreads it thinnest); cut:
+// what the result must say of the prompts.
 static void check(void **state, const char *const *fields, const struct plan *plans, const bool cut[4])
 {
     const struct model *m = *state;
@@ -216,6 +217,8 @@ static void check(void **state, const char *const *fields, const struct plan *pl
     expect_success(one, 1);
     assert_memory_equal(one->cut, cut, sizeof one->cut);
     double worst = 0;
+    while (SANITIZED && plans[1].ranks)
+        plans++;
     for (; plans->ranks; plans++) {
         struct outcome *o = outcome_new();
         g.want = *plans, g.outcome = o;
@@ -387,6 +390,8 @@ static void compare_predictions(const struct outcome *o, const struct outcome *o
 static void same_input_each_step(void **state)
 {
     enum { STEPS = 4 };
+    if (SANITIZED)
+        return;
     const struct model *m = *state;
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
                                                 "112", "height", "80", "num_inference_steps", "4"));

@@ -76,6 +76,8 @@ static int load_weights(struct clip *c, const char *dir, struct err *err)
                     "text_model.embeddings.position_embedding.weight"));
     for (int64_t i = 0; i < c->layers; i++)
         TRY(load_layer(c, &c->layer[i], i, err));
+    TRY(weights_refuse(c->weights, "num_hidden_layers", err, "text_model.encoder.layers.%d.layer_norm1.weight",
+                       (int)c->layers));
     return weights_norm(c->weights, &c->final_gamma, &c->final_beta, c->dim, err, "text_model.final_layer_norm");
 }
 

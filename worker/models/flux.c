@@ -372,10 +372,15 @@ static int load_weights(struct flux *f, const char *dir, struct err *err)
     }
     for (int i = 0; i < f->n_single; i++)
         TRY(load_single(f, &f->singles[i], i, err));
+    TRY(weights_refuse(f->weights, "num_layers", err, "transformer_blocks.%d.norm1.linear.weight", (int)f->n_double));
+    TRY(weights_refuse(f->weights, "num_single_layers", err, "single_transformer_blocks.%d.norm.linear.weight",
+                       (int)f->n_single));
     TRY(load_embedder(f, &f->time, "timestep_embedder", SINUSOID, err));
     TRY(load_embedder(f, &f->pooled, "text_embedder", f->pooled_dim, err));
     if (f->guidance)
         TRY(load_embedder(f, &f->scale, "guidance_embedder", SINUSOID, err));
+    else
+        TRY(weights_refuse(f->weights, "guidance_embeds", err, "time_text_embed.guidance_embedder.linear_1.weight"));
     TRY(weights_linear1(f->weights, &f->embed_image, f->dim, f->channels, true, err, "x_embedder"));
     TRY(weights_linear1(f->weights, &f->embed_text, f->dim, f->text_dim, true, err, "context_embedder"));
     TRY(weights_linear1(f->weights, &f->mod_out, 2 * f->dim, f->dim, true, err, "norm_out.linear"));

@@ -73,6 +73,7 @@ static int load_weights(struct t5 *t, const char *dir, struct err *err)
                     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"));
     for (int64_t i = 0; i < t->layers; i++)
         TRY(load_layer(t, &t->layer[i], i, err));
+    TRY(weights_refuse(t->weights, "num_layers", err, "encoder.block.%d.layer.0.layer_norm.weight", (int)t->layers));
     return weights_get(t->weights, &t->final_norm, 1, t->dim, 1, 1, 1, err, "encoder.final_layer_norm.weight");
 }
 

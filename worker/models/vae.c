@@ -264,8 +264,17 @@ static int load_weights(struct vae *v, const char *dir, struct err *err)
     TRY(load_resnet(v, &v->mid[1], top, top, err, "mid_block.resnets.1"));
     if (v->mid_attention)
         TRY(load_attention(v, top, err));
+    else
+        TRY(weights_refuse(v->weights, "mid_block_add_attention", err,
+                           "decoder.mid_block.attentions.0.group_norm.weight"));
     for (int i = 0; i < v->levels; i++)
         TRY(load_level(v, i, i ? v->channels[v->levels - i] : top, err));
+    TRY(weights_refuse(v->weights, "block_out_channels", err, "decoder.up_blocks.%d.resnets.0.norm1.weight",
+                       v->levels));
+    TRY(weights_refuse(v->weights, "layers_per_block", err, "decoder.up_blocks.0.resnets.%d.norm1.weight",
+                       (int)v->layers + 1));
+    if (!v->post_quant)
+        TRY(weights_refuse(v->weights, "use_post_quant_conv", err, "post_quant_conv.weight"));
     TRY(weights_norm(v->weights, &v->norm_out.gamma, &v->norm_out.beta, v->channels[0], err, "decoder.conv_norm_out"));
     return weights_conv(v->weights, &v->conv_out, v->out_channels, v->channels[0], 3, err, "decoder.conv_out");
 }
