@@ -486,38 +486,64 @@ static void chosen(void **state)
     }
 }
 
-// A refusal ends the job on every rank with the same words, and the group goes on.
-static int refused_then_served(const struct group *g, struct comm *comm, struct err *err)
+// ---- jobs that end early: on every rank, in the same words, and the group goes on to the next
+
+static int stop_at_first_step(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
 {
-    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
-    const struct engine_hooks none = {0};
-    const struct plan other = {0};
+    (void)arg, (void)steps;
+    return stage == ENGINE_DENOISE && step == 1 ? err_set(err, ERR_CANCELLED, "somebody asked to stop") : 0;
+}
+
+static int ended_then_served(const struct group *g, struct comm *comm, struct err *err)
+{
+    const bool leads = comm_rank(comm) == 0; // who alone is asked
+    const struct engine_options options = {
+        .kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm, .memory_limit = 8 << 20};
+    const struct engine_hooks none = {0}, stopping = {.progress = leads ? stop_at_first_step : NULL};
     struct engine *e;
     struct engine_result result;
     TRY(engine_new(&options, &e, err));
-    int rc = engine_run(e, g->model, g->job, &g->want, &none, &result, err);
+    int rc = engine_run(e, g->model, g->job, &g->want, &stopping, &result, err);
+    Ditfleet__V1__Job small = *g->job;
     struct err later;
-    if (engine_run(e, g->model, g->job, &other, &none, &result, &later) != 0)
-        rc = ERR_INTERNAL;
+    small.width = small.height = 32;
+    if (engine_run(e, g->model, &small, &(struct plan){0}, &none, &result, &later) != 0)
+        rc = err_set(err, ERR_INTERNAL, "the next job: %s", later.text);
     engine_result_free(&result);
     engine_free(e);
     return rc;
 }
 
-static void refusal_is_shared(void **state)
+static void endings(void **state)
 {
+    static const struct {
+        struct plan want;
+        const char *side;
+        enum err_code code;
+        const char *text;
+    } rows[] = {
+        {{4, 2, 2}, "32", ERR_UNSUPPORTED, "two guidance branches"},
+        {{2, 0, 0}, "32", ERR_CANCELLED, "somebody asked to stop"},
+        {{1, 0, 0}, "32", ERR_CANCELLED, "somebody asked to stop"},
+        {{2, 0, 0}, "512", ERR_UNSUPPORTED, "width 512 x height 512 needs 0.10 GiB of activations on each of 2 ranks"},
+        {{1, 0, 0}, "512", ERR_UNSUPPORTED, "but 0.01 GiB are free"},
+    };
     const struct model *m = *state;
-    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "width", "32", "height", "32", "num_inference_steps", "1"));
-    struct outcome *o = outcome_new();
-    struct group g = {.model = m, .job = job, .want = {4, 2, 2}, .outcome = o, .work = refused_then_served};
-    run_group(&g);
-    for (int r = 0; r < 4; r++) {
-        assert_int_equal(o->rc[r], ERR_UNSUPPORTED);
-        assert_string_equal(o->err[r].text, o->err[0].text);
-        assert_non_null(strstr(o->err[r].text, "two guidance branches"));
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const int ranks = rows[i].want.ranks;
+        Ditfleet__V1__Job *job =
+            demo_job(m, FIELDS(PROMPT, "width", rows[i].side, "height", rows[i].side, "num_inference_steps", "2"));
+        struct outcome *o = outcome_new();
+        struct group g = {.model = m, .job = job, .want = rows[i].want, .outcome = o, .work = ended_then_served};
+        run_group(&g);
+        for (int r = 0; r < ranks; r++) {
+            if (o->rc[r] != (int)rows[i].code || !strstr(o->err[r].text, rows[i].text))
+                fail_msg("row %zu, rank %d: %d %s", i, r, o->rc[r], o->err[r].text);
+            assert_string_equal(o->err[r].text, o->err[0].text);
+        }
+        outcome_free(o);
+        job_free(job);
     }
-    outcome_free(o);
-    job_free(job);
 }
 
 static int set_up(void **state)
@@ -535,13 +561,11 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(square),       cmocka_unit_test(odd_size),
-        cmocka_unit_test(one_step),     cmocka_unit_test(true_cfg),
-        cmocka_unit_test(empty_prompt), cmocka_unit_test(long_prompt),
-        cmocka_unit_test(little_text),  cmocka_unit_test(tiny),
-        cmocka_unit_test(two_images),   cmocka_unit_test(refused),
-        cmocka_unit_test(chosen),       cmocka_unit_test(same_input_each_step),
-        cmocka_unit_test(threads),      cmocka_unit_test(refusal_is_shared),
+        cmocka_unit_test(square),      cmocka_unit_test(odd_size),     cmocka_unit_test(one_step),
+        cmocka_unit_test(true_cfg),    cmocka_unit_test(empty_prompt), cmocka_unit_test(long_prompt),
+        cmocka_unit_test(little_text), cmocka_unit_test(tiny),         cmocka_unit_test(two_images),
+        cmocka_unit_test(refused),     cmocka_unit_test(chosen),       cmocka_unit_test(same_input_each_step),
+        cmocka_unit_test(threads),     cmocka_unit_test(endings),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
