@@ -1,0 +1,76 @@
+// run.c: one job on one rank: what its stages share.
+#include "worker/run.h"
+
+#include <stdlib.h>
+
+void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan)
+{
+    static const struct engine_hooks none = {0};
+    const int64_t scale = vae_scale(m->vae);
+    *r = (struct run){.model = m, .job = job, .plan = *plan, .hooks = &none};
+    r->branches = job_true_cfg(job) ? 2 : 1;
+    r->latent_h = job->height / scale;
+    r->latent_w = job->width / scale;
+    r->image_tokens = (r->latent_h / 2) * (r->latent_w / 2);
+    r->text_tokens = job->max_sequence_length;
+}
+
+// How rows meet and how the blocks are gone through under this plan. A new way to share one picture is a link or a
+// runner, and a line here.
+static void choose_ways(struct run *r)
+{
+    r->world.attention = &attention_local;
+    r->branch.attention = r->plan.ulysses > 1 ? &attention_ulysses : &attention_local;
+    r->runner = &runner_whole;
+}
+
+int run_join(struct run *r, struct comm *world, struct err *err)
+{
+    const int me = comm_rank(world), u = r->plan.ulysses;
+    choose_ways(r);
+    r->world.comm = world;
+    TRY(comm_group(world, me / u * u, 1, u, &r->branch.comm, err));
+    return r->plan.cfg == 2 ? comm_group(world, me % u, u, 2, &r->pair, err) : 0;
+}
+
+void run_leave(struct run *r)
+{
+    comm_free(r->pair);
+    comm_free(r->branch.comm);
+    r->pair = r->branch.comm = NULL;
+}
+
+void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)
+{
+    r->world.k = r->branch.k = k;
+    r->world.d = r->branch.d = d;
+    r->world.arena = r->branch.arena = arena;
+}
+
+int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err)
+{
+    if (r->dry)
+        return exec_check(&r->world, err);
+    TRY(exec_check(&r->world, err));
+    TRY(comm_check(r->branch.comm, err));
+    struct err stop = {.code = ERR_NONE};
+    if (r->hooks->progress)
+        r->hooks->progress(r->hooks->arg, stage, step, (int)r->job->num_inference_steps, &stop);
+    if (comm_size(r->control) > 1)
+        comm_broadcast(r->control, &stop, sizeof stop, 0);
+    TRY(comm_check(r->control, err));
+    r->agreed = stop.code != ERR_NONE;
+    return r->agreed ? err_set(err, stop.code, "%s", stop.text) : 0;
+}
+
+void run_trace(struct run *r, const char *name, struct tensor t)
+{
+    if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
+        return;
+    float *host = malloc(tensor_bytes(t));
+    if (!host)
+        return;
+    r->world.k->download(r->world.d, host, t);
+    r->hooks->trace(r->hooks->arg, name, tensor_of(host, DT_F32, t.dims, t.n[0], t.n[1], t.n[2], t.n[3]));
+    free(host);
+}
