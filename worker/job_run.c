@@ -200,6 +200,10 @@ static void settle(struct leader *l, struct held *h, const struct err *why, bool
 static int run_shared(struct leader *l, struct watch *watch, int model, int *rc, struct err *why, struct err *err)
 {
     struct held *h = watch->held;
+    const Ditfleet__V1__Job *job = h->job;
+    log_line(l->w->log, LOG_INFO, "job.started", "job=%s model=%s size=%ux%u steps=%u prompt_bytes=%zu%s%s",
+             h->claim.fence.id, h->claim.pool, job->width, job->height, job->num_inference_steps, strlen(job->prompt),
+             *job->traceparent ? " traceparent=" : "", job->traceparent);
     pulse_report(l->w->pulse, STAGE_TEXT, 0, 0, h->claim.fence.id);
     TRY(share_order(l, model, h->job, err));
     *rc = run_job(l->w, model, h->job, watch, &h->result, why);
