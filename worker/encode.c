@@ -76,8 +76,9 @@ int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], 
         {"clip_ids", "t5_ids", "prompt_embeds", "pooled_prompt_embeds"},
         {"negative_clip_ids", "negative_t5_ids", "negative_prompt_embeds", "negative_pooled_prompt_embeds"}};
     struct ids ids[BRANCHES] = {{0}};
+    const int branches = r->branches;
     int rc = run_checkpoint(r, ENGINE_TEXT, 0, err);
-    for (int b = 0; b < r->branches; b++) {
+    for (int b = 0; b < branches; b++) {
         prompts[b].embeds = exec_tensor(&r->world, 2, r->text_tokens, r->model->info.text_dim, 1, 1);
         prompts[b].pooled = exec_tensor(&r->world, 2, 1, r->model->info.pooled_dim, 1, 1);
         if (rc == 0)
@@ -85,7 +86,7 @@ int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], 
     }
     if (rc == 0)
         encode_and_share(r, ids, prompts);
-    for (int b = 0; b < r->branches; b++) {
+    for (int b = 0; b < branches; b++) {
         if (rc == 0) {
             trace_ids(r, names[b][0], ids[b].clip, clip_positions(r->model->clip));
             trace_ids(r, names[b][1], ids[b].t5, r->text_tokens);

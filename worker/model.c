@@ -99,8 +99,9 @@ static void fingerprint(struct model *m)
         "scheduler/scheduler_config.json", "tokenizer/vocab.json",     "tokenizer/merges.txt",
         "tokenizer_2/spiece.model",        "text_encoder/config.json", "text_encoder_2/config.json",
         "transformer/config.json",         "vae/config.json"};
-    const struct weights *parts[] = {clip_weights(m->clip), t5_weights(m->t5), flux_weights(m->dit),
-                                     vae_weights(m->vae)};
+    enum { PARTS = 4 };
+    const struct weights *parts[PARTS] = {clip_weights(m->clip), t5_weights(m->t5), flux_weights(m->dit),
+                                          vae_weights(m->vae)};
     uint8_t digest[32], bytes[4096];
     char path[1024];
     EVP_MD_CTX *md = EVP_MD_CTX_new();
@@ -113,7 +114,7 @@ static void fingerprint(struct model *m)
         if (f)
             fclose(f);
     }
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+    for (size_t i = 0; i < PARTS; i++) {
         weights_fingerprint(parts[i], digest);
         EVP_DigestUpdate(md, digest, sizeof digest);
     }

@@ -79,12 +79,11 @@ static int map_file(struct shard *s, const char *path, struct err *err)
         return err_set(err, ERR_CORRUPT, "%s: too short for a safetensors file, or not a file", path);
     }
     s->size = (size_t)st.st_size;
-    s->map = mmap(NULL, s->size, PROT_READ, MAP_SHARED, fd, 0);
+    void *map = mmap(NULL, s->size, PROT_READ, MAP_SHARED, fd, 0);
     close(fd);
-    if (s->map == MAP_FAILED) {
-        s->map = NULL;
+    if (map == MAP_FAILED)
         return err_set(err, ERR_NO_MEMORY, "%s: cannot be mapped (%s)", path, strerror(errno));
-    }
+    s->map = map;
     return 0;
 }
 
@@ -138,7 +137,7 @@ static int parse_tensor(struct weights *w, const struct shard *s, const char *na
     if (start < 0 || end < start || end > room || end - start != bytes)
         return err_set(err, ERR_CORRUPT,
                        "%s: tensor %.120s needs bytes %lld to %lld of data but the file holds %lld (short or corrupt)",
-                       s->path, name, (long long)start, (long long)(start + bytes), (long long)room);
+                       s->path, name, (long long)start, (long long)start + bytes, (long long)room);
     void *data = s->map + s->data + start;
     if ((uintptr_t)data % dtype_size(dtype) != 0) { // old writers did not pad the header
         void *copy = own(w, (size_t)bytes);

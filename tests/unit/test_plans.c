@@ -280,9 +280,9 @@ static void empty_prompt(void **state)
 // Longer than both encoders take: the picture is that of what fits, and the result says so, of the text it was.
 static void long_prompt(void **state)
 {
-    char text[4000] = "";
-    for (int i = 0; i < 120; i++)
-        strcat(text, "a red circle and ");
+    char text[4000];
+    for (size_t at = 0; at + 20 < sizeof text;)
+        at += (size_t)snprintf(text + at, sizeof text - at, "a red circle and ");
     check(state,
           FIELDS("prompt", text, "seed", "9", "max_sequence_length", "96", "width", "112", "height", "80",
                  "num_inference_steps", "2"),
@@ -518,15 +518,14 @@ static void endings(void **state)
 {
     static const struct {
         struct plan want;
-        const char *side;
         enum err_code code;
-        const char *text;
+        const char *side, *text;
     } rows[] = {
-        {{4, 2, 2}, "32", ERR_UNSUPPORTED, "two guidance branches"},
-        {{2, 0, 0}, "32", ERR_CANCELLED, "somebody asked to stop"},
-        {{1, 0, 0}, "32", ERR_CANCELLED, "somebody asked to stop"},
-        {{2, 0, 0}, "512", ERR_UNSUPPORTED, "width 512 x height 512 needs 0.10 GiB of activations on each of 2 ranks"},
-        {{1, 0, 0}, "512", ERR_UNSUPPORTED, "but 0.01 GiB are free"},
+        {{4, 2, 2}, ERR_UNSUPPORTED, "32", "two guidance branches"},
+        {{2, 0, 0}, ERR_CANCELLED, "32", "somebody asked to stop"},
+        {{1, 0, 0}, ERR_CANCELLED, "32", "somebody asked to stop"},
+        {{2, 0, 0}, ERR_UNSUPPORTED, "512", "width 512 x height 512 needs 0.10 GiB of activations on each of 2 ranks"},
+        {{1, 0, 0}, ERR_UNSUPPORTED, "512", "but 0.01 GiB are free"},
     };
     const struct model *m = *state;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {

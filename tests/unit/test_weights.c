@@ -42,7 +42,8 @@ static size_t compose(uint8_t *out, const char *header, const void *data, size_t
 {
     const uint64_t length = strlen(header);
     memcpy(out, &length, sizeof length);
-    memcpy(out + 8, header, length);
+    for (uint64_t i = 0; i < length; i++)
+        out[8 + i] = (uint8_t)header[i];
     if (size)
         memcpy(out + 8 + length, data, size);
     return 8 + length + size;
