@@ -11,6 +11,7 @@
 
 struct config {
     json_t *root;
+    json_t *asked; // the keys that were read
     struct err *err;
     char path[1024];
 };
@@ -40,6 +41,7 @@ struct config *config_open(const char *dir, const char *name, struct err *err)
         return NULL;
     }
     c->err = err;
+    c->asked = json_object();
     if (snprintf(c->path, sizeof c->path, "%s/%s", dir, name) >= (int)sizeof c->path)
         config_fail(c, ERR_INVALID, "path too long");
     else
@@ -51,6 +53,7 @@ int config_close(struct config *c, struct err *err)
 {
     if (c) {
         json_decref(c->root);
+        json_decref(c->asked);
         free(c);
     }
     return err->code;
@@ -73,6 +76,7 @@ static json_t *value(const struct config *c, const char *key)
 {
     if (!c || c->err->code != ERR_NONE)
         return NULL;
+    json_object_set_new(c->asked, key, json_true());
     json_t *v = json_object_get(c->root, key);
     return json_is_null(v) ? NULL : v;
 }
@@ -165,4 +169,14 @@ void config_require(struct config *c, const char *key, const char *expected)
     config_string(c, key, found, sizeof found);
     if (strcmp(found, expected) != 0)
         config_fail(c, ERR_UNSUPPORTED, "%s is \"%s\"; supported: \"%s\"", key, found, expected);
+}
+
+void config_refuse_rest(struct config *c)
+{
+    const char *key;
+    json_t *v;
+    if (!c)
+        return;
+    json_object_foreach(c->root, key, v) if (!json_object_get(c->asked, key))
+        config_fail(c, ERR_INVALID, "%.60s is no key of this file", key);
 }

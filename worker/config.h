@@ -32,5 +32,7 @@ void config_string(struct config *c, const char *key, char *out, int size);
 // Refuse what this engine does not compute: a key that is set (not null, not false); another string than this.
 void config_refuse(struct config *c, const char *key);
 void config_require(struct config *c, const char *key, const char *value);
+// Refuses keys that nothing above asked for: for a file of our own, where such a key is a slip.
+void config_refuse_rest(struct config *c);
 
 #endif

@@ -47,6 +47,7 @@ static int load_limits(struct model *m, struct err *err)
     config_int_or(c, "min_side", 16, 16384, &l->min_side);
     config_int_or(c, "max_side", l->min_side, 16384, &l->max_side);
     config_int_or(c, "max_pixels", 256, (int64_t)16384 * 16384, &l->max_pixels);
+    config_refuse_rest(c);
     const struct {
         const char *key;
         int64_t side;

@@ -349,6 +349,7 @@ static void wrong_keys(void **state)
          "scheduler/scheduler_config.json", "_class_name"},
         {"ditfleet.json", "max_side", "\"big\"", ERR_INVALID, "ditfleet.json", "max_side must be a whole number"},
         {"ditfleet.json", "max_side", "8", ERR_INVALID, "ditfleet.json", "max_side"},
+        {"ditfleet.json", "max_sides", "512", ERR_INVALID, "ditfleet.json", "max_sides is no key"},
         {"ditfleet.json", "min_side", "0", ERR_INVALID, "ditfleet.json", "min_side"},
         {"ditfleet.json", "min_side", "512", ERR_INVALID, "ditfleet.json", "default_width 256"},
         {"ditfleet.json", "default_height", "250", ERR_INVALID, "ditfleet.json",
