@@ -3,14 +3,13 @@
 
 #include "ops/cli/cli.h"
 
-static const struct cli_command *const commands[] = {&cli_generate, &cli_submit, &cli_show,
-                                                     &cli_cancel,   &cli_status, &cli_tenant};
-enum { N_COMMANDS = sizeof commands / sizeof *commands };
+static const struct cli_command *const commands[] = {&cli_generate, &cli_submit, &cli_show, &cli_cancel,
+                                                     &cli_status,   &cli_tenant, NULL};
 
 static void print_usage(FILE *to)
 {
     fprintf(to, "ditfleet: image generation on a fleet of GPU workers\n\nusage: ditfleet COMMAND [flags]\n\n");
-    for (int i = 0; i < N_COMMANDS; i++)
+    for (int i = 0; commands[i]; i++)
         fprintf(to, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
     fprintf(to,
             "\n`ditfleet COMMAND --help` lists a command's flags.\n"
@@ -27,7 +26,7 @@ int main(int argc, char **argv)
         print_usage(stdout);
         return CLI_OK;
     }
-    for (int i = 0; i < N_COMMANDS; i++)
+    for (int i = 0; commands[i]; i++)
         if (strcmp(argv[1], commands[i]->name) == 0)
             return commands[i]->run(commands[i], argc - 1, argv + 1);
     fprintf(stderr, "ditfleet: unknown command %s\n\n", argv[1]);
