@@ -13,11 +13,10 @@ struct device {
 
 static int dry_open(const struct device_options *options, struct device **out, struct err *err)
 {
-    (void)options;
     *out = malloc(sizeof **out);
     if (!*out)
         return err_set(err, ERR_NO_MEMORY, "no memory for a dry device");
-    **out = (struct device){.check = {.activation = DT_F32}, .next = (uintptr_t)1 << 32};
+    **out = (struct device){.check = {.activation = options->activation}, .next = (uintptr_t)1 << 32};
     return 0;
 }
 
@@ -74,6 +73,19 @@ static void dry_download(struct device *d, void *host, struct tensor src)
 {
     if (check_transfer(&d->check, "download", src, host))
         COUNT(0, src);
+}
+
+static int dry_place(struct device *d, struct tensor host, struct tensor *out, struct err *err)
+{
+    (void)d, (void)err;
+    *out = host;
+    return 0;
+}
+
+static int dry_place_linear(struct device *d, struct linear *w, struct err *err)
+{
+    (void)d, (void)w, (void)err;
+    return 0;
 }
 
 static void dry_copy(struct device *d, struct tensor dst, struct tensor src)
@@ -246,6 +258,8 @@ const struct kernels kernels_dry = {
     .free = dry_free,
     .upload = dry_upload,
     .download = dry_download,
+    .place = dry_place,
+    .place_linear = dry_place_linear,
     .copy = dry_copy,
     .zero = dry_zero,
     .linear = dry_linear,

@@ -44,7 +44,9 @@ struct attention_opts {
 };
 
 struct device_options {
-    int threads; // cpu: threads an operation may use, 1 or more
+    int threads;           // cpu: threads an operation may use, 1 or more
+    int gpu;               // cuda: which one, from 0, as the driver counts those it shows to this process
+    enum dtype activation; // F32 (cpu has no other), BF16 or F16
 };
 
 // What dry counted since it was opened.
@@ -55,7 +57,9 @@ struct kernel_cost {
 
 struct kernels {
     const char *name;
-    enum dtype activation; // type of activations
+    // Type of activations unless the options of open ask for another; then the caller goes on with a copy of the table
+    // in which this field says it.
+    enum dtype activation;
 
     int (*open)(const struct device_options *options, struct device **out, struct err *err);
     void (*close)(struct device *d);
@@ -70,6 +74,11 @@ struct kernels {
     // tensor's own type.
     void (*upload)(struct device *d, struct tensor dst, const void *host);
     void (*download)(struct device *d, void *host, struct tensor src);
+    // *out = a weight in host memory where the device's operations can read it: the host tensor itself (cpu, dry), or a
+    // copy that the device owns until it is closed (cuda). A copy of two or more dimensions has the activation type.
+    int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
+    // The same for a linear layer, whose parts may become one part there.
+    int (*place_linear)(struct device *d, struct linear *w, struct err *err);
 
     // ---- rows
     void (*copy)(struct device *d, struct tensor dst, struct tensor src); // same shape and type, any ld

@@ -89,6 +89,9 @@ static int cpu_open(const struct device_options *options, struct device **out, s
     if (options->threads < 1 || options->threads > MAX_THREADS)
         return err_set(err, ERR_INVALID, "%d threads for the cpu backend: 1 to %d are allowed", options->threads,
                        MAX_THREADS);
+    if (options->activation != DT_F32)
+        return err_set(err, ERR_UNSUPPORTED, "activations of type %s on the cpu: it computes in F32 alone",
+                       options->activation < DT_COUNT ? dtype_name(options->activation) : "unknown");
     struct device *d = calloc(1, sizeof *d);
     if (!d)
         return err_set(err, ERR_NO_MEMORY, "no memory for a cpu device");
@@ -180,6 +183,19 @@ static void cpu_download(struct device *d, void *host, struct tensor src)
     }
 }
 
+static int cpu_place(struct device *d, struct tensor host, struct tensor *out, struct err *err)
+{
+    (void)d, (void)err;
+    *out = host;
+    return 0;
+}
+
+static int cpu_place_linear(struct device *d, struct linear *w, struct err *err)
+{
+    (void)d, (void)w, (void)err;
+    return 0;
+}
+
 struct bytes_job {
     char *to;
     const char *from;            // NULL: zeros
@@ -225,6 +241,8 @@ const struct kernels kernels_cpu = {
     .free = cpu_free,
     .upload = cpu_upload,
     .download = cpu_download,
+    .place = cpu_place,
+    .place_linear = cpu_place_linear,
     .copy = cpu_copy,
     .zero = cpu_zero,
     .linear = cpu_linear,

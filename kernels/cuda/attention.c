@@ -1,0 +1,155 @@
+// attention.c: attention through cuDNN's fused engine where it has one (halves, head sizes it knows, no bias); else as
+// two products with a softmax between, on as many queries at a time as fit the scratch memory: any size, bias or type.
+#include "kernels/cuda/graph.h"
+
+#include <math.h>
+
+static const int64_t SCORE_BYTES = 256 << 20; // of scores and weights together, about
+
+// ---- fused
+
+// softmax(scale q k^T) v over (1, heads, rows, dim): the operations whose pattern cuDNN knows as one.
+static void describe(struct graph *g, const int64_t *key)
+{
+    enum dtype type = (enum dtype)key[0];
+    int64_t m = key[1], s = key[2], heads = key[3], dim = key[4], causal = key[9];
+    const int64_t scores[] = {1, heads, m, s}, rows[] = {1, heads, m, 1}, one[] = {1, 1, 1, 1};
+    const int64_t packed[] = {heads * m * s, m * s, s, 1}, packed_rows[] = {heads * m, m, 1, 1};
+    int q = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, m, dim}, (int64_t[]){m * key[5], dim, key[5], 1});
+    int k = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, dim, s}, (int64_t[]){s * key[6], dim, 1, key[6]});
+    int v = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, s, dim}, (int64_t[]){s * key[7], dim, key[7], 1});
+    int o = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, m, dim}, (int64_t[]){m * key[8], dim, key[8], 1});
+    int scale = graph_tensor(g, DT_F32, GRAPH_NUMBER, one, one);
+    int hidden = graph_tensor(g, DT_F32, causal ? GRAPH_NUMBER : GRAPH_UNUSED, one, one);
+    int raw = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
+    int score = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
+    graph_matmul(g, q, k, raw);
+    graph_point(g, CUDNN_POINTWISE_MUL, raw, scale, score);
+    if (causal)
+        score = graph_causal(g, score, hidden, scores, packed);
+    int top = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, rows, packed_rows);
+    int below = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
+    int power = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
+    int sum = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, rows, packed_rows);
+    int weight = graph_tensor(g, type, GRAPH_VIRTUAL, scores, packed);
+    graph_reduce(g, CUDNN_REDUCE_TENSOR_MAX, score, top);
+    graph_point(g, CUDNN_POINTWISE_SUB, score, top, below);
+    graph_point(g, CUDNN_POINTWISE_EXP, below, -1, power);
+    graph_reduce(g, CUDNN_REDUCE_TENSOR_ADD, power, sum);
+    graph_point(g, CUDNN_POINTWISE_DIV, power, sum, weight);
+    graph_matmul(g, weight, v, o);
+}
+
+static int64_t ld_of(struct tensor t) // one row has no use for a stride; the engines want a sound one all the same
+{
+    return t.n[0] > 1 ? t.ld : t.n[1] * t.n[2];
+}
+
+static bool fused(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                  const struct attention_opts *opts)
+{
+    const struct tensor all[] = {q, k, v, out};
+    if (d->type == DT_F32 || !tensor_none(opts->bias) || q.n[2] % 8 || q.n[2] > 256 || k.n[0] == 0)
+        return false;
+    for (int i = 0; i < 4; i++)
+        if (alignment_of(all[i].data, ld_of(all[i]) * 2) < 16)
+            return false;
+    const int64_t key[GRAPH_KEY] = {d->type,  q.n[0],   k.n[0],   q.n[1],     q.n[2],
+                                    ld_of(q), ld_of(k), ld_of(v), ld_of(out), opts->causal};
+    float scale = opts->scale, hidden = -INFINITY;
+    void *pointers[] = {q.data, k.data, v.data, out.data, &scale, &hidden};
+    return graph_run(d, GRAPH_ATTENTION, key, describe, 6, pointers);
+}
+
+// ---- in products
+
+struct parts {
+    struct device *d;
+    struct tensor out, q, k, v;
+    const struct attention_opts *opts;
+    int64_t ld; // of the scores: keys, rounded up to a whole 16 bytes
+    float *scores;
+    void *weights;
+};
+
+static void some_queries(const struct parts *a, int64_t first, int64_t rows)
+{
+    struct device *d = a->d;
+    int64_t heads = a->q.n[1], dim = a->q.n[2], keys = a->k.n[0], size = (int64_t)dtype_size(d->type);
+    const struct tensor *bias = &a->opts->bias;
+    struct product scores = {.m = rows,
+                             .n = keys,
+                             .k = dim,
+                             .batch = heads,
+                             .x = (const char *)a->q.data + first * a->q.ld * size,
+                             .w = a->k.data,
+                             .y = a->scores,
+                             .type = d->type,
+                             .y_type = DT_F32,
+                             .x_ld = a->q.ld,
+                             .w_ld = a->k.ld,
+                             .y_ld = a->ld,
+                             .x_stride = dim,
+                             .w_stride = dim,
+                             .y_stride = rows * a->ld};
+    struct product values = {.m = rows,
+                             .n = dim,
+                             .k = keys,
+                             .batch = heads,
+                             .x = a->weights,
+                             .w = a->v.data,
+                             .y = (char *)a->out.data + first * a->out.ld * size,
+                             .type = d->type,
+                             .y_type = d->type,
+                             .w_rows = true,
+                             .x_ld = a->ld,
+                             .w_ld = a->v.ld,
+                             .y_ld = a->out.ld,
+                             .x_stride = rows * a->ld,
+                             .w_stride = dim,
+                             .y_stride = dim};
+    cuda_product(d, &scores);
+    launch_softmax(d->stream,
+                   &(struct softmax){.p = a->weights,
+                                     .type = d->type,
+                                     .scores = a->scores,
+                                     .heads = heads,
+                                     .rows = rows,
+                                     .keys = keys,
+                                     .ld = a->ld,
+                                     .scale = a->opts->scale,
+                                     .causal = a->opts->causal,
+                                     .first = first,
+                                     .bias = tensor_none(*bias) ? NULL : (const float *)bias->data + first * keys,
+                                     .bias_head = bias->ld,
+                                     .bias_row = keys});
+    cuda_product(d, &values);
+}
+
+static void in_products(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                        const struct attention_opts *opts)
+{
+    struct parts a = {.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts, .ld = (k.n[0] + 7) & ~(int64_t)7};
+    a.q.ld = ld_of(q), a.k.ld = ld_of(k), a.v.ld = ld_of(v), a.out.ld = ld_of(out);
+    int64_t query = q.n[1] * a.ld, bytes = query * (4 + (int64_t)dtype_size(d->type));
+    int64_t rows = min64(q.n[0], SCORE_BYTES / bytes > 0 ? SCORE_BYTES / bytes : 1);
+    a.scores = cuda_scratch(d, SLOT_SCORES, (size_t)(rows * bytes));
+    if (!a.scores)
+        return;
+    a.weights = a.scores + rows * query;
+    for (int64_t first = 0; first < q.n[0] && d->check.failure.code == 0; first += rows)
+        some_queries(&a, first, min64(rows, q.n[0] - first));
+}
+
+void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                    const struct attention_opts *opts)
+{
+    if (!check_attention(&d->check, out, q, k, v, opts) || tensor_count(out) == 0)
+        return;
+    cuda_enter(d);
+    if (k.n[0] == 0)
+        launch_copy(d->stream, out, (struct tensor){0});
+    else if (!fused(d, out, q, k, v, opts))
+        in_products(d, out, q, k, v, opts);
+    cuda_launched(d, "attention");
+}

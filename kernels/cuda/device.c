@@ -1,0 +1,602 @@
+// device.c: the cuda device: open, memory, transfers, weights, the small operations, and the table itself.
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/graph.h"
+
+#include <stdlib.h>
+
+enum { OLDEST = 80 }; // compute capability, tens and ones
+static const int64_t STAGE_BYTES = 64 << 20;
+
+// ---- errors
+
+// The one sentence about a failed call; what: the operation.
+static int explain(struct err *err, cudaError_t e, const char *what)
+{
+    switch (e) {
+    case cudaErrorMemoryAllocation:
+        return err_set(err, ERR_NO_MEMORY, "%s: the GPU has no memory left for it: %s", what, cudaGetErrorString(e));
+    case cudaErrorNoDevice:
+    case cudaErrorInsufficientDriver:
+    case cudaErrorInitializationError:
+    case cudaErrorSystemDriverMismatch:
+        return err_set(err, ERR_UNAVAILABLE,
+                       "%s: %s: nvidia-smi on this host tells whether it has a GPU and a driver of "
+                       "CUDA %d or newer",
+                       what, cudaGetErrorString(e), CUDART_VERSION / 1000);
+    default:
+        return err_set(err, ERR_INTERNAL, "%s: the GPU failed: %s (%s)", what, cudaGetErrorString(e),
+                       cudaGetErrorName(e));
+    }
+}
+
+bool cuda_ok(struct device *d, cudaError_t e, const char *op)
+{
+    struct err err;
+    if (e == cudaSuccess)
+        return true;
+    return check_fail(&d->check, (enum err_code)explain(&err, e, op), "%s", err.text);
+}
+
+bool cuda_launched(struct device *d, const char *op)
+{
+    return cuda_ok(d, cudaGetLastError(), op);
+}
+
+void cuda_enter(const struct device *d)
+{
+    cudaSetDevice(d->gpu);
+}
+
+bool cuda_capturing(const struct device *d)
+{
+    enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(d->stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
+}
+
+void *cuda_scratch(struct device *d, enum slot slot, size_t bytes)
+{
+    if (d->scratch[slot].bytes >= bytes)
+        return d->scratch[slot].data;
+    // cudaFree waits for the work that may still use the old block.
+    cudaFree(d->scratch[slot].data);
+    d->scratch[slot].data = NULL;
+    d->scratch[slot].bytes = 0;
+    if (!cuda_ok(d, cudaMalloc(&d->scratch[slot].data, bytes), "scratch memory"))
+        return NULL;
+    d->scratch[slot].bytes = bytes;
+    return d->scratch[slot].data;
+}
+
+// ---- open and close
+
+static void cuda_close(struct device *d)
+{
+    if (!d)
+        return;
+    cuda_enter(d);
+    if (d->stream)
+        cudaStreamSynchronize(d->stream);
+    graphs_free(d->plans);
+    products_free(d->products);
+    if (d->dnn)
+        cudnnDestroy(d->dnn);
+    if (d->blas)
+        cublasLtDestroy(d->blas);
+    for (int i = 0; i < SLOTS; i++)
+        cudaFree(d->scratch[i].data);
+    for (size_t i = 0; i < d->n_placed; i++)
+        cudaFree(d->placed[i]);
+    free(d->placed);
+    cudaFreeHost(d->bad);
+    if (d->stream)
+        cudaStreamDestroy(d->stream);
+    free(d);
+}
+
+static int check_gpu(int gpu, struct err *err)
+{
+    int count = 0, major = 0, minor = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e != cudaSuccess)
+        return explain(err, e, "opening the GPU");
+    if (gpu < 0 || gpu >= count)
+        return err_set(err, ERR_INVALID, "GPU %d: this process sees %d, numbered from 0 (CUDA_VISIBLE_DEVICES chooses)",
+                       gpu, count);
+    if ((e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu)) != cudaSuccess ||
+        (e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu)) != cudaSuccess)
+        return explain(err, e, "opening the GPU");
+    if (major * 10 + minor < OLDEST)
+        return err_set(err, ERR_UNSUPPORTED, "GPU %d has compute capability %d.%d: 8.0 (A100) or newer is needed", gpu,
+                       major, minor);
+    return 0;
+}
+
+static int open_libraries(struct device *d, struct err *err)
+{
+    cudaError_t e;
+    if ((e = cudaSetDevice(d->gpu)) != cudaSuccess ||
+        (e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
+        (e = cudaHostAlloc((void **)&d->bad, sizeof *d->bad, cudaHostAllocMapped)) != cudaSuccess)
+        return explain(err, e, "opening the GPU");
+    *d->bad = 0;
+    cublasStatus_t blas = cublasLtCreate(&d->blas);
+    if (blas != CUBLAS_STATUS_SUCCESS)
+        return err_set(err, ERR_UNAVAILABLE, "cuBLASLt does not start: %s", cublasLtGetStatusString(blas));
+    cudnnStatus_t dnn = cudnnCreate(&d->dnn);
+    if (dnn == CUDNN_STATUS_SUCCESS)
+        dnn = cudnnSetStream(d->dnn, d->stream);
+    if (dnn != CUDNN_STATUS_SUCCESS)
+        return err_set(err, ERR_UNAVAILABLE, "cuDNN does not start: %s", cudnnGetErrorString(dnn));
+    return 0;
+}
+
+static int cuda_open(const struct device_options *options, struct device **out, struct err *err)
+{
+    *out = NULL;
+    enum dtype type = options->activation;
+    if (type != DT_BF16 && type != DT_F16 && type != DT_F32)
+        return err_set(err, ERR_UNSUPPORTED, "activations of type %s on the GPU: F32, BF16 or F16 are allowed",
+                       type < DT_COUNT ? dtype_name(type) : "unknown");
+    TRY(check_gpu(options->gpu, err));
+    struct device *d = calloc(1, sizeof *d);
+    if (!d)
+        return err_set(err, ERR_NO_MEMORY, "no memory for a cuda device");
+    d->check = (struct check){.activation = type, .memory = true};
+    d->gpu = options->gpu;
+    d->type = type;
+    d->products = products_new();
+    int code = d->products ? open_libraries(d, err) : err_set(err, ERR_NO_MEMORY, "no memory for a cuda device");
+    if (code) {
+        cuda_close(d);
+        return code;
+    }
+    *out = d;
+    return 0;
+}
+
+static int cuda_sync(struct device *d, struct err *err)
+{
+    cuda_enter(d);
+    cuda_ok(d, cudaStreamSynchronize(d->stream), "the GPU's work");
+    // Ids come from the text of a job, so the failure does not name them.
+    if (*d->bad)
+        check_fail(&d->check, ERR_INVALID, "embed or relative_bias: an id is outside its table");
+    return check_report(&d->check, err);
+}
+
+static void cuda_cost(struct device *d, struct kernel_cost *out)
+{
+    (void)d;
+    *out = (struct kernel_cost){0};
+}
+
+// ---- memory
+
+static int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
+{
+    size_t available = 0, total = 0;
+    *out = NULL;
+    cuda_enter(d);
+    cudaError_t e = bytes > SIZE_MAX / 2 ? cudaErrorMemoryAllocation : cudaMalloc(out, bytes ? bytes : 1);
+    if (e == cudaSuccess)
+        return 0;
+    cudaGetLastError();
+    if (e != cudaErrorMemoryAllocation || cudaMemGetInfo(&available, &total) != cudaSuccess)
+        return explain(err, e, "allocating");
+    return err_set(err, ERR_NO_MEMORY, "no memory for %zu bytes on GPU %d: %zu of its %zu are free", bytes, d->gpu,
+                   available, total);
+}
+
+static void cuda_free(struct device *d, void *p)
+{
+    cuda_enter(d);
+    cudaFree(p);
+}
+
+static bool is_half(enum dtype type)
+{
+    return type == DT_BF16 || type == DT_F16;
+}
+
+// Rows of a tensor that a stage of the scratch memory holds as f32, 1 at least.
+static int64_t staged_rows(int64_t rows, int64_t row)
+{
+    int64_t fit = STAGE_BYTES / (row * 4);
+    return min64(rows, fit > 0 ? fit : 1);
+}
+
+static int64_t rows_of(struct tensor t) // a vector is one row
+{
+    return t.dims == 1 ? 1 : t.n[0];
+}
+
+// Rows from.. of t as a matrix of `row` columns.
+static struct tensor matrix_rows(struct tensor t, int64_t row, int64_t from, int64_t rows)
+{
+    struct tensor m = tensor_2d((char *)t.data + from * t.ld * (int64_t)dtype_size(t.dtype), t.dtype, rows, row);
+    m.ld = t.dims == 1 ? row : t.ld;
+    return m;
+}
+
+static void cuda_upload(struct device *d, struct tensor dst, const void *host)
+{
+    if (!check_transfer(&d->check, "upload", dst, host) || tensor_count(dst) == 0)
+        return;
+    cuda_enter(d);
+    int64_t rows = rows_of(dst), row = tensor_count(dst) / rows;
+    size_t bytes = (size_t)row * (is_half(dst.dtype) ? sizeof(float) : dtype_size(dst.dtype));
+    if (!is_half(dst.dtype)) {
+        cuda_ok(d,
+                cudaMemcpy2DAsync(dst.data, dst.dims == 1 ? bytes : (size_t)dst.ld * dtype_size(dst.dtype), host, bytes,
+                                  bytes, (size_t)rows, cudaMemcpyDefault, d->stream),
+                "upload");
+        return;
+    }
+    for (int64_t some = staged_rows(rows, row), i = 0; i < rows; i += some) {
+        struct tensor to = matrix_rows(dst, row, i, min64(some, rows - i)),
+                      from = tensor_2d(NULL, DT_F32, to.n[0], row);
+        from.data = cuda_scratch(d, SLOT_OPERAND, (size_t)some * bytes);
+        if (!from.data || !cuda_ok(d,
+                                   cudaMemcpyAsync(from.data, (const char *)host + i * (int64_t)bytes,
+                                                   tensor_bytes(from), cudaMemcpyDefault, d->stream),
+                                   "upload"))
+            return;
+        launch_convert(d->stream, to, from);
+    }
+    cuda_launched(d, "upload");
+}
+
+static void cuda_download(struct device *d, void *host, struct tensor src)
+{
+    if (!check_transfer(&d->check, "download", src, host) || tensor_count(src) == 0)
+        return;
+    cuda_enter(d);
+    int64_t rows = rows_of(src), row = tensor_count(src) / rows;
+    size_t bytes = (size_t)row * (is_half(src.dtype) ? sizeof(float) : dtype_size(src.dtype));
+    if (!is_half(src.dtype)) {
+        cuda_ok(d,
+                cudaMemcpy2DAsync(host, bytes, src.data, src.dims == 1 ? bytes : (size_t)src.ld * dtype_size(src.dtype),
+                                  bytes, (size_t)rows, cudaMemcpyDefault, d->stream),
+                "download");
+        cuda_ok(d, cudaStreamSynchronize(d->stream), "download");
+        return;
+    }
+    for (int64_t some = staged_rows(rows, row), i = 0; i < rows; i += some) {
+        struct tensor from = matrix_rows(src, row, i, min64(some, rows - i)),
+                      to = tensor_2d(NULL, DT_F32, from.n[0], row);
+        to.data = cuda_scratch(d, SLOT_OPERAND, (size_t)some * bytes);
+        if (!to.data)
+            return;
+        launch_convert(d->stream, to, from);
+        if (!cuda_ok(d,
+                     cudaMemcpyAsync((char *)host + i * (int64_t)bytes, to.data, tensor_bytes(to), cudaMemcpyDefault,
+                                     d->stream),
+                     "download"))
+            return;
+    }
+    cuda_ok(d, cudaStreamSynchronize(d->stream), "download");
+}
+
+// ---- weights
+
+// Memory that lives as long as the device.
+static int keep(struct device *d, size_t bytes, void **out, struct err *err)
+{
+    if (d->n_placed == d->room_placed) {
+        size_t room = d->room_placed ? 2 * d->room_placed : 256;
+        void **list = realloc(d->placed, room * sizeof *list);
+        if (!list)
+            return err_set(err, ERR_NO_MEMORY, "no memory for a list of %zu weights", room);
+        d->placed = list;
+        d->room_placed = room;
+    }
+    TRY(cuda_alloc(d, bytes, out, err));
+    d->placed[d->n_placed++] = *out;
+    return 0;
+}
+
+// dst = src in host (or device) memory, converted on the device when their types differ.
+static int bring(struct device *d, struct tensor dst, struct tensor src, struct err *err)
+{
+    int64_t rows = rows_of(src), row = tensor_count(src) / rows, size = (int64_t)dtype_size(src.dtype);
+    if (dst.dtype == src.dtype) {
+        cuda_ok(d,
+                cudaMemcpy2DAsync(dst.data, (size_t)(row * size), src.data,
+                                  (size_t)((src.dims == 1 ? row : src.ld) * size), (size_t)(row * size), (size_t)rows,
+                                  cudaMemcpyDefault, d->stream),
+                "placing a weight");
+        return check_report(&d->check, err);
+    }
+    for (int64_t some = staged_rows(rows, row), i = 0; i < rows; i += some) {
+        struct tensor to = matrix_rows(dst, row, i, min64(some, rows - i));
+        struct tensor from = matrix_rows(src, row, i, to.n[0]), stage = tensor_2d(NULL, src.dtype, to.n[0], row);
+        stage.data = cuda_scratch(d, SLOT_OPERAND, (size_t)(some * row * size));
+        if (!stage.data ||
+            !cuda_ok(d,
+                     cudaMemcpy2DAsync(stage.data, (size_t)(row * size), from.data, (size_t)(from.ld * size),
+                                       (size_t)(row * size), (size_t)to.n[0], cudaMemcpyDefault, d->stream),
+                     "placing a weight"))
+            break;
+        launch_convert(d->stream, to, stage);
+        cuda_launched(d, "placing a weight");
+    }
+    return check_report(&d->check, err);
+}
+
+static bool is_float(enum dtype type)
+{
+    return type == DT_F32 || is_half(type);
+}
+
+static int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct err *err)
+{
+    TRY(check_report(&d->check, err));
+    cuda_enter(d);
+    bool convert = host.dims > 1 && is_float(host.dtype);
+    struct tensor t =
+        tensor_of(NULL, convert ? d->type : host.dtype, host.dims, host.n[0], host.n[1], host.n[2], host.n[3]);
+    if (host.dims == 1)
+        t.ld = 1;
+    if (tensor_none(host) || tensor_count(host) == 0) {
+        *out = host;
+        return 0;
+    }
+    TRY(keep(d, tensor_bytes(t), &t.data, err));
+    TRY(bring(d, t, host, err));
+    *out = t;
+    return 0;
+}
+
+// All parts in one, in the activation type; rows without a bias get zeros when another part has one.
+static int cuda_place_linear(struct device *d, struct linear *w, struct err *err)
+{
+    TRY(check_report(&d->check, err));
+    cuda_enter(d);
+    struct linear one = {.parts = 1, .n = w->n, .k = w->k};
+    bool bias = false;
+    for (int i = 0; i < w->parts; i++)
+        bias |= !tensor_none(w->b[i]);
+    one.w[0] = tensor_2d(NULL, d->type, w->n, w->k);
+    TRY(keep(d, tensor_bytes(one.w[0]), &one.w[0].data, err));
+    if (bias) {
+        one.b[0] = tensor_1d(NULL, d->type, w->n);
+        TRY(keep(d, tensor_bytes(one.b[0]), &one.b[0].data, err));
+        launch_copy(d->stream, one.b[0], (struct tensor){0});
+    }
+    for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
+        TRY(bring(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));
+        if (!tensor_none(w->b[i])) {
+            struct tensor flat = tensor_reshape(w->b[i], 1, w->w[i].n[0], 1, 1, 1);
+            flat.ld = 1;
+            TRY(bring(d, tensor_rows(one.b[0], row, w->w[i].n[0]), flat, err));
+        }
+    }
+    *w = one;
+    return 0;
+}
+
+// ---- operations of one launch
+
+static void cuda_copy(struct device *d, struct tensor dst, struct tensor src)
+{
+    if (!check_copy(&d->check, dst, src) || tensor_count(dst) == 0)
+        return;
+    cuda_enter(d);
+    launch_copy(d->stream, dst, src);
+    cuda_launched(d, "copy");
+}
+
+static void cuda_zero(struct device *d, struct tensor t)
+{
+    if (!check_zero(&d->check, t) || tensor_count(t) == 0)
+        return;
+    cuda_enter(d);
+    launch_copy(d->stream, t, (struct tensor){0});
+    cuda_launched(d, "zero");
+}
+
+static void points(struct device *d, const char *op, struct points p)
+{
+    if (tensor_count(p.x) == 0)
+        return;
+    cuda_enter(d);
+    if (!tensor_none(p.row))
+        p.row_n = tensor_count(p.row);
+    launch_points(d->stream, &p);
+    cuda_launched(d, op);
+}
+
+static void cuda_activate(struct device *d, struct tensor x, enum act act)
+{
+    if (check_activate(&d->check, x))
+        points(d, "activate", (struct points){.op = POINT_ACT, .act = act, .x = x});
+}
+
+static void cuda_add(struct device *d, struct tensor x, struct tensor y)
+{
+    if (check_pair(&d->check, "add", x, y))
+        points(d, "add", (struct points){.op = POINT_ADD, .x = x, .y = y});
+}
+
+static void cuda_mul(struct device *d, struct tensor x, struct tensor y)
+{
+    if (check_pair(&d->check, "mul", x, y))
+        points(d, "mul", (struct points){.op = POINT_MUL, .x = x, .y = y});
+}
+
+static void cuda_axpy(struct device *d, struct tensor x, float a, struct tensor y)
+{
+    if (check_pair(&d->check, "axpy", x, y))
+        points(d, "axpy", (struct points){.op = POINT_AXPY, .x = x, .y = y, .a = a});
+}
+
+static void cuda_add_row(struct device *d, struct tensor x, struct tensor row)
+{
+    if (check_add_row(&d->check, x, row))
+        points(d, "add_row", (struct points){.op = POINT_ACT, .act = ACT_NONE, .x = x, .row = row});
+}
+
+static void cuda_gate_add(struct device *d, struct tensor x, struct tensor gate, struct tensor y)
+{
+    if (check_gate_add(&d->check, x, gate, y))
+        points(d, "gate_add", (struct points){.op = POINT_GATE_ADD, .x = x, .y = y, .row = gate});
+}
+
+static void cuda_cfg_combine(struct device *d, struct tensor out, struct tensor negative, struct tensor positive,
+                             float scale)
+{
+    if (check_cfg_combine(&d->check, out, negative, positive))
+        points(d, "cfg_combine", (struct points){.op = POINT_CFG, .x = out, .y = negative, .z = positive, .a = scale});
+}
+
+static void norm(struct device *d, const char *op, struct tensor y, struct tensor x, struct tensor gamma,
+                 struct tensor beta, float one, float eps, bool centred)
+{
+    if (tensor_count(x) == 0)
+        return;
+    cuda_enter(d);
+    launch_norm(d->stream, y, x, gamma, beta, one, eps, centred);
+    cuda_launched(d, op);
+}
+
+static void cuda_layer_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,
+                            float eps)
+{
+    if (check_layer_norm(&d->check, y, x, gamma, beta))
+        norm(d, "layer_norm", y, x, gamma, beta, 0, eps, true);
+}
+
+static void cuda_modulate(struct device *d, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift,
+                          float eps)
+{
+    if (check_modulate(&d->check, y, x, scale, shift))
+        norm(d, "modulate", y, x, scale, shift, 1, eps, true);
+}
+
+static void cuda_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps)
+{
+    if (check_rms_norm(&d->check, y, x, gamma))
+        norm(d, "rms_norm", y, x, gamma, (struct tensor){0}, 0, eps, false);
+}
+
+static void cuda_qk_norm_rope(struct device *d, struct tensor q, struct tensor k, struct tensor gamma_q,
+                              struct tensor gamma_k, float eps, struct tensor rope)
+{
+    if (!check_qk_norm_rope(&d->check, q, k, gamma_q, gamma_k, rope) || tensor_count(q) == 0)
+        return;
+    cuda_enter(d);
+    launch_qk_norm_rope(d->stream, q, k, gamma_q, gamma_k, eps, rope);
+    cuda_launched(d, "qk_norm_rope");
+}
+
+static void cuda_embed(struct device *d, struct tensor y, struct tensor table, struct tensor ids)
+{
+    if (!check_embed(&d->check, y, table, ids) || tensor_count(y) == 0)
+        return;
+    cuda_enter(d);
+    launch_embed(d->stream, y, table, ids, d->bad);
+    cuda_launched(d, "embed");
+}
+
+static void cuda_relative_bias(struct device *d, struct tensor y, struct tensor table, struct tensor buckets)
+{
+    if (!check_relative_bias(&d->check, y, table, buckets) || tensor_count(y) == 0)
+        return;
+    cuda_enter(d);
+    launch_relative_bias(d->stream, y, table, buckets, d->bad);
+    cuda_launched(d, "relative_bias");
+}
+
+static void cuda_group_sums(struct device *d, struct tensor sums, struct tensor x)
+{
+    if (!check_group_sums(&d->check, sums, x) || tensor_count(sums) == 0)
+        return;
+    cuda_enter(d);
+    if (tensor_count(x) == 0)
+        launch_copy(d->stream, sums, (struct tensor){0});
+    else
+        launch_group_sums(d->stream, sums, x);
+    cuda_launched(d, "group_sums");
+}
+
+static void cuda_group_norm(struct device *d, struct tensor y, struct tensor x, struct tensor sums, struct tensor gamma,
+                            struct tensor beta, float eps, enum act act)
+{
+    if (!check_group_norm(&d->check, y, x, sums, gamma, beta) || tensor_count(x) == 0)
+        return;
+    cuda_enter(d);
+    // Each part 256 bytes aligned for wide reads.
+    size_t part = ((size_t)x.n[2] * sizeof(float) + 255) & ~(size_t)255;
+    float *mean = cuda_scratch(d, SLOT_OPERAND, 2 * part), *scale = mean + part / sizeof(float);
+    if (!mean)
+        return;
+    launch_group_scales(d->stream, mean, scale, sums, x.n[1], gamma, eps);
+    launch_group_apply(d->stream, y, x, mean, scale, beta, act);
+    cuda_launched(d, "group_norm");
+}
+
+static void cuda_upsample2x(struct device *d, struct tensor y, struct tensor x)
+{
+    if (!check_upsample2x(&d->check, y, x) || tensor_count(x) == 0)
+        return;
+    cuda_enter(d);
+    launch_upsample2x(d->stream, y, x);
+    cuda_launched(d, "upsample2x");
+}
+
+static void cuda_unpack_latents(struct device *d, struct tensor latent, struct tensor tokens, float scale, float shift)
+{
+    if (!check_unpack_latents(&d->check, latent, tokens) || tensor_count(latent) == 0)
+        return;
+    cuda_enter(d);
+    launch_unpack_latents(d->stream, latent, tokens, scale, shift);
+    cuda_launched(d, "unpack_latents");
+}
+
+static void cuda_to_u8(struct device *d, struct tensor y, struct tensor x)
+{
+    if (!check_to_u8(&d->check, y, x) || tensor_count(x) == 0)
+        return;
+    cuda_enter(d);
+    launch_to_u8(d->stream, y, x);
+    cuda_launched(d, "to_u8");
+}
+
+const struct kernels kernels_cuda = {
+    .name = "cuda",
+    .activation = DT_BF16,
+    .open = cuda_open,
+    .close = cuda_close,
+    .sync = cuda_sync,
+    .cost = cuda_cost,
+    .alloc = cuda_alloc,
+    .free = cuda_free,
+    .upload = cuda_upload,
+    .download = cuda_download,
+    .place = cuda_place,
+    .place_linear = cuda_place_linear,
+    .copy = cuda_copy,
+    .zero = cuda_zero,
+    .linear = cuda_linear,
+    .activate = cuda_activate,
+    .add = cuda_add,
+    .add_row = cuda_add_row,
+    .mul = cuda_mul,
+    .gate_add = cuda_gate_add,
+    .layer_norm = cuda_layer_norm,
+    .modulate = cuda_modulate,
+    .rms_norm = cuda_rms_norm,
+    .qk_norm_rope = cuda_qk_norm_rope,
+    .embed = cuda_embed,
+    .relative_bias = cuda_relative_bias,
+    .attention = cuda_attention,
+    .conv2d = cuda_conv2d,
+    .group_sums = cuda_group_sums,
+    .group_norm = cuda_group_norm,
+    .upsample2x = cuda_upsample2x,
+    .unpack_latents = cuda_unpack_latents,
+    .to_u8 = cuda_to_u8,
+    .axpy = cuda_axpy,
+    .cfg_combine = cuda_cfg_combine,
+};

@@ -1,0 +1,85 @@
+// device.h: what the host files of the cuda backend share: the device and its scratch memory.
+#ifndef DITFLEET_CUDA_DEVICE_H
+#define DITFLEET_CUDA_DEVICE_H
+
+#include <cublasLt.h>
+#include <cudnn.h>
+
+#include "kernels/check.h"
+#include "kernels/cuda/launch.h"
+
+// Memory kept between operations and grown when one needs more. Work on the stream is in order, so the next operation
+// may write it as soon as it is queued.
+enum slot {
+    SLOT_LIBRARY,
+    SLOT_SCORES,
+    SLOT_OPERAND,
+    SLOTS
+}; // of cuBLASLt and cuDNN; of attention; a converted operand
+
+struct device {
+    struct check check;
+    int gpu;
+    enum dtype type; // of activations
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    cudnnHandle_t dnn;
+    struct {
+        void *data;
+        size_t bytes;
+    } scratch[SLOTS];
+    int *bad;      // in host memory that kernels write: 1 when an id was outside its table
+    void **placed; // weights
+    size_t n_placed, room_placed;
+    struct products *products; // product.c: algorithms by shape
+    struct plans *plans;       // graph.c: cuDNN plans by shape
+};
+
+// True when e is no error; else the device fails, naming the operation.
+bool cuda_ok(struct device *d, cudaError_t e, const char *op);
+// After launches: what they left in cudaGetLastError.
+bool cuda_launched(struct device *d, const char *op);
+// At least `bytes` of the slot; NULL: the device has failed.
+void *cuda_scratch(struct device *d, enum slot slot, size_t bytes);
+// Makes the device's GPU the calling thread's.
+void cuda_enter(const struct device *d);
+// Whether the stream is being captured into a graph: then nothing may be measured or allocated.
+bool cuda_capturing(const struct device *d);
+
+static inline int64_t min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+// The largest power of two up to 16 that divides the address and the stride in bytes.
+static inline int64_t alignment_of(const void *p, int64_t stride)
+{
+    uintptr_t bits = (uintptr_t)p | (uintptr_t)stride | 16;
+    return (int64_t)(bits & -bits);
+}
+
+// ---- product.c
+// y[b] (m, n) = act(x[b] (m, k) w[b] + bias): through cuBLASLt, or a plain kernel where it has no algorithm. x and w
+// have one type; y this one or f32.
+struct product {
+    int64_t m, n, k, batch;
+    const void *x, *w;
+    void *y;
+    enum dtype type, y_type;
+    bool w_rows; // w is (k, n), rows of w_ld; else (n, k)
+    int64_t x_ld, w_ld, y_ld, x_stride, w_stride, y_stride;
+    struct tensor bias; // (n) or none, any weight type
+    enum act act;
+};
+void cuda_product(struct device *d, const struct product *p);
+struct products *products_new(void); // NULL: no memory
+void products_free(struct products *p);
+void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
+
+// ---- attention.c
+void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                    const struct attention_opts *opts);
+// ---- conv.c
+void cuda_conv2d(struct device *d, struct tensor y, struct tensor x, const struct conv *conv);
+
+#endif

@@ -1,0 +1,400 @@
+// graph.c: see graph.h. Descriptors are made through one sticky status, so a description reads as a list of operations.
+#include "kernels/cuda/graph.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_DESCRIPTORS = 64, MAX_OPERATIONS = 16, MAX_GIVEN = 8, CANDIDATES = 8, TIMED = 4, TIMED_RUNS = 3 };
+static const int64_t MAX_WORKSPACE = (int64_t)1 << 30;
+
+typedef cudnnBackendDescriptor_t desc;
+
+struct graph {
+    cudnnHandle_t handle;
+    cudnnStatus_t status; // the first failure: this graph cannot be described
+    desc all[MAX_DESCRIPTORS];
+    int count;
+    desc ops[MAX_OPERATIONS];
+    int n_ops;
+    bool used[MAX_GIVEN];
+    int given;
+};
+
+struct plan {
+    enum graph_kind kind;
+    int64_t key[GRAPH_KEY];
+    struct graph graph; // what the plan was made of lives as long as it
+    desc plan;          // NULL: no engine
+    int64_t workspace;
+    struct plan *next;
+};
+
+struct plans {
+    struct plan *first;
+};
+
+// ---- descriptors
+
+static desc make(struct graph *g, cudnnBackendDescriptorType_t type)
+{
+    desc made = NULL;
+    if (g->status == CUDNN_STATUS_SUCCESS && g->count == MAX_DESCRIPTORS)
+        g->status = CUDNN_STATUS_INTERNAL_ERROR;
+    if (g->status == CUDNN_STATUS_SUCCESS)
+        g->status = cudnnBackendCreateDescriptor(type, &made);
+    if (g->status == CUDNN_STATUS_SUCCESS)
+        g->all[g->count++] = made;
+    return made;
+}
+
+static void set(struct graph *g, desc to, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
+                int64_t count, const void *value)
+{
+    if (g->status == CUDNN_STATUS_SUCCESS)
+        g->status = cudnnBackendSetAttribute(to, name, type, count, value);
+}
+
+static void finish(struct graph *g, desc made)
+{
+    if (g->status == CUDNN_STATUS_SUCCESS)
+        g->status = cudnnBackendFinalize(made);
+}
+
+static void add_operation(struct graph *g, desc op)
+{
+    finish(g, op);
+    if (g->status == CUDNN_STATUS_SUCCESS && g->n_ops == MAX_OPERATIONS)
+        g->status = CUDNN_STATUS_INTERNAL_ERROR;
+    if (g->status == CUDNN_STATUS_SUCCESS)
+        g->ops[g->n_ops++] = op;
+}
+
+static cudnnDataType_t data_type(enum dtype type)
+{
+    return type == DT_BF16 ? CUDNN_DATA_BFLOAT16 : type == DT_F16 ? CUDNN_DATA_HALF : CUDNN_DATA_FLOAT;
+}
+
+static int tensor_as(struct graph *g, cudnnDataType_t type, enum graph_role role, const int64_t *dims,
+                     const int64_t *strides)
+{
+    int64_t alignment = 16, uid = MAX_GIVEN + 1 + g->count;
+    bool yes = true;
+    if (role != GRAPH_VIRTUAL) {
+        if (g->given < MAX_GIVEN)
+            g->used[g->given] = role != GRAPH_UNUSED;
+        uid = ++g->given;
+    }
+    if (role == GRAPH_UNUSED)
+        return -1;
+    desc t = make(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
+    set(g, t, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    set(g, t, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, dims);
+    set(g, t, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, strides);
+    set(g, t, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &uid);
+    set(g, t, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
+    if (role == GRAPH_VIRTUAL)
+        set(g, t, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &yes);
+    if (role == GRAPH_NUMBER)
+        set(g, t, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &yes);
+    finish(g, t);
+    return g->count - 1;
+}
+
+int graph_tensor(struct graph *g, enum dtype type, enum graph_role role, const int64_t *dims, const int64_t *strides)
+{
+    return tensor_as(g, data_type(type), role, dims, strides);
+}
+
+static void operand(struct graph *g, desc op, cudnnBackendAttributeName_t name, int tensor)
+{
+    if (g->status == CUDNN_STATUS_SUCCESS && tensor >= 0)
+        set(g, op, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &g->all[tensor]);
+}
+
+// axis -1: none. t: the condition of a selection, or -1.
+static void point_as(struct graph *g, cudnnPointwiseMode_t mode, cudnnDataType_t type, int64_t axis, int x, int b,
+                     int t, int y)
+{
+    desc p = make(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
+    set(g, p, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
+    set(g, p, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    if (axis >= 0)
+        set(g, p, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis);
+    finish(g, p);
+    desc op = make(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
+    set(g, op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
+    operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x);
+    operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
+    operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, t);
+    operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
+    add_operation(g, op);
+}
+
+void graph_point(struct graph *g, cudnnPointwiseMode_t mode, int x, int b, int y)
+{
+    point_as(g, mode, CUDNN_DATA_FLOAT, -1, x, b, -1, y);
+}
+
+int graph_causal(struct graph *g, int x, int hidden, const int64_t *dims, const int64_t *strides)
+{
+    int row = tensor_as(g, CUDNN_DATA_INT32, GRAPH_VIRTUAL, dims, strides);
+    int column = tensor_as(g, CUDNN_DATA_INT32, GRAPH_VIRTUAL, dims, strides);
+    int seen = tensor_as(g, CUDNN_DATA_BOOLEAN, GRAPH_VIRTUAL, dims, strides);
+    int y = tensor_as(g, CUDNN_DATA_FLOAT, GRAPH_VIRTUAL, dims, strides);
+    point_as(g, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_INT32, 2, x, -1, -1, row);
+    point_as(g, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_INT32, 3, x, -1, -1, column);
+    point_as(g, CUDNN_POINTWISE_CMP_GE, CUDNN_DATA_BOOLEAN, -1, row, column, -1, seen);
+    point_as(g, CUDNN_POINTWISE_BINARY_SELECT, CUDNN_DATA_FLOAT, -1, x, hidden, seen, y);
+    return y;
+}
+
+void graph_matmul(struct graph *g, int a, int b, int c)
+{
+    cudnnDataType_t type = CUDNN_DATA_FLOAT;
+    desc p = make(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR);
+    set(g, p, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    finish(g, p);
+    desc op = make(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
+    set(g, op, CUDNN_ATTR_OPERATION_MATMUL_DESC, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
+    operand(g, op, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
+    operand(g, op, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
+    operand(g, op, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
+    add_operation(g, op);
+}
+
+void graph_reduce(struct graph *g, cudnnReduceTensorOp_t how, int x, int y)
+{
+    cudnnDataType_t type = CUDNN_DATA_FLOAT;
+    desc p = make(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
+    set(g, p, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &how);
+    set(g, p, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    finish(g, p);
+    desc op = make(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
+    set(g, op, CUDNN_ATTR_OPERATION_REDUCTION_DESC, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
+    operand(g, op, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x);
+    operand(g, op, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y);
+    add_operation(g, op);
+}
+
+void graph_conv(struct graph *g, int x, int w, int y, int64_t pad)
+{
+    cudnnDataType_t type = CUDNN_DATA_FLOAT;
+    cudnnConvolutionMode_t mode = CUDNN_CROSS_CORRELATION;
+    const int64_t dims = 2, ones[] = {1, 1}, pads[] = {0, pad};
+    const float one = 1, zero = 0;
+    desc p = make(g, CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_CONV_MODE, CUDNN_TYPE_CONVOLUTION_MODE, 1, &mode);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, CUDNN_TYPE_INT64, 1, &dims);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_DILATIONS, CUDNN_TYPE_INT64, 2, ones);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, CUDNN_TYPE_INT64, 2, ones);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, CUDNN_TYPE_INT64, 2, pads);
+    set(g, p, CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, CUDNN_TYPE_INT64, 2, pads);
+    finish(g, p);
+    desc op = make(g, CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR);
+    set(g, op, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
+    operand(g, op, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X, x);
+    operand(g, op, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W, w);
+    operand(g, op, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y, y);
+    set(g, op, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA, CUDNN_TYPE_FLOAT, 1, &one);
+    set(g, op, CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA, CUDNN_TYPE_FLOAT, 1, &zero);
+    add_operation(g, op);
+}
+
+// ---- plans
+
+// Whether the configuration's engine gives the same bits each time.
+static bool deterministic(desc config)
+{
+    cudnnBackendNumericalNote_t notes[CUDNN_NUMERICAL_NOTE_TYPE_COUNT];
+    desc engine = NULL;
+    int64_t found = 0;
+    bool fine = false;
+    if (cudnnBackendCreateDescriptor(CUDNN_BACKEND_ENGINE_DESCRIPTOR, &engine) != CUDNN_STATUS_SUCCESS)
+        return false;
+    if (cudnnBackendGetAttribute(config, CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &found,
+                                 &engine) == CUDNN_STATUS_SUCCESS &&
+        cudnnBackendGetAttribute(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, CUDNN_TYPE_NUMERICAL_NOTE,
+                                 CUDNN_NUMERICAL_NOTE_TYPE_COUNT, &found, notes) == CUDNN_STATUS_SUCCESS) {
+        fine = true;
+        for (int64_t i = 0; i < found && i < CUDNN_NUMERICAL_NOTE_TYPE_COUNT; i++)
+            fine &= notes[i] != CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC;
+    }
+    cudnnBackendDestroyDescriptor(engine);
+    return fine;
+}
+
+static desc plan_of(cudnnHandle_t handle, desc config, int64_t *workspace)
+{
+    desc plan = NULL;
+    int64_t found;
+    if (cudnnBackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &plan) != CUDNN_STATUS_SUCCESS)
+        return NULL;
+    if (cudnnBackendSetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE, 1, &handle) ==
+            CUDNN_STATUS_SUCCESS &&
+        cudnnBackendSetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1,
+                                 &config) == CUDNN_STATUS_SUCCESS &&
+        cudnnBackendFinalize(plan) == CUDNN_STATUS_SUCCESS &&
+        cudnnBackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &found,
+                                 workspace) == CUDNN_STATUS_SUCCESS &&
+        *workspace <= MAX_WORKSPACE)
+        return plan;
+    cudnnBackendDestroyDescriptor(plan);
+    return NULL;
+}
+
+static cudnnStatus_t execute(struct device *d, const struct graph *g, desc plan, int64_t workspace, int count,
+                             void **pointers)
+{
+    int64_t uids[MAX_GIVEN], n = 0;
+    void *given[MAX_GIVEN], *space = workspace ? cuda_scratch(d, SLOT_LIBRARY, (size_t)workspace) : NULL;
+    desc pack = NULL;
+    if (workspace && !space)
+        return CUDNN_STATUS_ALLOC_FAILED;
+    for (int i = 0; i < count; i++)
+        if (g->used[i]) {
+            uids[n] = i + 1;
+            given[n++] = pointers[i];
+        }
+    cudnnStatus_t s = cudnnBackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &pack);
+    if (s != CUDNN_STATUS_SUCCESS)
+        return s;
+    if ((s = cudnnBackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, n, uids)) == 0 &&
+        (s = cudnnBackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, n, given)) ==
+            0 &&
+        (s = cudnnBackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &space)) == 0 &&
+        (s = cudnnBackendFinalize(pack)) == 0)
+        s = cudnnBackendExecute(d->dnn, plan, pack);
+    cudnnBackendDestroyDescriptor(pack);
+    return s;
+}
+
+// Milliseconds of a run, at best; negative when it does not work.
+static float timed(struct device *d, const struct graph *g, desc plan, int64_t workspace, int count, void **pointers)
+{
+    cudaEvent_t event[2];
+    float best = -1;
+    if (cudaEventCreate(&event[0]) != cudaSuccess)
+        return -1;
+    if (cudaEventCreate(&event[1]) == cudaSuccess) {
+        for (int i = 0; i <= TIMED_RUNS; i++) { // the first one warms up
+            float ms = -1;
+            cudaEventRecord(event[0], d->stream);
+            if (execute(d, g, plan, workspace, count, pointers) != CUDNN_STATUS_SUCCESS)
+                break;
+            cudaEventRecord(event[1], d->stream);
+            if (!cuda_ok(d, cudaEventSynchronize(event[1]), "timing") ||
+                !cuda_ok(d, cudaEventElapsedTime(&ms, event[0], event[1]), "timing"))
+                break;
+            if (i > 0 && (best < 0 || ms < best))
+                best = ms;
+        }
+        cudaEventDestroy(event[1]);
+    }
+    cudaEventDestroy(event[0]);
+    return best;
+}
+
+// Keeps the first configuration that becomes a plan or, of a convolution, the fastest of the first few.
+static void choose(struct device *d, struct plan *p, const desc *configs, int64_t found, int count, void **pointers)
+{
+    bool race = p->kind == GRAPH_CONV && !cuda_capturing(d);
+    float best = -1;
+    int tried = 0;
+    for (int64_t i = 0; i < found && tried < (race ? TIMED : 1); i++) {
+        int64_t workspace = 0;
+        desc plan = deterministic(configs[i]) ? plan_of(d->dnn, configs[i], &workspace) : NULL;
+        if (!plan)
+            continue;
+        tried++;
+        float ms = race ? timed(d, &p->graph, plan, workspace, count, pointers) : 0;
+        if (ms >= 0 && (best < 0 || ms < best * 0.98F)) {
+            best = ms;
+            desc old = p->plan;
+            p->plan = plan;
+            p->workspace = workspace;
+            plan = old;
+        }
+        if (plan)
+            cudnnBackendDestroyDescriptor(plan);
+    }
+}
+
+static void plan_with(struct device *d, struct plan *p, desc operations, cudnnBackendHeurMode_t mode, int count,
+                      void **pointers)
+{
+    struct graph *g = &p->graph;
+    desc heuristic = make(g, CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR), configs[CANDIDATES];
+    int64_t found = 0;
+    set(g, heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &operations);
+    set(g, heuristic, CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE, 1, &mode);
+    finish(g, heuristic);
+    for (int i = 0; i < CANDIDATES; i++)
+        configs[i] = make(g, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
+    if (g->status == CUDNN_STATUS_SUCCESS &&
+        cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, CANDIDATES,
+                                 &found, configs) == CUDNN_STATUS_SUCCESS)
+        choose(d, p, configs, min64(found, CANDIDATES), count, pointers);
+}
+
+static void plan_graph(struct device *d, struct plan *p, int count, void **pointers)
+{
+    struct graph *g = &p->graph;
+    desc operations = make(g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
+    set(g, operations, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR, g->n_ops, g->ops);
+    set(g, operations, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &g->handle);
+    finish(g, operations);
+    plan_with(d, p, operations, CUDNN_HEUR_MODE_A, count, pointers);
+    if (p->plan || g->status != CUDNN_STATUS_SUCCESS)
+        return;
+    plan_with(d, p, operations, CUDNN_HEUR_MODE_FALLBACK, count, pointers);
+}
+
+static struct plan *find(struct device *d, enum graph_kind kind, const int64_t *key,
+                         void (*describe)(struct graph *g, const int64_t *key), int count, void **pointers)
+{
+    struct plan *p;
+    if (!d->plans && !(d->plans = calloc(1, sizeof *d->plans)))
+        return NULL;
+    for (p = d->plans->first; p; p = p->next)
+        if (p->kind == kind && memcmp(p->key, key, sizeof p->key) == 0)
+            return p;
+    p = calloc(1, sizeof *p);
+    if (!p)
+        return NULL;
+    p->kind = kind;
+    memcpy(p->key, key, sizeof p->key);
+    p->graph.handle = d->dnn;
+    p->next = d->plans->first;
+    d->plans->first = p;
+    describe(&p->graph, key);
+    if (p->graph.given == count)
+        plan_graph(d, p, count, pointers);
+    return p;
+}
+
+bool graph_run(struct device *d, enum graph_kind kind, const int64_t *key,
+               void (*describe)(struct graph *g, const int64_t *key), int count, void **pointers)
+{
+    struct plan *p = find(d, kind, key, describe, count, pointers);
+    if (!p || !p->plan || d->check.failure.code)
+        return false;
+    if (execute(d, &p->graph, p->plan, p->workspace, count, pointers) == CUDNN_STATUS_SUCCESS)
+        return true;
+    cudnnBackendDestroyDescriptor(p->plan);
+    p->plan = NULL;
+    return false;
+}
+
+void graphs_free(struct plans *all)
+{
+    for (struct plan *p = all ? all->first : NULL, *next; p; p = next) {
+        next = p->next;
+        if (p->plan)
+            cudnnBackendDestroyDescriptor(p->plan);
+        for (int i = p->graph.count - 1; i >= 0; i--)
+            cudnnBackendDestroyDescriptor(p->graph.all[i]);
+        free(p);
+    }
+    free(all);
+}

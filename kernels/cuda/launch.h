@@ -1,0 +1,74 @@
+// launch.h: the kernels of this folder as plain functions: what host code (C) may ask of device code (CUDA C++).
+//
+// A launch checks nothing: operands were checked before, and hold one element or more. Errors are left in
+// cudaGetLastError. Tensors may be strided views; accesses are 16 bytes wide where every operand is aligned so.
+#ifndef DITFLEET_CUDA_LAUNCH_H
+#define DITFLEET_CUDA_LAUNCH_H
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/kernels.h"
+
+// ---- pointwise.cu
+enum point { POINT_ADD, POINT_MUL, POINT_AXPY, POINT_GATE_ADD, POINT_CFG, POINT_ACT };
+struct points {
+    enum point op;
+    enum act act;          // ACT: act(x + row)
+    struct tensor x, y, z; // z: positive of CFG, whose negative is y
+    struct tensor row;     // (row_n): gate, or what ACT adds; or none. Any weight type
+    int64_t row_n;         // column i of x meets row[i % row_n]
+    float a;
+};
+void launch_points(cudaStream_t s, const struct points *p);
+// dst = src, other types and other strides allowed between f32, bf16 and f16
+void launch_convert(cudaStream_t s, struct tensor dst, struct tensor src);
+void launch_copy(cudaStream_t s, struct tensor dst, struct tensor src); // src none: zeros
+// Ids outside the table give zeros and set *bad to 1.
+void launch_embed(cudaStream_t s, struct tensor y, struct tensor table, struct tensor ids, int *bad);
+void launch_relative_bias(cudaStream_t s, struct tensor y, struct tensor table, struct tensor buckets, int *bad);
+void launch_upsample2x(cudaStream_t s, struct tensor y, struct tensor x);
+void launch_unpack_latents(cudaStream_t s, struct tensor latent, struct tensor tokens, float scale, float shift);
+void launch_to_u8(cudaStream_t s, struct tensor y, struct tensor x);
+
+// ---- norm.cu
+// y = (x - mean) / sqrt(var + eps) * (gamma + one) + beta; without centred, mean is 0 and var the mean square
+void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta, float one,
+                 float eps, bool centred);
+void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
+                         float eps, struct tensor rope);
+void launch_group_sums(cudaStream_t s, struct tensor sums, struct tensor x);
+// mean and scale (c) f32: of each channel, scale = gamma / sqrt(var + eps); pixels: of a row
+void launch_group_scales(cudaStream_t s, float *mean, float *scale, struct tensor sums, int64_t pixels,
+                         struct tensor gamma, float eps);
+// y = act((x - mean) * scale + beta)
+void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const float *mean, const float *scale,
+                        struct tensor beta, enum act act);
+// p (heads, rows, keys) of any activation type, ld keys_ld within a head = softmax(scale * scores + bias), scores f32
+// laid out as p. first: number of the first query (causal), whose bias row is at bias.
+struct softmax {
+    void *p;
+    enum dtype type;
+    const float *scores;
+    int64_t heads, rows, keys, ld;
+    float scale;
+    bool causal;
+    int64_t first;
+    const float *bias;           // of head 0 and query `first`, or NULL
+    int64_t bias_head, bias_row; // elements from one head, and one query, to the next
+};
+void launch_softmax(cudaStream_t s, const struct softmax *p);
+
+// ---- product.cu: products for which no library has an engine, of any type and stride
+// y[b] (m, n) = x[b] (m, k) w[b]; w's element (k, n) lies at k * w_k + n * w_n
+struct plain_product {
+    int64_t m, n, k, batch;
+    const void *x, *w;
+    void *y;
+    enum dtype x_type, w_type, y_type;
+    int64_t x_ld, y_ld, w_k, w_n;
+    int64_t x_stride, w_stride, y_stride; // elements from one product of the batch to the next
+};
+void launch_product(cudaStream_t s, const struct plain_product *p);
+void launch_conv(cudaStream_t s, struct tensor y, struct tensor x, struct tensor w, struct tensor b);
+
+#endif

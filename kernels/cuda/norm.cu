@@ -1,0 +1,472 @@
+// norm.cu: normalisations and the softmax. A row stays in registers between the passes over it; sums are taken in an
+// order that depends on the row's length alone, so a row's result does not depend on the rows beside it.
+#include "kernels/cuda/vec.cuh"
+
+enum { WARP = 32, MAX_THREADS = 1024 };
+
+struct add {
+    template <typename F> __device__ static F of(F a, F b) { return a + b; }
+};
+struct largest {
+    template <typename F> __device__ static F of(F a, F b) { return a > b ? a : b; }
+};
+
+template <typename O, typename F> __device__ static F warp_reduce(F v)
+{
+    for (int i = WARP / 2; i; i /= 2)
+        v = O::of(v, __shfl_xor_sync(~0u, v, i));
+    return v;
+}
+
+// Every thread gets the result; shared holds a number for each warp and is free again after the next __syncthreads.
+template <typename O, typename F> __device__ static F block_reduce(F v, F *shared)
+{
+    v = warp_reduce<O>(v);
+    if (blockDim.x == WARP)
+        return v;
+    __syncthreads();
+    if (threadIdx.x % WARP == 0)
+        shared[threadIdx.x / WARP] = v;
+    __syncthreads();
+    F all = shared[0];
+    for (unsigned i = 1; i < blockDim.x / WARP; i++)
+        all = O::of(all, shared[i]);
+    return all;
+}
+
+// ---- rows
+
+template <typename T> struct norm_of {
+    T *y;
+    const T *x;
+    row gamma, beta;
+    int64_t y_ld, x_ld, n;
+    float one, eps;
+    bool centred;
+};
+
+template <int V>
+__device__ static void norm_point(float (&v)[V], int64_t i, float mean, float rstd, float one, row gamma, row beta)
+{
+    float g[V], b[V];
+    if (gamma.p)
+        load_row(g, gamma, i);
+    if (beta.p)
+        load_row(b, beta, i);
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        v[j] = (v[j] - mean) * rstd;
+        if (gamma.p)
+            v[j] *= g[j] + one;
+        if (beta.p)
+            v[j] += b[j];
+    }
+}
+
+// A block a row. R: vectors a thread keeps in registers, 0: the row is too long and is read again for each pass.
+template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREADS) norm_kernel(norm_of<T> p)
+{
+    constexpr int KEPT = R ? R : 1;
+    __shared__ float shared[MAX_THREADS / WARP];
+    const T *x = p.x + blockIdx.x * p.x_ld;
+    T *y = p.y + blockIdx.x * p.y_ld;
+    int64_t step = (int64_t)blockDim.x * V;
+    int rounds = R ? R : (int)((p.n + step - 1) / step);
+    float v[KEPT][V], sum = 0;
+#pragma unroll KEPT
+    for (int r = 0; r < rounds; r++) {
+        int64_t i = r * step + threadIdx.x * V;
+        float(&t)[V] = v[R ? r : 0];
+        if (i < p.n)
+            load(t, x + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            sum += i < p.n ? t[j] : 0;
+    }
+    float mean = p.centred ? block_reduce<add>(sum, shared) / (float)p.n : 0, square = 0;
+#pragma unroll KEPT
+    for (int r = 0; r < rounds; r++) {
+        int64_t i = r * step + threadIdx.x * V;
+        float(&t)[V] = v[R ? r : 0];
+        if (!R && i < p.n)
+            load(t, x + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            square += i < p.n ? (t[j] - mean) * (t[j] - mean) : 0;
+    }
+    float rstd = 1 / sqrtf(block_reduce<add>(square, shared) / (float)p.n + p.eps);
+#pragma unroll KEPT
+    for (int r = 0; r < rounds; r++) {
+        int64_t i = r * step + threadIdx.x * V;
+        float(&t)[V] = v[R ? r : 0];
+        if (i >= p.n)
+            continue;
+        if (!R)
+            load(t, x + i);
+        norm_point(t, i, mean, rstd, p.one, p.gamma, p.beta);
+        store(y + i, t);
+    }
+}
+
+// A warp a row, R vectors a lane: nothing waits for another warp. The row is kept as it lies in memory.
+enum { WARPS = 4 };
+
+template <typename T, int V, int R> __global__ void __launch_bounds__(WARPS *WARP) norm_warp_kernel(norm_of<T> p, int64_t rows)
+{
+    int64_t r = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
+    int lane = (int)threadIdx.x % WARP;
+    if (r >= rows)
+        return;
+    const pack<T, V> *x = reinterpret_cast<const pack<T, V> *>(p.x + r * p.x_ld);
+    int vectors = (int)(p.n / V);
+    pack<T, V> kept[R];
+    float sum = 0, square = 0;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        if (i * WARP + lane < vectors)
+            kept[i] = x[i * WARP + lane];
+#pragma unroll
+    for (int i = 0; i < R; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            sum += i * WARP + lane < vectors ? to_f32(kept[i].v[j]) : 0;
+    float mean = p.centred ? warp_reduce<add>(sum) / (float)p.n : 0;
+#pragma unroll
+    for (int i = 0; i < R; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            float v = to_f32(kept[i].v[j]) - mean;
+            square += i * WARP + lane < vectors ? v * v : 0;
+        }
+    float rstd = 1 / sqrtf(warp_reduce<add>(square) / (float)p.n + p.eps);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        int64_t at = (int64_t)(i * WARP + lane) * V;
+        float v[V];
+        if (at >= p.n)
+            continue;
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            v[j] = to_f32(kept[i].v[j]);
+        norm_point(v, at, mean, rstd, p.one, p.gamma, p.beta);
+        store(p.y + r * p.y_ld + at, v);
+    }
+}
+
+template <typename T, int V> static void norm_rows(cudaStream_t s, int64_t rows, const norm_of<T> &p)
+{
+    constexpr int R = 4;
+    int64_t vectors = ceil_div(p.n, V), threads = ceil_div(ceil_div(vectors, R), WARP) * WARP;
+    unsigned blocks = (unsigned)rows, groups = (unsigned)ceil_div(rows, WARPS);
+    if constexpr (V > 1) {
+        if (vectors <= 12 * WARP) {
+            if (vectors <= 4 * WARP)
+                norm_warp_kernel<T, V, 4><<<groups, WARPS * WARP, 0, s>>>(p, rows);
+            else
+                norm_warp_kernel<T, V, 12><<<groups, WARPS * WARP, 0, s>>>(p, rows);
+            return;
+        }
+    }
+    if (vectors > R * MAX_THREADS)
+        norm_kernel<T, V, 0><<<blocks, MAX_THREADS, 0, s>>>(p);
+    else
+        norm_kernel<T, V, R><<<blocks, (unsigned)threads, 0, s>>>(p);
+}
+
+void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta, float one,
+                 float eps, bool centred)
+{
+    with_type(x.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        constexpr int V = 16 / sizeof(T);
+        norm_of<T> p = {(T *)y.data, (const T *)x.data, row_of(gamma), row_of(beta), y.ld, x.ld, x.n[1], one, eps,
+                        centred};
+        if (p.n % V == 0 && wide(x, V) && wide(y, V) && wide(gamma, V) && wide(beta, V))
+            norm_rows<T, V>(s, x.n[0], p);
+        else
+            norm_rows<T, 1>(s, x.n[0], p);
+    });
+}
+
+// ---- queries and keys
+
+template <typename T> struct qk_of {
+    T *x[2];
+    row gamma[2];
+    const float *rope;
+    int64_t ld[2], rope_ld;
+    int heads, dim;
+    float eps;
+};
+
+// Pairs that may lie at any address are read number by number.
+template <typename T, int V> __device__ static void load_pairs(float (&v)[V], const T *x)
+{
+    if constexpr (V > 2)
+        load(v, x);
+    else
+        for (int j = 0; j < V; j++)
+            v[j] = to_f32(x[j]);
+}
+
+// L lanes take a head of a row: they normalise it and turn its pairs.
+template <typename T, int V> __global__ void __launch_bounds__(256) qk_kernel(qk_of<T> p, int L)
+{
+    int unit = (int)((blockIdx.y * blockDim.x + threadIdx.x) / (unsigned)L), lane = (int)threadIdx.x & (L - 1);
+    bool here = unit < 2 * p.heads; // the others lend their lanes to the shuffles
+    int which = unit < p.heads ? 0 : 1, head = unit - which * p.heads;
+    int64_t r = blockIdx.x;
+    // Chosen by selection: an index known only at run time would put the arguments in local memory.
+    T *x = (which ? p.x[1] : p.x[0]) + (here ? r * (which ? p.ld[1] : p.ld[0]) + (int64_t)head * p.dim : 0);
+    row gamma = {which ? p.gamma[1].p : p.gamma[0].p, which ? p.gamma[1].type : p.gamma[0].type};
+    float v[V], square = 0;
+    for (int i = lane * V; here && i < p.dim; i += L * V) {
+        load_pairs(v, x + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            square += v[j] * v[j];
+    }
+    for (int i = L / 2; i; i /= 2)
+        square += __shfl_xor_sync(~0u, square, i);
+    float rstd = 1 / sqrtf(square / (float)p.dim + p.eps);
+    for (int i = lane * V; here && i < p.dim; i += L * V) {
+        float g[V], turn[V], out[V];
+        if (p.dim > L * V)
+            load_pairs(v, x + i);
+        if constexpr (V > 2)
+            load_row(g, gamma, i);
+        else
+            for (int j = 0; j < V; j++)
+                g[j] = load_any(gamma.p, gamma.type, i + j);
+        load_pairs(turn, p.rope + r * p.rope_ld + i);
+#pragma unroll
+        for (int j = 0; j < V; j += 2) {
+            float a = v[j] * rstd * g[j], b = v[j + 1] * rstd * g[j + 1];
+            out[j] = a * turn[j] - b * turn[j + 1];
+            out[j + 1] = b * turn[j] + a * turn[j + 1];
+        }
+        if constexpr (V > 2)
+            store(x + i, out);
+        else
+            for (int j = 0; j < V; j++)
+                x[i + j] = from_f32<T>(out[j]);
+    }
+}
+
+template <typename T, int V> static void qk_rows(cudaStream_t s, int64_t rows, const qk_of<T> &p)
+{
+    int lanes = 1;
+    while (lanes < WARP && lanes * V < p.dim)
+        lanes *= 2;
+    int64_t wanted = ceil_div(2 * p.heads * lanes, WARP) * WARP, threads = wanted < 256 ? wanted : 256;
+    dim3 grid((unsigned)rows, (unsigned)ceil_div(wanted, threads));
+    qk_kernel<T, V><<<grid, (unsigned)threads, 0, s>>>(p, lanes);
+}
+
+void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
+                         float eps, struct tensor rope)
+{
+    with_type(q.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        constexpr int V = 16 / sizeof(T);
+        qk_of<T> p = {{(T *)q.data, (T *)k.data}, {row_of(gamma_q), row_of(gamma_k)}, (const float *)rope.data,
+                      {q.ld, k.ld},               rope.ld,                            (int)q.n[1],
+                      (int)q.n[2],                eps};
+        if (p.dim % V == 0 && wide(q, V) && wide(k, V) && wide(gamma_q, V) && wide(gamma_k, V) && wide(rope, V))
+            qk_rows<T, V>(s, q.n[0], p);
+        else
+            qk_rows<T, 2>(s, q.n[0], p);
+    });
+}
+
+// ---- group norm
+
+// Sums of x (h, w, c) in f32 over a few pixels, then in f64: as exact as f64 throughout to the last digit of f32.
+enum { GROUP_THREADS = 256, F32_RUN = 8 };
+
+// A block takes a row of the picture and `vectors` vectors of channels that hold whole groups. size: channels of one.
+template <typename T, int V>
+__global__ void __launch_bounds__(GROUP_THREADS)
+    group_sums_kernel(double *sums, int64_t sums_ld, const T *x, int64_t ld, int64_t w, int64_t c, int vectors, int size)
+{
+    __shared__ double part[2][GROUP_THREADS];
+    const T *from = x + blockIdx.y * ld;
+    int lanes = GROUP_THREADS / vectors, lane = (int)threadIdx.x / vectors;
+    int64_t channel = (blockIdx.x * (int64_t)vectors + threadIdx.x % vectors) * V;
+    double sum = 0, square = 0;
+    if (lane < lanes && channel < c)
+        for (int64_t p = lane; p < w;) {
+            float s = 0, q = 0, v[V];
+            for (int run = 0; run < F32_RUN && p < w; run++, p += lanes) {
+                load(v, from + p * c + channel);
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    s += v[j];
+                    q += v[j] * v[j];
+                }
+            }
+            sum += (double)s;
+            square += (double)q;
+        }
+    part[0][threadIdx.x] = sum;
+    part[1][threadIdx.x] = square;
+    __syncthreads();
+    int group = (int)threadIdx.x / 2, which = (int)threadIdx.x % 2, per = size / V;
+    int64_t number = blockIdx.x * (int64_t)(vectors / per) + group;
+    if (group >= vectors / per || number >= c / size)
+        return;
+    double all = 0;
+    for (int l = 0; l < lanes; l++)
+        for (int i = 0; i < per; i++)
+            all += part[which][l * vectors + group * per + i];
+    sums[blockIdx.y * sums_ld + number * 2 + which] = all;
+}
+
+// Groups of any size: a block takes one group of one row.
+template <typename T>
+__global__ void __launch_bounds__(GROUP_THREADS)
+    group_sum_kernel(double *sums, int64_t sums_ld, const T *x, int64_t ld, int64_t w, int64_t c, int64_t size)
+{
+    __shared__ double shared[GROUP_THREADS / WARP];
+    const T *from = x + blockIdx.y * ld + blockIdx.x * size;
+    double sum = 0, square = 0;
+    for (int64_t i = threadIdx.x; i < w * size; i += GROUP_THREADS) {
+        double v = (double)to_f32(from[i / size * c + i % size]);
+        sum += v;
+        square += v * v;
+    }
+    sum = block_reduce<add>(sum, shared);
+    square = block_reduce<add>(square, shared);
+    if (threadIdx.x == 0) {
+        sums[blockIdx.y * sums_ld + blockIdx.x * 2] = sum;
+        sums[blockIdx.y * sums_ld + blockIdx.x * 2 + 1] = square;
+    }
+}
+
+template <typename T, int V> static bool group_sums_as(cudaStream_t s, struct tensor sums, struct tensor x)
+{
+    int64_t size = x.n[2] / sums.n[1], per = size / V, half = GROUP_THREADS / 2;
+    // A thread adds up one of a group's two sums, so a block has room for half as many groups as threads.
+    if (size % V || per > GROUP_THREADS || !wide(x, V))
+        return false;
+    int64_t groups = GROUP_THREADS / per < half ? GROUP_THREADS / per : half;
+    groups = groups < sums.n[1] ? groups : sums.n[1];
+    dim3 grid((unsigned)ceil_div(sums.n[1], groups), (unsigned)x.n[0]);
+    group_sums_kernel<T, V><<<grid, GROUP_THREADS, 0, s>>>((double *)sums.data, sums.ld, (const T *)x.data, x.ld, x.n[1],
+                                                          x.n[2], (int)(groups * per), (int)size);
+    return true;
+}
+
+void launch_group_sums(cudaStream_t s, struct tensor sums, struct tensor x)
+{
+    with_type(x.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        if (group_sums_as<T, 16 / sizeof(T)>(s, sums, x) || group_sums_as<T, 8 / sizeof(T)>(s, sums, x))
+            return;
+        dim3 grid((unsigned)sums.n[1], (unsigned)x.n[0]);
+        group_sum_kernel<T><<<grid, GROUP_THREADS, 0, s>>>((double *)sums.data, sums.ld, (const T *)x.data, x.ld, x.n[1],
+                                                          x.n[2], x.n[2] / sums.n[1]);
+    });
+}
+
+// A block a group; which thread adds which rows depends on the number of all rows alone.
+__global__ void __launch_bounds__(GROUP_THREADS)
+    group_scales_kernel(float *mean, float *scale, const double *sums, int64_t ld, int64_t rows, double count,
+                        int64_t size, row gamma, float eps)
+{
+    __shared__ double shared[GROUP_THREADS / WARP];
+    double sum = 0, square = 0;
+    for (int64_t r = threadIdx.x; r < rows; r += GROUP_THREADS) {
+        sum += sums[r * ld + blockIdx.x * 2];
+        square += sums[r * ld + blockIdx.x * 2 + 1];
+    }
+    double m = block_reduce<add>(sum, shared) / count;
+    double variance = block_reduce<add>(square, shared) / count - m * m;
+    double rstd = 1 / sqrt((variance > 0 ? variance : 0) + (double)eps);
+    for (int64_t c = blockIdx.x * size + threadIdx.x; c < (blockIdx.x + 1) * size; c += GROUP_THREADS) {
+        mean[c] = (float)m;
+        scale[c] = (float)(rstd * (double)load_any(gamma.p, gamma.type, c));
+    }
+}
+
+void launch_group_scales(cudaStream_t s, float *mean, float *scale, struct tensor sums, int64_t pixels,
+                         struct tensor gamma, float eps)
+{
+    int64_t size = tensor_count(gamma) / sums.n[1];
+    group_scales_kernel<<<(unsigned)sums.n[1], GROUP_THREADS, 0, s>>>(
+        mean, scale, (const double *)sums.data, sums.ld, sums.n[0], (double)(sums.n[0] * pixels * size), size,
+        row_of(gamma), eps);
+}
+
+template <typename T> struct apply_of {
+    T *y;
+    const T *x;
+    int64_t y_ld, x_ld, rows, n, c;
+    const float *mean, *scale;
+    row beta;
+    enum act act;
+};
+
+template <typename T, int V> __global__ void __launch_bounds__(GROUP_THREADS) group_apply_kernel(apply_of<T> p)
+{
+    int64_t i = ((int64_t)blockIdx.x * GROUP_THREADS + threadIdx.x) * V, channel = i % p.c;
+    if (i >= p.n)
+        return;
+    float mean[V], scale[V], beta[V], v[V];
+    load(mean, p.mean + channel);
+    load(scale, p.scale + channel);
+    load_row(beta, p.beta, channel);
+    for (int64_t r = blockIdx.y; r < p.rows; r += gridDim.y) {
+        load(v, p.x + r * p.x_ld + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            v[j] = activated((v[j] - mean[j]) * scale[j] + beta[j], p.act);
+        store(p.y + r * p.y_ld + i, v);
+    }
+}
+
+void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const float *mean, const float *scale,
+                        struct tensor beta, enum act act)
+{
+    with_type(x.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        constexpr int V = 16 / sizeof(T);
+        apply_of<T> p = {(T *)y.data, (const T *)x.data, y.ld,  x.ld,         x.n[0], x.n[1] * x.n[2],
+                         x.n[2],      mean,              scale, row_of(beta), act};
+        bool fast = p.c % V == 0 && wide(x, V) && wide(y, V) && wide(beta, V);
+        dim3 grid((unsigned)ceil_div(p.n, GROUP_THREADS * (fast ? V : 1)),
+                  (unsigned)(p.rows < MAX_GRID_Y ? p.rows : MAX_GRID_Y));
+        if (fast)
+            group_apply_kernel<T, V><<<grid, GROUP_THREADS, 0, s>>>(p);
+        else
+            group_apply_kernel<T, 1><<<grid, GROUP_THREADS, 0, s>>>(p);
+    });
+}
+
+// ---- softmax
+
+// A block a query of a head. Keys that the query does not see get weight 0.
+__global__ void __launch_bounds__(GROUP_THREADS) softmax_kernel(struct softmax p)
+{
+    __shared__ float shared[GROUP_THREADS / WARP];
+    int64_t q = blockIdx.x % p.rows, head = blockIdx.x / p.rows, at = (head * p.rows + q) * p.ld;
+    int64_t seen = p.causal && p.first + q + 1 < p.keys ? p.first + q + 1 : p.keys;
+    const float *scores = p.scores + at, *bias = p.bias ? p.bias + head * p.bias_head + q * p.bias_row : nullptr;
+    float top = -INFINITY, sum = 0;
+    for (int64_t i = threadIdx.x; i < seen; i += GROUP_THREADS)
+        top = fmaxf(top, p.scale * scores[i] + (bias ? bias[i] : 0));
+    top = block_reduce<largest>(top, shared);
+    float base = top == -INFINITY ? 0 : top; // every key hidden: all weights are 0
+    for (int64_t i = threadIdx.x; i < seen; i += GROUP_THREADS)
+        sum += expf(p.scale * scores[i] + (bias ? bias[i] : 0) - base);
+    sum = block_reduce<add>(sum, shared);
+    float factor = sum == 0 ? 0 : 1 / sum;
+    for (int64_t i = threadIdx.x; i < p.ld; i += GROUP_THREADS)
+        store_any(p.p, p.type, at + i,
+                  i < seen ? expf(p.scale * scores[i] + (bias ? bias[i] : 0) - base) * factor : 0);
+}
+
+void launch_softmax(cudaStream_t s, const struct softmax *p)
+{
+    softmax_kernel<<<(unsigned)(p->heads * p->rows), GROUP_THREADS, 0, s>>>(*p);
+}

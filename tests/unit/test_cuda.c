@@ -1,0 +1,719 @@
+// Every operation of the cuda backend against the cpu one, in F32, BF16 and F16, over odd, strided and empty shapes. An
+// operand has the same numbers on both sides, exact in its type there. Gaps of strided views and outputs not yet
+// written hold NaN: read, they spoil the result; written, they are found. Without a GPU the program says so and
+// ends with 77, which CTest counts as skipped.
+#include "kernels/cuda/cuda.h"
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+static const struct kernels *const C = &kernels_cpu, *const G = &kernels_cuda;
+enum { TYPES = 3, BLOCKS = 4096, SKIPPED = 77 };
+static const enum dtype types[TYPES] = {DT_F32, DT_BF16, DT_F16};
+
+struct fix {
+    struct device *cpu, *gpu[TYPES], *d; // d: of the type under test
+    enum dtype type;
+    uint32_t seed;
+    void *host[BLOCKS], *device[BLOCKS];
+    int used;
+};
+
+// One operand on both sides. whole: the GPU's memory as one vector, gaps included.
+struct pair {
+    struct tensor c, g, whole;
+};
+
+static const struct pair none;
+
+static int setup(void **state)
+{
+    struct fix *f = calloc(1, sizeof *f);
+    struct err err = {0};
+    *state = f;
+    f->seed = 4711;
+    int code = C->open(&(struct device_options){.threads = 2}, &f->cpu, &err);
+    for (int i = 0; i < TYPES && code == 0; i++)
+        code = G->open(&(struct device_options){.activation = types[i]}, &f->gpu[i], &err);
+    if (code)
+        printf("%s\n", err.text);
+    return code;
+}
+
+static void release(struct fix *f)
+{
+    for (int i = 0; i < f->used; i++) {
+        free(f->host[i]);
+        G->free(f->d, f->device[i]);
+    }
+    f->used = 0;
+}
+
+static int teardown(void **state)
+{
+    struct fix *f = *state;
+    f->d = f->gpu[0];
+    release(f);
+    for (int i = 0; i < TYPES; i++)
+        G->close(f->gpu[i]);
+    C->close(f->cpu);
+    free(f);
+    return 0;
+}
+
+// Runs body for each activation type.
+#define EACH_TYPE(f)                                                                                                   \
+    for (int type_ = 0; type_ < TYPES && (release_if(f), (f)->type = types[type_], (f)->d = (f)->gpu[type_], true);    \
+         type_++)
+
+static void release_if(struct fix *f)
+{
+    if (f->d)
+        release(f);
+}
+
+// By activation type.
+static double tolerance(const struct fix *f, double f32, double bf16, double f16)
+{
+    return f->type == DT_F32 ? f32 : f->type == DT_BF16 ? bf16 : f16;
+}
+
+static double uniform(struct fix *f) // -1 to 1
+{
+    f->seed = f->seed * 1664525u + 1013904223u;
+    return (double)(f->seed >> 8) / (1 << 23) - 1;
+}
+
+static float rounded(float v, enum dtype type)
+{
+    return type == DT_BF16 ? bf16_to_f32(f32_to_bf16(v)) : type == DT_F16 ? f16_to_f32(f32_to_f16(v)) : v;
+}
+
+static void put(struct tensor t, int64_t i, float v)
+{
+    if (t.dtype == DT_F32)
+        ((float *)t.data)[i] = v;
+    else if (t.dtype == DT_F64)
+        ((double *)t.data)[i] = (double)v;
+    else if (t.dtype == DT_U8)
+        ((uint8_t *)t.data)[i] = 0xa5;
+    else
+        ((uint16_t *)t.data)[i] = t.dtype == DT_BF16 ? f32_to_bf16(v) : f32_to_f16(v);
+}
+
+static double get(struct tensor t, int64_t i)
+{
+    switch (t.dtype) {
+    case DT_F32:
+        return (double)((float *)t.data)[i];
+    case DT_F64:
+        return ((double *)t.data)[i];
+    case DT_BF16:
+        return (double)bf16_to_f32(((uint16_t *)t.data)[i]);
+    case DT_F16:
+        return (double)f16_to_f32(((uint16_t *)t.data)[i]);
+    default:
+        return (double)((uint8_t *)t.data)[i];
+    }
+}
+
+// c and g: types on either side. size 0: an output, NaN throughout. shift: elements that the GPU's tensor lies past a
+// 256-byte boundary.
+static struct pair make(struct fix *f, enum dtype c, enum dtype g, int dims, const int64_t *n, int64_t gap, double size,
+                        int64_t shift)
+{
+    struct pair p = {.c =
+                         tensor_of(NULL, c, dims, n[0], dims > 1 ? n[1] : 1, dims > 2 ? n[2] : 1, dims > 3 ? n[3] : 1)};
+    int64_t row = dims == 1 ? n[0] : p.c.ld;
+    p.c.ld = dims == 1 ? 1 : row + gap;
+    int64_t total = dims == 1 ? row : p.c.ld * p.c.n[0];
+    assert_true(f->used < BLOCKS);
+    p.c.data = f->host[f->used] = malloc((size_t)total * dtype_size(c) + 1);
+    assert_int_equal(G->alloc(f->d, (size_t)(total + shift) * dtype_size(g), &f->device[f->used], NULL), 0);
+    p.g = p.c;
+    p.g.dtype = g;
+    p.g.data = (char *)f->device[f->used++] + shift * (int64_t)dtype_size(g);
+    p.whole = tensor_1d(p.g.data, g, total);
+    float *same = malloc((size_t)total * sizeof *same + 1);
+    for (int64_t i = 0; i < total; i++) {
+        bool gap_here = dims > 1 && i % p.c.ld >= row;
+        same[i] = gap_here || size == 0 ? NAN : rounded((float)(uniform(f) * size), g);
+        put(p.c, i, same[i]);
+    }
+    G->upload(f->d, p.whole, c == g && c != DT_F32 && c != DT_BF16 && c != DT_F16 ? p.c.data : (void *)same);
+    free(same);
+    return p;
+}
+
+#define SHAPE(...)                                                                                                     \
+    (int)(sizeof((int64_t[]){__VA_ARGS__}) / 8), (int64_t[])                                                           \
+    {                                                                                                                  \
+        __VA_ARGS__                                                                                                    \
+    }
+// An activation, an output and a weight.
+#define ACTIVE(f, gap, size, ...) make(f, DT_F32, (f)->type, SHAPE(__VA_ARGS__), gap, size, 0)
+#define OUTPUT(f, gap, ...)       make(f, DT_F32, (f)->type, SHAPE(__VA_ARGS__), gap, 0, 0)
+#define WEIGHT(f, dtype, ...)     make(f, dtype, dtype, SHAPE(__VA_ARGS__), 0, 1, 0)
+
+static struct pair ids_of(struct fix *f, const int32_t *ids, int64_t n)
+{
+    struct pair p = make(f, DT_F32, DT_F32, 1, &n, 0, 1, 0); // room of the same size
+    memcpy(p.c.data, ids, (size_t)n * sizeof *ids);
+    p.c.dtype = p.g.dtype = DT_I32;
+    G->upload(f->d, p.g, p.c.data);
+    return p;
+}
+
+// The GPU's numbers within tolerance * (1 + |the cpu's|), and its gaps untouched.
+static void same(struct fix *f, const char *what, struct pair p, double tolerance)
+{
+    struct err err = {0};
+    if (C->sync(f->cpu, &err) || G->sync(f->d, &err))
+        fail_msg("%s: %s", what, err.text);
+    bool half = p.g.dtype == DT_BF16 || p.g.dtype == DT_F16;
+    int64_t total = p.whole.n[0], row = p.c.dims == 1 ? total : p.c.n[1] * p.c.n[2] * p.c.n[3];
+    struct tensor got = tensor_1d(malloc((size_t)total * 8 + 1), half ? DT_F32 : p.g.dtype, total);
+    G->download(f->d, got.data, p.whole);
+    assert_int_equal(G->sync(f->d, NULL), 0);
+    for (int64_t i = 0; i < total; i++) {
+        double g = get(got, i), c = get(p.c, i);
+        bool gap = p.c.dims > 1 && i % p.c.ld >= row;
+        bool fine =
+            gap ? p.c.dtype == DT_U8 || isnan(g) : (isnan(c) && isnan(g)) || fabs(g - c) <= tolerance * (1 + fabs(c));
+        if (!fine) {
+            free(got.data);
+            fail_msg("%s in %s, (%lld, %lld, %lld): element %lld of row %lld is %.9g, not %.9g", what,
+                     dtype_name(f->type), (long long)p.c.n[0], (long long)p.c.n[1], (long long)p.c.n[2],
+                     (long long)(p.c.dims == 1 ? i : i % p.c.ld), (long long)(p.c.dims == 1 ? 0 : i / p.c.ld), g, c);
+        }
+    }
+    free(got.data);
+}
+
+static enum dtype weight_type(const struct fix *f, int i) // mostly the activation's, as in a checkpoint
+{
+    return i % 4 == 3 ? types[i / 4 % TYPES] : f->type;
+}
+
+// ---- memory
+
+static void transfers(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        struct pair x = ACTIVE(f, 3, 100, 37, 5, 11), v = ACTIVE(f, 0, 1, 1000);
+        float host[37 * 55], back[37 * 55];
+        for (int i = 0; i < 37 * 55; i++)
+            host[i] = rounded((float)uniform(f), f->type);
+        C->upload(f->cpu, x.c, host);
+        G->upload(f->d, x.g, host);
+        same(f, "upload", x, 0);
+        G->download(f->d, back, x.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_int_equal(memcmp(host, back, sizeof host), 0);
+        C->upload(f->cpu, v.c, host);
+        G->upload(f->d, v.g, host);
+        same(f, "upload of a vector", v, 0);
+    }
+}
+
+static void copies(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        const int64_t widths[] = {1, 7, 60, 64, 256};
+        for (int i = 0; i < 15; i++) {
+            int64_t w = widths[i % 5], gap = i / 5 * 4;
+            struct pair x = ACTIVE(f, gap, 1, 50, 3, w), y = OUTPUT(f, i % 3, 50, 3, w);
+            C->copy(f->cpu, y.c, x.c);
+            G->copy(f->d, y.g, x.g);
+            same(f, "copy", y, 0);
+            C->zero(f->cpu, tensor_rows(x.c, 3, 20));
+            G->zero(f->d, tensor_rows(x.g, 3, 20));
+            G->zero(f->d, tensor_rows(x.g, 3, 0));
+            same(f, "zero", x, 0);
+        }
+    }
+}
+
+static void placing(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < TYPES; i++) {
+            struct tensor t, w = WEIGHT(f, types[i], 33, 50).c, v = tensor_1d(w.data, w.dtype, 50);
+            w.ld = 50;
+            assert_int_equal(G->place(f->d, w, &t, NULL), 0);
+            assert_int_equal(t.dtype, f->type);
+            float back[33 * 50];
+            G->download(f->d, back, t);
+            assert_int_equal(G->sync(f->d, NULL), 0);
+            for (int j = 0; j < 33 * 50; j++)
+                assert_true(back[j] == rounded((float)get(w, j), f->type));
+            assert_int_equal(G->place(f->d, v, &t, NULL), 0);
+            assert_int_equal(t.dtype, v.dtype);
+            assert_int_equal(C->place(f->cpu, w, &t, NULL), 0);
+            assert_true(t.data == w.data);
+        }
+    }
+}
+
+static void placed_linear(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        for (int bias = 0; bias < 3; bias++) { // none, all, all but one
+            const int64_t n[] = {24, 8, 40};
+            struct tensor w[3], b[3] = {{0}};
+            for (int i = 0; i < 3; i++) {
+                w[i] = WEIGHT(f, f->type, n[i], 64).c;
+                if (bias && (bias == 1 || i != 1))
+                    b[i] = WEIGHT(f, f->type, n[i]).c;
+            }
+            struct linear lc, lg;
+            assert_int_equal(linear_init(&lc, 3, w, b, NULL), 0);
+            lg = lc;
+            assert_int_equal(C->place_linear(f->cpu, &lc, NULL), 0);
+            assert_int_equal(G->place_linear(f->d, &lg, NULL), 0);
+            assert_int_equal(lg.parts, 1);
+            struct pair x = ACTIVE(f, 0, 1, 50, 64), y = OUTPUT(f, 0, 50, 72);
+            C->linear(f->cpu, y.c, x.c, &lc, ACT_GELU_TANH);
+            G->linear(f->d, y.g, x.g, &lg, ACT_GELU_TANH);
+            same(f, "linear in one part", y, tolerance(f, 2e-5, 1e-2, 2e-3));
+        }
+    }
+}
+
+// ---- rows
+
+static void linear_case(struct fix *f, int64_t m, int64_t k, int parts, const int64_t *n, enum dtype type, bool bias,
+                        enum act act)
+{
+    struct tensor wc[4], wg[4], bc[4], bg[4];
+    int64_t total = 0, gap = m % 3;
+    for (int i = 0; i < parts; i++) {
+        struct pair w = make(f, type, type, SHAPE(n[i], k), gap, 1, 0), b = WEIGHT(f, i == 2 ? DT_F32 : type, n[i]);
+        wc[i] = w.c, wg[i] = w.g, bc[i] = b.c, bg[i] = b.g;
+        total += n[i];
+    }
+    struct linear lc, lg;
+    assert_int_equal(linear_init(&lc, parts, wc, bias ? bc : NULL, NULL), 0);
+    assert_int_equal(linear_init(&lg, parts, wg, bias ? bg : NULL, NULL), 0);
+    struct pair x = ACTIVE(f, gap, 1, m, k), y = OUTPUT(f, gap, m, total);
+    C->linear(f->cpu, y.c, x.c, &lc, act);
+    G->linear(f->d, y.g, x.g, &lg, act);
+    // Sums of k products of size 1. Halves: the result's rounding, before and after the activation; a weight of another
+    // type is rounded to theirs.
+    double own = type == f->type ? 1 : 1 + sqrt((double)k) / 4;
+    same(f, "linear", y, tolerance(f, 2e-6 * sqrt((double)k) + 2e-6, 1e-2 * own, 2e-3 * own));
+}
+
+static void linear(void **state)
+{
+    struct fix *f = *state;
+    const int64_t ms[] = {0, 1, 2, 5, 16, 77}, ks[] = {1, 7, 16, 64, 100}, n[] = {1, 17, 33, 64};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 30; i++)
+            linear_case(f, ms[i % 6], ks[i % 5], 1 + i % 4, n + (i % 4 == 3 ? 0 : i % 2), weight_type(f, i), i % 2 == 0,
+                        (enum act)(i / 2 % 5));
+        for (int act = ACT_NONE; act <= ACT_QUICK_GELU; act++)
+            linear_case(f, 150, 320, 2, (int64_t[]){304, 96}, f->type, act != ACT_SILU, (enum act)act);
+        linear_case(f, 28, 3072, 1, (int64_t[]){512}, f->type, true, ACT_NONE);
+        linear_case(f, 1, 320, 1, (int64_t[]){1000}, f->type, true, ACT_SILU);
+        linear_case(f, 1024, 1024, 1, (int64_t[]){1024}, f->type, true, ACT_GELU_TANH); // large enough to be timed
+    }
+}
+
+static void columns_of_one(void **state) // outputs and inputs that are blocks of columns
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        struct pair x = ACTIVE(f, 0, 1, 20, 64), y = ACTIVE(f, 0, 1, 20, 104), w = WEIGHT(f, f->type, 40, 32);
+        struct linear lc, lg;
+        assert_int_equal(linear_init(&lc, 1, &w.c, NULL, NULL) + linear_init(&lg, 1, &w.g, NULL, NULL), 0);
+        for (int64_t at = 0; at < 4; at++) {
+            C->linear(f->cpu, tensor_cols(y.c, 50 + at, 40), tensor_cols(x.c, 8 * at, 32), &lc, ACT_NONE);
+            G->linear(f->d, tensor_cols(y.g, 50 + at, 40), tensor_cols(x.g, 8 * at, 32), &lg, ACT_NONE);
+            same(f, "linear of columns", y, tolerance(f, 1e-5, 1e-2, 2e-3));
+        }
+    }
+}
+
+static void activations(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        for (int act = ACT_NONE; act <= ACT_QUICK_GELU; act++)
+            for (int i = 0; i < 4; i++) {
+                struct pair x = i == 0 ? ACTIVE(f, 0, 10, 40001) : ACTIVE(f, i, i == 2 ? 200 : 8, 9, 3, 5 + 11 * i);
+                C->activate(f->cpu, x.c, (enum act)act);
+                G->activate(f->d, x.g, (enum act)act);
+                same(f, "activate", x, tolerance(f, 2e-6, 5e-3, 6e-4));
+            }
+    }
+}
+
+static void pairs(void **state)
+{
+    struct fix *f = *state;
+    const int64_t rows[] = {0, 1, 3, 200}, columns[] = {1, 5, 16, 35, 256};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 4 * 5 * 6; i++) {
+            int64_t m = rows[i % 4], n = columns[i / 4 % 5];
+            int op = i / 20;
+            struct pair x = ACTIVE(f, op % 3 * 8, 2, m, n), y = ACTIVE(f, i % 2, 2, m, n), z = ACTIVE(f, 1, 2, m, n),
+                        v = WEIGHT(f, types[i % 3], n);
+#define BOTH(k, d, s)                                                                                                  \
+    (op == 0   ? k->add(d, x.s, y.s)                                                                                   \
+     : op == 1 ? k->mul(d, x.s, y.s)                                                                                   \
+     : op == 2 ? k->axpy(d, x.s, 0.3f, y.s)                                                                            \
+     : op == 3 ? k->add_row(d, x.s, v.s)                                                                               \
+     : op == 4 ? k->gate_add(d, x.s, v.s, y.s)                                                                         \
+               : k->cfg_combine(d, x.s, y.s, z.s, 3.5f))
+            BOTH(C, f->cpu, c);
+            BOTH(G, f->d, g);
+#undef BOTH
+            same(f, "pair", x, tolerance(f, 1e-6, 5e-3, 6e-4));
+        }
+        struct pair x = ACTIVE(f, 0, 1, 9, 16), y = ACTIVE(f, 0, 1, 9, 16);
+        C->cfg_combine(f->cpu, x.c, x.c, y.c, 2);
+        G->cfg_combine(f->d, x.g, x.g, y.g, 2);
+        same(f, "cfg_combine in place", x, tolerance(f, 1e-6, 5e-3, 6e-4));
+    }
+}
+
+static void norms(void **state)
+{
+    struct fix *f = *state;
+    const int64_t rows[] = {0, 1, 7, 90}, columns[] = {1, 8, 31, 256, 1000, 3072, 5000, 40000};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 4 * 8 * 4; i++) {
+            int64_t m = rows[i % 4], n = columns[i / 4 % 8];
+            int op = i / 32; // layer_norm, the same without gamma and beta, modulate, rms_norm
+            if (n > 3072 && m > 7)
+                continue;
+            struct pair x = ACTIVE(f, i % 2 * 8, 3, m, n), y = OUTPUT(f, i % 3, m, n), g = WEIGHT(f, types[i % 3], n),
+                        b = WEIGHT(f, types[i / 3 % 3], n), o = op == 1 ? none : g, p = op == 1 ? none : b;
+            if (op < 2) {
+                C->layer_norm(f->cpu, y.c, x.c, o.c, p.c, 1e-5f);
+                G->layer_norm(f->d, y.g, x.g, o.g, p.g, 1e-5f);
+            } else if (op == 2) {
+                C->modulate(f->cpu, y.c, x.c, g.c, b.c, 1e-6f);
+                G->modulate(f->d, y.g, x.g, g.g, b.g, 1e-6f);
+            } else {
+                C->rms_norm(f->cpu, y.c, x.c, g.c, 1e-6f);
+                G->rms_norm(f->d, y.g, x.g, g.g, 1e-6f);
+            }
+            same(f, "norm", y, tolerance(f, 1e-5, 5e-3, 6e-4));
+        }
+    }
+}
+
+static void qk_norm_rope(void **state)
+{
+    struct fix *f = *state;
+    const int64_t shapes[][3] = {{0, 2, 8}, {1, 1, 2}, {5, 3, 32}, {33, 24, 128}, {7, 2, 48}, {9, 1, 600}, {40, 5, 6}};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 21; i++) {
+            int64_t m = shapes[i % 7][0], heads = shapes[i % 7][1], dim = shapes[i % 7][2];
+            struct pair q = ACTIVE(f, i / 7 * 8, 2, m, heads, dim), k = ACTIVE(f, i / 7 * 3, 2, m, heads, dim),
+                        gq = WEIGHT(f, types[i % 3], dim), gk = WEIGHT(f, f->type, dim),
+                        rope = make(f, DT_F32, DT_F32, SHAPE(m, dim / 2, 2), i / 7, 1, 0);
+            C->qk_norm_rope(f->cpu, q.c, k.c, gq.c, gk.c, 1e-6f, rope.c);
+            G->qk_norm_rope(f->d, q.g, k.g, gq.g, gk.g, 1e-6f, rope.g);
+            same(f, "q of qk_norm_rope", q, tolerance(f, 5e-6, 5e-3, 6e-4));
+            same(f, "k of qk_norm_rope", k, tolerance(f, 5e-6, 5e-3, 6e-4));
+        }
+    }
+}
+
+static void embed(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < TYPES; i++) {
+            struct pair table = make(f, types[i], types[i], SHAPE(11, 37), i, 1, 0), y = OUTPUT(f, 2, 4, 37),
+                        ids = ids_of(f, (int32_t[]){10, 0, 3, 3}, 4);
+            C->embed(f->cpu, y.c, table.c, ids.c);
+            G->embed(f->d, y.g, table.g, ids.g);
+            same(f, "embed", y, tolerance(f, 0, 4e-3, 5e-4));
+        }
+    }
+}
+
+static void relative_bias(void **state)
+{
+    struct fix *f = *state;
+    const int64_t ms[] = {0, 1, 5, 40}, ss[] = {1, 7, 40};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 12; i++) {
+            int64_t m = ms[i % 4], s = ss[i / 4], heads = 1 + i % 3;
+            struct pair table = make(f, types[i % 3], types[i % 3], SHAPE(13, heads), 1, 1, 0),
+                        y = make(f, DT_F32, DT_F32, SHAPE(heads, m, s), 3, 0, 0);
+            int32_t buckets[80];
+            for (int64_t j = 0; j < m + s - 1; j++)
+                buckets[j] = (int32_t)(j * 7 % 13);
+            struct pair ids = ids_of(f, buckets, m + s - 1);
+            C->relative_bias(f->cpu, y.c, table.c, ids.c);
+            G->relative_bias(f->d, y.g, table.g, ids.g);
+            same(f, "relative_bias", y, 0);
+        }
+    }
+}
+
+// ---- across rows
+
+struct attention_case {
+    int64_t m, s, heads, dim;
+    bool causal, bias, hidden; // hidden: the bias hides keys with -inf, all of them for query 0
+    int64_t gap;
+};
+
+static void hide(struct pair *bias, struct fix *f)
+{
+    int64_t s = bias->c.n[2];
+    for (int64_t h = 0; h < bias->c.n[0]; h++)
+        for (int64_t i = 0; i < bias->c.n[1] * s; i++)
+            if (i < s || i % 5 == 2)
+                ((float *)bias->c.data)[h * bias->c.ld + i] = -INFINITY;
+    G->upload(f->d, bias->whole, bias->c.data);
+}
+
+static void attention_one(struct fix *f, struct attention_case c)
+{
+    struct pair q = ACTIVE(f, c.gap, 1.5, c.m, c.heads, c.dim), k = ACTIVE(f, 2 * c.gap, 1.5, c.s, c.heads, c.dim),
+                v = ACTIVE(f, 0, 1, c.s, c.heads, c.dim), out = OUTPUT(f, c.gap, c.m, c.heads, c.dim), bias = none;
+    if (c.bias)
+        bias = make(f, DT_F32, DT_F32, SHAPE(c.heads, c.m, c.s), 7, 2, 0);
+    if (c.hidden)
+        hide(&bias, f);
+    struct attention_opts oc = {.scale = 0.5f, .causal = c.causal, .bias = bias.c}, og = oc;
+    og.bias = bias.g;
+    C->attention(f->cpu, out.c, q.c, k.c, v.c, &oc);
+    G->attention(f->d, out.g, q.g, k.g, v.g, &og);
+    // Scores up to 0.5 * 2.25 * dim carry that many units of 2^-24. Halves round the weights, too.
+    same(f, "attention", out, tolerance(f, 2e-6 + 4e-7 * (double)c.dim, 1.5e-2, 2e-3));
+}
+
+static void attention(void **state)
+{
+    struct fix *f = *state;
+    const int64_t ms[] = {0, 1, 13, 40, 100}, ss[] = {1, 31, 64, 130}, dims[] = {1, 17, 40, 100};
+    const struct attention_case fused[] = {
+        {128, 128, 4, 128, false, false, false, 0},  {77, 77, 12, 64, true, false, false, 0},
+        {333, 200, 3, 128, false, false, false, 64}, {1, 64, 2, 64, false, false, false, 8},
+        {1030, 1030, 2, 128, true, false, false, 0}, {50, 1100, 1, 32, false, false, false, 0},
+        {300, 300, 2, 256, false, false, false, 0},  {65, 9, 5, 16, false, false, false, 16}};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 20; i++) {
+            struct attention_case c = {ms[i % 5],  ss[i / 5],  1 + i % 3,  dims[i % 4],
+                                       i % 4 == 1, i % 3 == 1, i % 6 == 4, i % 3};
+            if (c.causal)
+                c.s = c.m;
+            attention_one(f, c);
+        }
+        for (size_t i = 0; i < sizeof fused / sizeof fused[0]; i++)
+            attention_one(f, fused[i]);
+        attention_one(f, (struct attention_case){30, 1100, 2, 16, false, true, true, 0});
+        attention_one(f, (struct attention_case){200, 200, 8, 64, false, true, false, 0});
+        attention_one(f, (struct attention_case){20, 300, 1, 512, false, false, false, 0});
+        attention_one(f, (struct attention_case){9, 0, 2, 8, false, false, false, 0}); // no keys: zeros
+    }
+}
+
+static void conv_case(struct fix *f, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kh, int64_t kw,
+                      int64_t gap, enum dtype type, bool bias)
+{
+    struct pair x = ACTIVE(f, gap, 1, h + kh - 1, w, c_in), y = OUTPUT(f, gap, h, w, c_out),
+                weight = WEIGHT(f, type, c_out, kh, kw, c_in), b = bias ? WEIGHT(f, type, c_out) : none;
+    C->conv2d(f->cpu, y.c, x.c, &(struct conv){weight.c, b.c});
+    G->conv2d(f->d, y.g, x.g, &(struct conv){weight.g, b.g});
+    double terms = sqrt((double)(kh * kw * c_in));
+    same(f, "conv2d", y, tolerance(f, 1e-6 * terms + 1e-6, 1e-2, 2e-3));
+}
+
+static void conv2d(void **state)
+{
+    struct fix *f = *state;
+    const int64_t hs[] = {0, 1, 2, 7}, ws[] = {1, 2, 13, 16, 43}, cs[] = {1, 3, 16, 33}, os[] = {3, 20, 32};
+    const int64_t ks[][2] = {{3, 3}, {1, 1}, {3, 1}, {5, 5}};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 24; i++) // odd channels: own kernel, or a slow engine
+            if (f->type == DT_F32 || i % 4 == 1)
+                conv_case(f, hs[i % 4], ws[i % 5], cs[i / 2 % 4], os[i % 3], ks[i / 7][0], ks[i / 7][1], i % 3,
+                          weight_type(f, i), i % 5 != 0);
+        conv_case(f, 20, 40, 96, 96, 3, 3, 0, f->type, true);
+        conv_case(f, 16, 16, 16, 512, 3, 3, 0, f->type, true);
+        conv_case(f, 32, 24, 128, 3, 3, 3, 0, f->type, true);
+        conv_case(f, 9, 24, 256, 128, 1, 1, 0, f->type, true);
+        conv_case(f, 12, 10, 32, 64, 3, 3, 64, f->type, false);
+    }
+}
+
+static void groups(void **state)
+{
+    struct fix *f = *state;
+    const int64_t sizes[][4] = {{0, 5, 8, 4}, {3, 1, 32, 32},   {5, 17, 96, 32},  {40, 33, 64, 32}, {2, 9, 300, 20},
+                                {4, 6, 6, 1}, {3, 70, 128, 32}, {2, 40, 512, 32}, {2, 5, 8192, 2},  {300, 2, 256, 32}};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 20; i++) {
+            int64_t h = sizes[i / 2][0], w = sizes[i / 2][1], c = sizes[i / 2][2], g = sizes[i / 2][3];
+            struct pair x = ACTIVE(f, i % 2 * 8, 2, h, w, c), y = OUTPUT(f, 2, h, w, c),
+                        sums = make(f, DT_F64, DT_F64, SHAPE(h, g, 2), 0, 0, 0), gamma = WEIGHT(f, types[i % 3], c),
+                        beta = WEIGHT(f, DT_F32, c);
+            enum act act = i % 2 ? ACT_SILU : ACT_NONE;
+            C->group_sums(f->cpu, sums.c, x.c);
+            G->group_sums(f->d, sums.g, x.g);
+            // Runs of up to 64 numbers are summed in f32, at +-2 each: 64 * 2^-24 * 2 a run, of which most cancel.
+            same(f, "group_sums", sums, 1e-5);
+            G->upload(f->d, sums.whole, sums.c.data);
+            C->group_norm(f->cpu, y.c, x.c, sums.c, gamma.c, beta.c, 1e-6f, act);
+            G->group_norm(f->d, y.g, x.g, sums.g, gamma.g, beta.g, 1e-6f, act);
+            same(f, "group_norm", y, tolerance(f, 3e-6, 5e-3, 6e-4));
+            C->group_norm(f->cpu, x.c, x.c, sums.c, gamma.c, beta.c, 1e-6f, act);
+            G->group_norm(f->d, x.g, x.g, sums.g, gamma.g, beta.g, 1e-6f, act);
+            same(f, "group_norm in place", x, tolerance(f, 3e-6, 5e-3, 6e-4));
+        }
+    }
+}
+
+// ---- pictures
+
+static void pictures(void **state)
+{
+    struct fix *f = *state;
+    const int64_t shapes[][3] = {{5, 7, 6}, {8, 8, 64}, {3, 5, 1}, {0, 4, 8}, {4, 1, 3}};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 10; i++) {
+            int64_t h = shapes[i / 2][0], w = shapes[i / 2][1], c = shapes[i / 2][2];
+            struct pair x = ACTIVE(f, i % 2 * 8, 1, h, w, c), y = OUTPUT(f, i % 2, 2 * h, 2 * w, c);
+            C->upsample2x(f->cpu, y.c, x.c);
+            G->upsample2x(f->d, y.g, x.g);
+            same(f, "upsample2x", y, 0);
+            struct pair tokens = ACTIVE(f, i % 2, 1, h * w, 4 * c), latent = OUTPUT(f, 1, 2 * h, 2 * w, c);
+            C->unpack_latents(f->cpu, latent.c, tokens.c, 0.36f, 0.11f);
+            G->unpack_latents(f->d, latent.g, tokens.g, 0.36f, 0.11f);
+            same(f, "unpack_latents", latent, tolerance(f, 1e-6, 5e-3, 6e-4));
+            struct pair p = ACTIVE(f, i % 2, 1.5, h, w, c), u = make(f, DT_U8, DT_U8, SHAPE(h, w, c), 1, 1, 0);
+            C->to_u8(f->cpu, u.c, p.c);
+            G->to_u8(f->d, u.g, p.g);
+            same(f, "to_u8", u, 0);
+        }
+    }
+}
+
+// ---- errors
+
+static void first_failure_stays(void **state)
+{
+    struct fix *f = *state;
+    struct device *d;
+    struct err err;
+    void *p;
+    assert_int_equal(G->open(&(struct device_options){.activation = DT_BF16}, &d, &err), 0);
+    assert_int_equal(G->alloc(d, 4096, &p, &err), 0);
+    struct tensor x = tensor_2d(p, DT_BF16, 4, 6), y = tensor_2d(p, DT_BF16, 4, 5);
+    assert_int_equal(G->sync(d, &err), 0);
+    G->add(d, x, y);
+    G->mul(d, y, x);
+    assert_int_equal(G->sync(d, &err), ERR_INVALID);
+    assert_true(strstr(err.text, "add needs two activations of one shape") != NULL);
+    G->free(d, p);
+    G->close(d);
+    (void)f;
+}
+
+static void ids_outside(void **state)
+{
+    struct device *d;
+    struct err err;
+    void *p;
+    (void)state;
+    assert_int_equal(G->open(&(struct device_options){.activation = DT_F32}, &d, &err), 0);
+    assert_int_equal(G->alloc(d, 4096, &p, &err), 0);
+    struct tensor table = tensor_2d(p, DT_F32, 3, 4), y = tensor_2d((char *)p + 1024, DT_F32, 2, 4),
+                  ids = tensor_1d((char *)p + 2048, DT_I32, 2);
+    G->zero(d, table);
+    G->upload(d, ids, (int32_t[]){1, 3});
+    G->embed(d, y, table, ids);
+    assert_int_equal(G->sync(d, &err), ERR_INVALID);
+    assert_true(strstr(err.text, "outside its table") != NULL);
+    G->free(d, p);
+    G->close(d);
+}
+
+static void bad_devices(void **state)
+{
+    struct fix *f = *state;
+    struct device *d;
+    struct err err;
+    void *p;
+    assert_int_equal(G->open(&(struct device_options){.gpu = 4096}, &d, &err), ERR_INVALID);
+    assert_int_equal(G->open(&(struct device_options){.gpu = -1}, &d, &err), ERR_INVALID);
+    assert_int_equal(G->open(&(struct device_options){.activation = DT_I32}, &d, &err), ERR_UNSUPPORTED);
+    assert_int_equal(C->open(&(struct device_options){.threads = 1, .activation = DT_BF16}, &d, &err), ERR_UNSUPPORTED);
+    assert_int_equal(G->alloc(f->gpu[0], (size_t)1 << 45, &p, &err), ERR_NO_MEMORY);
+    assert_int_equal(G->alloc(f->gpu[0], SIZE_MAX, &p, &err), ERR_NO_MEMORY);
+    assert_int_equal(G->alloc(f->gpu[0], 0, &p, &err), 0);
+    assert_true((uintptr_t)p % 256 == 0);
+    G->free(f->gpu[0], p);
+    assert_int_equal(G->sync(f->gpu[0], &err), 0); // a refused allocation is no failure of the device
+}
+
+int main(void)
+{
+    struct device *d;
+    struct err err = {0};
+    int code = G->open(&(struct device_options){.activation = DT_BF16}, &d, &err);
+    if (code == ERR_UNAVAILABLE || code == ERR_UNSUPPORTED) {
+        printf("skipped: %s\n", err.text);
+        return SKIPPED;
+    }
+    if (code == 0)
+        G->close(d);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(transfers),
+        cmocka_unit_test(copies),
+        cmocka_unit_test(placing),
+        cmocka_unit_test(pairs),
+        cmocka_unit_test(activations),
+        cmocka_unit_test(norms),
+        cmocka_unit_test(qk_norm_rope),
+        cmocka_unit_test(embed),
+        cmocka_unit_test(relative_bias),
+        cmocka_unit_test(groups),
+        cmocka_unit_test(pictures),
+        cmocka_unit_test(linear),
+        cmocka_unit_test(columns_of_one),
+        cmocka_unit_test(placed_linear),
+        cmocka_unit_test(attention),
+        cmocka_unit_test(conv2d),
+        cmocka_unit_test(first_failure_stays),
+        cmocka_unit_test(ids_outside),
+        cmocka_unit_test(bad_devices),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
