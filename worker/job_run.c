@@ -72,6 +72,17 @@ static int run_job(struct worker *w, int model, const Ditfleet__V1__Job *job, st
     return rc;
 }
 
+// Large enough to start every thread, where the model takes it.
+static uint32_t warm_up_side(const struct model *m)
+{
+    const struct model_limits *l = &m->limits;
+    const int64_t multiple = m->side_multiple, least = (l->min_side + multiple - 1) / multiple * multiple;
+    int64_t side = 256 / multiple * multiple;
+    while (side > least && (side > l->max_side || side * side > l->max_pixels))
+        side -= multiple;
+    return (uint32_t)(side > least ? side : least);
+}
+
 int worker_warm_up(struct worker *w, struct err *err)
 {
     // Ranks that load longer are waited for as long as loading may take, not as long as a step.
@@ -81,10 +92,9 @@ int worker_warm_up(struct worker *w, struct err *err)
     for (int i = 0; i < w->group->model.count; i++) {
         struct engine_result result;
         struct watch watch = {.w = w};
-        const int64_t side = w->models[i]->limits.min_side > 256 ? w->models[i]->limits.min_side : 256;
         Ditfleet__V1__Job job = DITFLEET__V1__JOB__INIT;
         job.prompt = (char *)"warm up";
-        job.width = job.height = (uint32_t)(side / w->models[i]->side_multiple * w->models[i]->side_multiple);
+        job.width = job.height = warm_up_side(w->models[i]);
         job.num_inference_steps = 1;
         job.max_sequence_length = 64;
         job.seed__case = DITFLEET__V1__JOB__SEED__SEED;

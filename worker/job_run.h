@@ -21,7 +21,7 @@ struct worker {
     bool serving; // it was ready: what goes wrong from here on need not go wrong again
 };
 
-// One step at the smallest size through every model, on all ranks: pages, threads and buffers are there afterwards.
+// One step of a small picture through every model, on all ranks: pages, threads and buffers are there afterwards.
 int worker_warm_up(struct worker *w, struct err *err);
 
 // Until drained: 0. Anything else: the process is to exit, and the supervisor to start the group anew.

@@ -256,6 +256,8 @@ def main():
         fleet.tells_no(PROMPT, SECRET)
         assert fleet.pids() == pids and all(map(alive, pids)) and fleet.group()["restarts"] == 0, "a worker was restarted"
         assert fleet.stop("supervisor") == 0, "the supervisor did not drain"
+        left = [line for line in fleet.lines("supervisor") if "event=rank.exited group=g " in line]
+        assert len(left) == 2 and all("status=0 " in line for line in left), left
         print("%d bad inputs and %d bad models: each told, nothing lost" % (len(CASES), len(reasons)))
 
 

