@@ -179,11 +179,9 @@ static int examine(struct leader *l, struct held *h, int *model, struct err *err
             break;
     if (*model == w->group->model.count)
         return err_set(err, ERR_INTERNAL, "claimed a job of pool %s, which this group does not serve", h->claim.pool);
+    enum dtype activation;
     h->model = w->models[*model];
-    const Ditfleet__V1__Precision precision = h->job->precision;
-    if (precision != DITFLEET__V1__PRECISION__PRECISION_DEFAULT && precision != DITFLEET__V1__PRECISION__PRECISION_FP32)
-        return err_set(err, ERR_UNSUPPORTED, "precision %s: this group computes on CPUs, in fp32",
-                       job_precision_name(precision));
+    TRY(engine_activation(&kernels_cpu, h->job->precision, &activation, err));
     TRY(uploader_check(l->uploader, h->job->output, h->claim.fence.id, err));
     return model_resolve_job(h->model, h->job, err);
 }
@@ -302,6 +300,7 @@ static int serve(struct leader *l, struct err *err)
             TRY(run_claimed(l, h, err));
     }
     pulse_report(l->w->pulse, STAGE_DRAINING, 0, 0, NULL);
+    deliverer_wait(l->deliverer); // a rank that leaves early may cost the others their lives
     return share_order(l, ORDER_STOP, NULL, err);
 }
 

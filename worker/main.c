@@ -73,15 +73,15 @@ static void on_orphaned(void *arg)
     _exit(EXIT_FAILURE);
 }
 
-// The supervisor drains by message; a signal from elsewhere (a user, a container's stop) is given the same meaning by
-// the leader, and left to the leader by the others.
-static struct pulse *volatile signalled_pulse;
-
-static void on_sigterm(int number)
+// SIGTERM waits for the pulse, in whichever thread it arrives.
+static void set_signals(void)
 {
-    (void)number;
-    if (signalled_pulse)
-        pulse_drain(signalled_pulse);
+    sigset_t drain;
+    sigemptyset(&drain);
+    sigaddset(&drain, SIGTERM);
+    sigprocmask(SIG_BLOCK, &drain, NULL);
+    signal(SIGINT, SIG_IGN); // Ctrl-C reaches the whole foreground group; the supervisor decides
+    signal(SIGPIPE, SIG_IGN);
 }
 
 static int load_models(struct worker *w, struct err *err)
@@ -149,14 +149,10 @@ int main(int argc, char **argv)
         return rc;
     struct log log = {.fd = 2, .level = LOG_INFO, .prog = "worker", .rank = (int)a.rank};
     struct worker w = {.log = &log, .incarnation = a.incarnation};
+    set_signals();
     rc = configure(&w, &a, &conf, &log, &err);
     // A faulty configuration too is told to the supervisor.
-    if (pulse_new((int)a.control_fd, &log, on_orphaned, NULL, &w.pulse, &no_pulse) == 0) {
-        signalled_pulse = w.pulse;
-        signal(SIGTERM, on_sigterm);
-        signal(SIGINT, SIG_IGN); // Ctrl-C reaches the whole foreground group; the supervisor decides
-        signal(SIGPIPE, SIG_IGN);
-    } else if (rc == 0) {
+    if (pulse_new((int)a.control_fd, &log, on_orphaned, NULL, &w.pulse, &no_pulse) != 0 && rc == 0) {
         err = no_pulse;
         rc = err.code;
     }
@@ -168,8 +164,6 @@ int main(int argc, char **argv)
     comm_free(w.comm);
     if (w.group)
         free_models(&w);
-    signal(SIGTERM, SIG_IGN);
-    signalled_pulse = NULL;
     pulse_free(w.pulse, rc == 0 ? "drained" : err.text);
     conf_free(conf);
     return exit_status(rc, &w, &err);

@@ -3,11 +3,13 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/signalfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -18,6 +20,7 @@ static const double RELEASE_MARGIN = 2; // seconds
 struct pulse {
     int fd;   // to the supervisor
     int wake; // eventfd: something to send now, or the end
+    int term; // signalfd of SIGTERM
     const struct log *log;
     pulse_orphaned *orphaned;
     void *arg;
@@ -55,6 +58,14 @@ static bool send_beat(struct pulse *p)
     return send_msg(p, &beat);
 }
 
+static void drain(struct pulse *p)
+{
+    if (!atomic_load(&p->draining)) {
+        atomic_store(&p->drain_at, monotonic_seconds());
+        atomic_store(&p->draining, true);
+    }
+}
+
 // False when the supervisor is gone.
 static bool receive(struct pulse *p)
 {
@@ -62,7 +73,7 @@ static bool receive(struct pulse *p)
     struct msg m;
     int rc = msg_receive(p->fd, &m, &err);
     if (rc == 0 && m.kind == MSG_DRAIN)
-        pulse_drain(p);
+        drain(p);
     if (rc != 0 && rc != ERR_TIMEOUT && rc != ERR_UNAVAILABLE)
         log_line(p->log, LOG_WARN, "control.bad_message", "error=\"%s\"", err.text);
     return rc != ERR_UNAVAILABLE;
@@ -71,12 +82,13 @@ static bool receive(struct pulse *p)
 static void *run(void *arg)
 {
     struct pulse *p = arg;
-    struct pollfd fds[2] = {{.fd = p->fd, .events = POLLIN}, {.fd = p->wake, .events = POLLIN}};
+    struct pollfd fds[] = {
+        {.fd = p->fd, .events = POLLIN}, {.fd = p->wake, .events = POLLIN}, {.fd = p->term, .events = POLLIN}};
     bool alive = true;
     double next = monotonic_seconds();
     while (alive && !atomic_load(&p->ending)) {
         double wait = next - monotonic_seconds();
-        int n = poll(fds, 2, wait > 0 ? (int)(wait * 1000) + 1 : 0);
+        int n = poll(fds, 3, wait > 0 ? (int)(wait * 1000) + 1 : 0);
         if (n < 0 && errno != EINTR)
             break;
         bool woken = false;
@@ -84,6 +96,9 @@ static void *run(void *arg)
             uint64_t count;
             woken = read(p->wake, &count, sizeof count) == sizeof count;
         }
+        struct signalfd_siginfo signal;
+        if (n > 0 && fds[2].revents && read(p->term, &signal, sizeof signal) == sizeof signal)
+            drain(p);
         if (n > 0 && fds[0].revents)
             alive = receive(p);
         if (alive && (woken || monotonic_seconds() >= next)) {
@@ -100,11 +115,15 @@ int pulse_new(int control_fd, const struct log *log, pulse_orphaned *orphaned, v
               struct err *err)
 {
     struct pulse *p = calloc(1, sizeof *p);
+    sigset_t term;
     *out = NULL;
     if (!p)
         return err_set(err, ERR_NO_MEMORY, "no memory for the heartbeat");
+    sigemptyset(&term);
+    sigaddset(&term, SIGTERM);
     *p = (struct pulse){.fd = control_fd,
                         .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+                        .term = signalfd(-1, &term, SFD_CLOEXEC | SFD_NONBLOCK),
                         .log = log,
                         .orphaned = orphaned,
                         .arg = arg,
@@ -112,9 +131,11 @@ int pulse_new(int control_fd, const struct log *log, pulse_orphaned *orphaned, v
                         .progress_at = monotonic_seconds()};
     pthread_mutex_init(&p->lock, NULL);
     const struct msg hello = {.kind = MSG_HELLO, .pid = getpid()};
-    if (p->wake < 0 || !send_msg(p, &hello) || pthread_create(&p->thread, NULL, run, p) != 0) {
+    if (p->wake < 0 || p->term < 0 || !send_msg(p, &hello) || pthread_create(&p->thread, NULL, run, p) != 0) {
         if (p->wake >= 0)
             close(p->wake);
+        if (p->term >= 0)
+            close(p->term);
         pthread_mutex_destroy(&p->lock);
         free(p);
         return err_set(err, ERR_UNAVAILABLE, "control fd %d: the supervisor cannot be reached", control_fd);
@@ -135,6 +156,7 @@ void pulse_free(struct pulse *p, const char *reason)
     send_msg(p, &bye);
     close(p->fd);
     close(p->wake);
+    close(p->term);
     pthread_mutex_destroy(&p->lock);
     free(p);
 }
@@ -168,14 +190,6 @@ void pulse_busy(struct pulse *p, double seconds)
     pthread_mutex_lock(&p->lock);
     p->beat.busy_seconds += seconds;
     pthread_mutex_unlock(&p->lock);
-}
-
-void pulse_drain(struct pulse *p)
-{
-    if (!atomic_load(&p->draining)) {
-        atomic_store(&p->drain_at, monotonic_seconds());
-        atomic_store(&p->draining, true);
-    }
 }
 
 bool pulse_draining(struct pulse *p, double *since_s)

@@ -11,7 +11,8 @@ struct pulse;
 // Called on the pulse's thread when the supervisor is gone; the process must end within a second.
 typedef void pulse_orphaned(void *arg);
 
-// control_fd is taken over; it may be set blocking or not. Sends HELLO.
+// control_fd is taken over; it may be set blocking or not. Sends HELLO. SIGTERM from elsewhere (a user, a container's
+// stop) is taken as the order to drain, if the caller has blocked it before it made any thread.
 int pulse_new(int control_fd, const struct log *log, pulse_orphaned *orphaned, void *arg, struct pulse **out,
               struct err *err);
 // Sends BYE with the reason, ends the thread.
@@ -22,9 +23,8 @@ void pulse_ready(struct pulse *p);
 void pulse_report(struct pulse *p, enum stage stage, uint32_t step, uint32_t steps, const char *job);
 void pulse_busy(struct pulse *p, double seconds); // adds device-seconds spent on a job
 
-// True once the supervisor (or a signal, through pulse_drain) asked to stop. since_s: how long ago.
+// True once the supervisor (or a signal) asked to stop. since_s: how long ago.
 bool pulse_draining(struct pulse *p, double *since_s);
-void pulse_drain(struct pulse *p); // async-signal-safe
 // True while draining once only so much of the grace time is left as giving jobs back takes, after another step_s in
 // which nobody asks.
 bool pulse_must_release(struct pulse *p, double grace_s, double step_s);

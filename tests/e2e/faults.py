@@ -158,6 +158,16 @@ def reloaded(fleet):
     configure(fleet, grace=30, lease=11)
 
 
+def signalled_leader(fleet):
+    """SIGTERM from elsewhere than the supervisor, in the middle of an upload: that is finished first."""
+    pids = fleet.wait_ready()
+    entry = submit(fleet, "signalled", "slow")
+    until("the upload", lambda: fleet.record("signalled").get("state") == "UPLOADING")
+    os.kill(pids[0], signal.SIGTERM)
+    done(fleet, "signalled", entry, epoch=1, sink="slow")
+    until("a new group", lambda: fleet.group()["state"] == "ready" and fleet.pids() != pids)
+
+
 def drained_in_time(fleet):
     entry = begin(fleet, "long-grace")
     assert fleet.stop("supervisor") == 0
@@ -231,7 +241,8 @@ def main():
         # A sanitizer has nothing to find where processes are killed: there the phases are left out that end so.
         killing = ((killed_rank, 0), (stopped_rank, 1), (stopped_rank, 0), (supervisor_killed,)) if SLOW == 1 else ()
         for phase, *more in ((killed_rank, 1), *killing, (cancelled,), (overlapping,), (redis_killed,), (flushed,),
-                             (reloaded,), (drained_in_time,), (drained_too_soon,), (idle_stop,), (generate_interrupted,)):
+                             (signalled_leader,), (reloaded,), (drained_in_time,), (drained_too_soon,), (idle_stop,),
+                             (generate_interrupted,)):
             start = time.monotonic()
             phase(fleet, *more)
             print("%-24s %5.1f s" % (phase.__name__, time.monotonic() - start), flush=True)

@@ -93,6 +93,14 @@ static void a_pulse_tells_where_the_main_path_is(void **state)
     close(p.supervisor);
 }
 
+static void wait_drain(struct pair *p)
+{
+    const double end = monotonic_seconds() + 5;
+    while (!pulse_draining(p->pulse, NULL) && monotonic_seconds() < end)
+        nap(0.001);
+    assert_true(pulse_draining(p->pulse, NULL));
+}
+
 static void a_drain_leaves_time_to_give_jobs_back(void **state)
 {
     (void)state;
@@ -103,17 +111,29 @@ static void a_drain_leaves_time_to_give_jobs_back(void **state)
     assert_false(pulse_draining(p.pulse, &since));
     assert_false(pulse_must_release(p.pulse, 0, 0)); // nobody asked to stop
     OK(msg_send(p.supervisor, &drain, e));
-    while (!pulse_draining(p.pulse, NULL))
-        nap(0.001);
+    wait_drain(&p);
     assert_false(pulse_must_release(p.pulse, 30, 0));
     assert_false(pulse_must_release(p.pulse, 30, 20));
     assert_true(pulse_must_release(p.pulse, 30, 29)); // another step would take too long
     assert_true(pulse_must_release(p.pulse, 1, 0));
     nap(0.02);
     assert_true(pulse_draining(p.pulse, &since) && since >= 0.02);
-    pulse_drain(p.pulse); // again: counted from the first time
+    kill(getpid(), SIGTERM); // again, and by signal: counted from the first time
+    OK(msg_send(p.supervisor, &drain, e));
+    nap(0.02);
     double later;
     assert_true(pulse_draining(p.pulse, &later) && later >= since);
+    pulse_free(p.pulse, "drained");
+    close(p.supervisor);
+}
+
+static void a_signal_drains_too(void **state)
+{
+    (void)state;
+    struct pair p;
+    pair_open(&p);
+    kill(getpid(), SIGTERM);
+    wait_drain(&p);
     pulse_free(p.pulse, "drained");
     close(p.supervisor);
 }
@@ -277,10 +297,15 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_pulse_tells_where_the_main_path_is),
         cmocka_unit_test(a_drain_leaves_time_to_give_jobs_back),
+        cmocka_unit_test(a_signal_drains_too),
         cmocka_unit_test(a_worker_hears_that_its_supervisor_is_gone),
         cmocka_unit_test_setup_teardown(a_lease_lives_as_long_as_there_is_progress, begin, end),
         cmocka_unit_test_setup_teardown(a_cancel_arrives_with_the_next_step, begin, end),
         cmocka_unit_test_setup_teardown(a_lost_connection_is_made_anew, begin, end),
     };
+    sigset_t term; // as main.c does, before any thread
+    sigemptyset(&term);
+    sigaddset(&term, SIGTERM);
+    sigprocmask(SIG_BLOCK, &term, NULL);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
