@@ -12,7 +12,8 @@ static void trace_decoded(struct run *r, struct tensor values, const struct spre
     const int64_t h = spread_total(rows), w = values.n[1];
     struct tensor whole = exec_tensor(x, 3, h, w, 3, 1);
     exec_gather(x, whole, values, rows);
-    float *hwc = malloc(tensor_bytes(whole)), *chw = malloc(tensor_bytes(whole));
+    const size_t bytes = (size_t)tensor_count(whole) * sizeof(float);
+    float *hwc = malloc(bytes), *chw = malloc(bytes);
     if (hwc && chw && comm_rank(x->comm) == 0) {
         x->k->download(x->d, hwc, whole);
         for (int64_t c = 0; c < 3; c++)

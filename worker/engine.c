@@ -9,7 +9,8 @@
 #include "worker/stages.h"
 
 struct engine {
-    const struct kernels *k;
+    const struct kernels *k; // table below
+    struct kernels table;    // the backend's, saying the activation type that was asked for
     struct device_options device_options;
     struct device *d;
     struct arena *arena; // grown to what a job needs, kept for the next
@@ -24,7 +25,9 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     struct engine *e = calloc(1, sizeof *e);
     if (!e)
         return err_set(err, ERR_NO_MEMORY, "no memory for an engine");
-    e->k = options->kernels;
+    e->table = *options->kernels;
+    e->table.activation = options->device.activation;
+    e->k = &e->table;
     e->device_options = options->device;
     e->data = options->data;
     e->control = options->control;
@@ -45,6 +48,34 @@ void engine_free(struct engine *e)
     arena_free(e->arena);
     e->k->close(e->d);
     free(e);
+}
+
+struct home engine_home(const struct engine *e)
+{
+    return (struct home){e->k, e->d};
+}
+
+int engine_activation(const struct kernels *k, Ditfleet__V1__Precision precision, enum dtype *out, struct err *err)
+{
+    const bool cpu = k->activation == DT_F32; // a backend whose own type is float32 has no other
+    switch (precision) {
+    case DITFLEET__V1__PRECISION__PRECISION_DEFAULT:
+        *out = k->activation;
+        return 0;
+    case DITFLEET__V1__PRECISION__PRECISION_FP32:
+        *out = DT_F32;
+        return 0;
+    case DITFLEET__V1__PRECISION__PRECISION_BF16:
+    case DITFLEET__V1__PRECISION__PRECISION_FP16:
+        *out = precision == DITFLEET__V1__PRECISION__PRECISION_BF16 ? DT_BF16 : DT_F16;
+        if (!cpu)
+            return 0;
+        break;
+    default:
+        break;
+    }
+    return err_set(err, ERR_UNSUPPORTED, "precision %s: on %s there is %s", job_precision_name(precision), k->name,
+                   cpu ? "fp32" : "fp32, bf16 and fp16");
 }
 
 void engine_result_free(struct engine_result *r)
@@ -77,21 +108,23 @@ static int make_pictures(struct run *r, const float *noise, struct engine_result
     return 0;
 }
 
-static int predict(struct run *r, int rank, struct engine_estimate *out, struct err *err)
+static int predict(struct run *r, int rank, enum dtype activation, struct engine_estimate *out, struct err *err)
 {
     struct comm *comm = NULL;
     struct device *d = NULL;
     struct arena *arena = NULL;
     struct engine_result unused = {0};
-    const struct device_options options = {.threads = 1};
+    const struct device_options options = {.threads = 1, .activation = activation};
+    struct kernels dry = kernels_dry;
+    dry.activation = activation;
     r->dry = true;
     int rc = comm_dry_new(rank, r->plan.ranks, &comm, err);
     if (rc == 0)
         rc = kernels_dry.open(&options, &d, err);
     if (rc == 0)
-        rc = arena_new(&kernels_dry, d, ARENA_UNBOUNDED, &arena, err);
+        rc = arena_new(&dry, d, ARENA_UNBOUNDED, &arena, err);
     if (rc == 0) {
-        run_use(r, &kernels_dry, d, arena);
+        run_use(r, &dry, d, arena);
         rc = run_join(r, comm, err);
     }
     if (rc == 0)
@@ -114,7 +147,7 @@ int engine_predict(const struct engine *e, const struct model *m, const Ditfleet
     struct run r;
     *out = (struct engine_estimate){0};
     run_init(&r, m, job, plan);
-    return predict(&r, comm_rank(e->data), out, err);
+    return predict(&r, comm_rank(e->data), e->k->activation, out, err);
 }
 
 // Bytes the host could still give, from the kernel's own estimate.

@@ -6,6 +6,7 @@
 #include "worker/exec.h"
 #include "worker/model.h"
 #include "worker/plan.h"
+#include "worker/weights.h"
 
 struct engine;
 
@@ -20,6 +21,11 @@ struct engine_options {
 
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err);
 void engine_free(struct engine *e);
+// Where models are to be loaded that this engine runs; goes with the engine.
+struct home engine_home(const struct engine *e);
+
+// The activation type that a job's precision means on a backend. ERR_UNSUPPORTED names what it can do.
+int engine_activation(const struct kernels *k, Ditfleet__V1__Precision precision, enum dtype *out, struct err *err);
 
 enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE };
 

@@ -125,17 +125,17 @@ static void fingerprint(struct model *m)
         snprintf(m->hash + 2 * i, 3, "%02x", digest[i]);
 }
 
-static int load_parts(struct model *m, struct err *err)
+static int load_parts(struct model *m, const struct home *home, struct err *err)
 {
     char path[1024];
     TRY(check_pipeline(m->dir, err));
     TRY(sampler_load(part(path, m->dir, "scheduler"), &m->sampler, err));
     TRY(clip_tokenizer_load(part(path, m->dir, "tokenizer"), &m->clip_tokenizer, err));
     TRY(t5_tokenizer_load(part(path, m->dir, "tokenizer_2"), &m->t5_tokenizer, err));
-    TRY(clip_load(part(path, m->dir, "text_encoder"), &m->clip, err));
-    TRY(t5_load(part(path, m->dir, "text_encoder_2"), &m->t5, err));
-    TRY(flux_load(part(path, m->dir, "transformer"), &m->dit, err));
-    TRY(vae_load(part(path, m->dir, "vae"), &m->vae, err));
+    TRY(clip_load(part(path, m->dir, "text_encoder"), home, &m->clip, err));
+    TRY(t5_load(part(path, m->dir, "text_encoder_2"), home, &m->t5, err));
+    TRY(flux_load(part(path, m->dir, "transformer"), home, &m->dit, err));
+    TRY(vae_load(part(path, m->dir, "vae"), home, &m->vae, err));
     m->dit->ops->info(m->dit, &m->info);
     m->side_multiple = 2 * vae_scale(m->vae);
     TRY(check_fit(m, err));
@@ -143,6 +143,11 @@ static int load_parts(struct model *m, struct err *err)
 }
 
 int model_load(const char *dir, struct model **out, struct err *err)
+{
+    return model_load_on(dir, NULL, out, err);
+}
+
+int model_load_on(const char *dir, const struct home *home, struct model **out, struct err *err)
 {
     *out = NULL;
     if (strlen(dir) > MAX_DIR)
@@ -154,7 +159,7 @@ int model_load(const char *dir, struct model **out, struct err *err)
         free(m);
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
     }
-    int rc = load_parts(m, err);
+    int rc = load_parts(m, home, err);
     if (rc != 0) {
         model_free(m);
         return rc;

@@ -33,8 +33,12 @@ struct model {
     int64_t side_multiple; // width and height are multiples of it
 };
 
+struct home;
+
 // Maps the weights; nothing is read ahead. Errors name file, key or tensor. Freed by model_free.
 int model_load(const char *dir, struct model **out, struct err *err);
+// The same with the weights on a device (worker/weights.h).
+int model_load_on(const char *dir, const struct home *home, struct model **out, struct err *err);
 void model_free(struct model *m);
 int64_t model_bytes(const struct model *m); // of all weights
 

@@ -67,7 +67,7 @@ void run_trace(struct run *r, const char *name, struct tensor t)
 {
     if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
         return;
-    float *host = malloc(tensor_bytes(t));
+    float *host = malloc((size_t)tensor_count(t) * sizeof *host);
     if (!host)
         return;
     r->world.k->download(r->world.d, host, t);

@@ -29,6 +29,7 @@ struct entry {
 };
 
 struct weights {
+    struct home home;
     struct shard *shards;
     int n_shards;
     struct entry *entries; // sorted by name
@@ -380,12 +381,31 @@ int weights_refuse(const struct weights *w, const char *key, struct err *err, co
              : 0;
 }
 
+void weights_settle(struct weights *w, const struct home *home)
+{
+    if (home)
+        w->home = *home;
+}
+
+static int place(const struct weights *w, struct tensor *t, struct err *err)
+{
+    return w->home.k ? w->home.k->place(w->home.d, *t, t, err) : 0;
+}
+
 int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
                 struct err *err, const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);
     const int64_t n[] = {n0, n1, n2, n3};
-    return get(w, out, dims, n, name, err);
+    TRY(get(w, out, dims, n, name, err));
+    return place(w, out, err);
+}
+
+static int finish_linear(const struct weights *w, struct linear *out, int parts, const struct tensor *weight,
+                         const struct tensor *bias, struct err *err)
+{
+    TRY(linear_init(out, parts, weight, bias, err));
+    return w->home.k ? w->home.k->place_linear(w->home.d, out, err) : 0;
 }
 
 int weights_linear(const struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
@@ -401,18 +421,22 @@ int weights_linear(const struct weights *w, struct linear *out, const char *pref
         if (bias)
             TRY(get(w, &b[i], 1, shape, name, err));
     }
-    return linear_init(out, parts, weight, bias ? b : NULL, err);
+    return finish_linear(w, out, parts, weight, bias ? b : NULL, err);
 }
 
 int weights_linear1(const struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
                     const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);
+    const int64_t shape[] = {n, k};
     struct tensor weight, b;
-    TRY(weights_get(w, &weight, 2, n, k, 1, 1, err, "%s.weight", name));
+    char full[MAX_NAME + 8];
+    snprintf(full, sizeof full, "%s.weight", name);
+    TRY(get(w, &weight, 2, shape, full, err));
+    snprintf(full, sizeof full, "%s.bias", name);
     if (bias)
-        TRY(weights_get(w, &b, 1, n, 1, 1, 1, err, "%s.bias", name));
-    return linear_init(out, 1, &weight, bias ? &b : NULL, err);
+        TRY(get(w, &b, 1, shape, full, err));
+    return finish_linear(w, out, 1, &weight, bias ? &b : NULL, err);
 }
 
 // (c_out, c_in, taps) -> (c_out, taps, c_in), elements of size bytes.
@@ -429,15 +453,18 @@ int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_i
                  const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);
+    const int64_t shape[] = {c_out, c_in, size, size};
     struct tensor t;
-    TRY(weights_get(w, &t, 4, c_out, c_in, size, size, err, "%s.weight", name));
+    char full[MAX_NAME + 8];
+    snprintf(full, sizeof full, "%s.weight", name);
+    TRY(get(w, &t, 4, shape, full, err));
     TRY(weights_get(w, &out->b, 1, c_out, 1, 1, 1, err, "%s.bias", name));
     void *data = own(w, tensor_bytes(t));
     if (!data)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
     channels_last(data, t.data, c_out, c_in, (int64_t)size * size, dtype_size(t.dtype));
     out->w = tensor_of(data, t.dtype, 4, c_out, size, size, c_in);
-    return 0;
+    return place(w, &out->w, err);
 }
 
 int weights_norm(const struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,

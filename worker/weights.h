@@ -10,8 +10,16 @@
 
 struct weights;
 
+// Where a model's weights are to be: a device that computes with them. NULL, or k NULL: where the files are mapped.
+struct home {
+    const struct kernels *k;
+    struct device *d; // outlives the model
+};
+
 // stem: "diffusion_pytorch_model" or "model". Freed by weights_free; the tensors point into it.
 int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err);
+// What is fetched from here on is placed there.
+void weights_settle(struct weights *w, const struct home *home);
 void weights_free(struct weights *w);
 bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.

@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "kernels/cuda/cuda.h"
 #include "ops/cli/cli.h"
 #include "ops/cli/recorder.h"
 #include "worker/engine.h"
@@ -19,6 +20,7 @@ enum { SLAB_BYTES = 4 << 20 };
 
 struct generate {
     const char *model_dir, *device, *out, *latents;
+    const struct kernels *kernels;
     int ranks, threads, cfg_degree, ulysses_degree;
     bool quiet;
     Ditfleet__V1__Job *job;
@@ -45,8 +47,13 @@ static int show_progress(void *arg, enum engine_stage stage, int step, int steps
 
 static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
 {
-    const struct engine_options options = {
-        .kernels = &kernels_cpu, .device.threads = g->threads, .data = comm, .control = comm};
+    const bool cuda = g->kernels == &kernels_cuda;
+    struct engine_options options = {.kernels = g->kernels,
+                                     .device.threads = g->threads,
+                                     .data = comm,
+                                     .control = comm,
+                                     .memory_limit = cuda ? INT64_MAX : 0}; // the GPU says itself when it is full
+    TRY(engine_activation(g->kernels, g->job->precision, &options.device.activation, err));
     const struct engine_hooks hooks = {
         .progress = leader && !g->quiet ? show_progress : NULL, .trace = g->latents ? recorder_put : NULL, .arg = g};
     struct engine_hooks mine = hooks;
@@ -54,8 +61,12 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
         mine.arg = g->recorder, mine.progress = NULL;
     const struct plan want = {.cfg = g->cfg_degree, .ulysses = g->ulysses_degree};
     struct engine *e;
+    struct model *placed = NULL; // on the CPU the mapped files serve all ranks
     TRY(engine_new(&options, &e, err));
-    int rc = engine_run(e, g->model, g->job, &want, &mine, out, err);
+    const struct home home = engine_home(e);
+    int rc = cuda ? model_load_on(g->model_dir, &home, &placed, err) : 0;
+    if (rc == 0)
+        rc = engine_run(e, placed ? placed : g->model, g->job, &want, &mine, out, err);
     if (rc == 0 && leader && !g->quiet) {
         struct engine_estimate estimate;
         struct rusage usage;
@@ -70,6 +81,7 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
                 (double)model_bytes(g->model) / 1e6, (double)estimate.activation_bytes / 1e6,
                 (double)usage.ru_maxrss * 1024 / 1e6, estimate.cost.flops / 1e9);
     }
+    model_free(placed);
     engine_free(e);
     return rc;
 }
@@ -207,12 +219,26 @@ static int generate(struct generate *g, struct err *err)
     return rc;
 }
 
+static int choose_device(struct generate *g)
+{
+    g->kernels = strcmp(g->device, "cuda") == 0 ? &kernels_cuda : &kernels_cpu;
+    if (strcmp(g->device, g->kernels->name) != 0) {
+        fprintf(stderr, "ditfleet generate: --device %.40s: it may be cpu or cuda\n", g->device);
+        return CLI_USAGE;
+    }
+    if (g->kernels == &kernels_cuda && g->ranks > 1) {
+        fprintf(stderr, "ditfleet generate: --device cuda takes --ranks 1: GPUs do not share a picture yet\n");
+        return CLI_USAGE;
+    }
+    return -1;
+}
+
 static int run(const struct cli_command *self, int argc, char **argv)
 {
     struct generate g = {.device = "cpu", .out = "out.png", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
     const struct cli_flag flags[] = {
         {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
-        {"--device", "cpu", "where to compute", CLI_STRING, &g.device, 0, 0},
+        {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &g.device, 0, 0},
         {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
         {"--ulysses-degree", "N", "ranks that share one picture's rows; default: chosen", CLI_INT, &g.ulysses_degree, 1,
@@ -230,10 +256,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
         fprintf(stderr, "ditfleet generate: --model DIR is required\ntry: ditfleet generate --help\n");
         rc = CLI_USAGE;
     }
-    if (rc < 0 && strcmp(g.device, "cpu") != 0) {
-        fprintf(stderr, "ditfleet generate: --device %.40s: this build computes on cpu\n", g.device);
-        rc = CLI_USAGE;
-    }
+    if (rc < 0)
+        rc = choose_device(&g);
     if (rc < 0) {
         const long cores = sysconf(_SC_NPROCESSORS_ONLN);
         if (!g.threads)

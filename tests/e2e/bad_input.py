@@ -71,7 +71,7 @@ CASES = [
     ('model: "demo@2"', DEAD, "not_found", "model demo@2 is not served by this fleet; known: demo@1"),
     ('model: "de mo"', DEAD, "invalid", "model is not name or name@version"),
     # enums and what the device cannot do
-    ("precision: PRECISION_FP8", DEAD, "unsupported", "precision fp8: this group computes on CPUs, in fp32"),
+    ("precision: PRECISION_FP8", DEAD, "unsupported", "precision fp8: on cpu there is fp32"),
     ("precision: PRECISION_FP32 num_inference_steps: 1", OK, "", ""),
     (b"\x98\x01\x63", DEAD, "invalid", "precision is the number 99; allowed: default, fp32, bf16, fp16, fp8"),
     (b"\x70\x09", DEAD, "invalid", "rng is the number 9; allowed: cpu-f32"),

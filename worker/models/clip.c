@@ -64,9 +64,10 @@ static int load_layer(const struct clip *c, struct layer *l, int64_t i, struct e
     return weights_linear1(w, &l->down, dim, c->inner, true, err, "%s.mlp.fc2", at);
 }
 
-static int load_weights(struct clip *c, const char *dir, struct err *err)
+static int load_weights(struct clip *c, const char *dir, const struct home *home, struct err *err)
 {
     TRY(weights_open(dir, "model", &c->weights, err));
+    weights_settle(c->weights, home);
     c->layer = calloc((size_t)c->layers, sizeof *c->layer);
     if (!c->layer)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
@@ -81,7 +82,7 @@ static int load_weights(struct clip *c, const char *dir, struct err *err)
     return weights_norm(c->weights, &c->final_gamma, &c->final_beta, c->dim, err, "text_model.final_layer_norm");
 }
 
-int clip_load(const char *dir, struct clip **out, struct err *err)
+int clip_load(const char *dir, const struct home *home, struct clip **out, struct err *err)
 {
     *out = NULL;
     struct clip *c = calloc(1, sizeof *c);
@@ -89,7 +90,7 @@ int clip_load(const char *dir, struct clip **out, struct err *err)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
     int rc = load_config(c, dir, err);
     if (rc == 0)
-        rc = load_weights(c, dir, err);
+        rc = load_weights(c, dir, home, err);
     if (rc != 0) {
         clip_free(c);
         return rc;

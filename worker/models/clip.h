@@ -6,8 +6,10 @@
 
 struct clip;
 struct weights;
+struct home;
 
-int clip_load(const char *dir, struct clip **out, struct err *err); // the folder "text_encoder"
+int clip_load(const char *dir, const struct home *home, struct clip **out,
+              struct err *err); // the folder "text_encoder"
 void clip_free(struct clip *c);
 int64_t clip_hidden(const struct clip *c);
 int64_t clip_positions(const struct clip *c); // tokens it takes, 77

@@ -59,7 +59,8 @@ struct dit {
 };
 
 // FLUX.1 (dev and schnell). dir: the folder "transformer" of a diffusers directory.
-int flux_load(const char *dir, struct dit **out, struct err *err);
+struct home;
+int flux_load(const char *dir, const struct home *home, struct dit **out, struct err *err);
 // What the model's file says of itself, for its fingerprint and memory accounting.
 struct weights;
 struct weights *flux_weights(const struct dit *m);

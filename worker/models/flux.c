@@ -359,9 +359,10 @@ static int load_embedder(const struct flux *f, struct mlp_embedder *e, const cha
     return weights_linear1(f->weights, &e->out, f->dim, f->dim, true, err, "time_text_embed.%s.linear_2", name);
 }
 
-static int load_weights(struct flux *f, const char *dir, struct err *err)
+static int load_weights(struct flux *f, const char *dir, const struct home *home, struct err *err)
 {
     TRY(weights_open(dir, "diffusion_pytorch_model", &f->weights, err));
+    weights_settle(f->weights, home);
     f->doubles = calloc((size_t)f->n_double + 1, sizeof *f->doubles);
     f->singles = calloc((size_t)f->n_single + 1, sizeof *f->singles);
     if (!f->doubles || !f->singles)
@@ -404,7 +405,7 @@ static void flux_free(struct dit *m)
 static const struct dit_ops ops = {
     .info = info, .prepare = prepare, .rope = rope, .embed = embed, .block = block, .head = head, .free = flux_free};
 
-int flux_load(const char *dir, struct dit **out, struct err *err)
+int flux_load(const char *dir, const struct home *home, struct dit **out, struct err *err)
 {
     *out = NULL;
     struct flux *f = calloc(1, sizeof *f);
@@ -413,7 +414,7 @@ int flux_load(const char *dir, struct dit **out, struct err *err)
     f->dit.ops = &ops;
     int rc = load_config(f, dir, err);
     if (rc == 0)
-        rc = load_weights(f, dir, err);
+        rc = load_weights(f, dir, home, err);
     if (rc != 0) {
         flux_free(&f->dit);
         return rc;

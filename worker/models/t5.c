@@ -60,9 +60,10 @@ static int load_layer(const struct t5 *t, struct layer *l, int64_t i, struct err
     return weights_linear1(w, &l->down, t->dim, t->inner, false, err, "%s.1.DenseReluDense.wo", at);
 }
 
-static int load_weights(struct t5 *t, const char *dir, struct err *err)
+static int load_weights(struct t5 *t, const char *dir, const struct home *home, struct err *err)
 {
     TRY(weights_open(dir, "model", &t->weights, err));
+    weights_settle(t->weights, home);
     t->layer = calloc((size_t)t->layers, sizeof *t->layer);
     if (!t->layer)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
@@ -77,7 +78,7 @@ static int load_weights(struct t5 *t, const char *dir, struct err *err)
     return weights_get(t->weights, &t->final_norm, 1, t->dim, 1, 1, 1, err, "encoder.final_layer_norm.weight");
 }
 
-int t5_load(const char *dir, struct t5 **out, struct err *err)
+int t5_load(const char *dir, const struct home *home, struct t5 **out, struct err *err)
 {
     *out = NULL;
     struct t5 *t = calloc(1, sizeof *t);
@@ -85,7 +86,7 @@ int t5_load(const char *dir, struct t5 **out, struct err *err)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
     int rc = load_config(t, dir, err);
     if (rc == 0)
-        rc = load_weights(t, dir, err);
+        rc = load_weights(t, dir, home, err);
     if (rc != 0) {
         t5_free(t);
         return rc;

@@ -6,8 +6,9 @@
 
 struct t5;
 struct weights;
+struct home;
 
-int t5_load(const char *dir, struct t5 **out, struct err *err); // the folder "text_encoder_2"
+int t5_load(const char *dir, const struct home *home, struct t5 **out, struct err *err); // the folder "text_encoder_2"
 void t5_free(struct t5 *t);
 int64_t t5_hidden(const struct t5 *t);
 int64_t t5_vocabulary(const struct t5 *t);

@@ -253,10 +253,11 @@ static int load_level(struct vae *v, int i, int64_t in, struct err *err)
     return weights_conv(v->weights, &l->upsample, out, out, 3, err, "decoder.up_blocks.%d.upsamplers.0.conv", i);
 }
 
-static int load_weights(struct vae *v, const char *dir, struct err *err)
+static int load_weights(struct vae *v, const char *dir, const struct home *home, struct err *err)
 {
     const int64_t top = v->channels[v->levels - 1], z = v->latent_channels;
     TRY(weights_open(dir, "diffusion_pytorch_model", &v->weights, err));
+    weights_settle(v->weights, home);
     if (v->post_quant)
         TRY(weights_conv(v->weights, &v->post_quant_conv, z, z, 1, err, "post_quant_conv"));
     TRY(weights_conv(v->weights, &v->conv_in, top, z, 3, err, "decoder.conv_in"));
@@ -279,7 +280,7 @@ static int load_weights(struct vae *v, const char *dir, struct err *err)
     return weights_conv(v->weights, &v->conv_out, v->out_channels, v->channels[0], 3, err, "decoder.conv_out");
 }
 
-int vae_load(const char *dir, struct vae **out, struct err *err)
+int vae_load(const char *dir, const struct home *home, struct vae **out, struct err *err)
 {
     *out = NULL;
     struct vae *v = calloc(1, sizeof *v);
@@ -287,7 +288,7 @@ int vae_load(const char *dir, struct vae **out, struct err *err)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
     int rc = load_config(v, dir, err);
     if (rc == 0)
-        rc = load_weights(v, dir, err);
+        rc = load_weights(v, dir, home, err);
     if (rc != 0) {
         vae_free(v);
         return rc;

@@ -6,8 +6,9 @@
 
 struct vae;
 struct weights;
+struct home;
 
-int vae_load(const char *dir, struct vae **out, struct err *err); // the folder "vae"
+int vae_load(const char *dir, const struct home *home, struct vae **out, struct err *err); // the folder "vae"
 void vae_free(struct vae *v);
 int64_t vae_latent_channels(const struct vae *v);
 int64_t vae_scale(const struct vae *v); // pixels a latent row stands for: 8 for FLUX.1
