@@ -1,43 +1,24 @@
-// attention.c: attention through cuDNN's fused engine where it has one (halves, head sizes it knows, no bias); else as
-// two products with a softmax between, on as many queries at a time as fit the scratch memory: any size, bias or type.
+// attention.c: attention through cuDNN's fused engine where it has one (halves, head sizes it knows, no mask, no bias);
+// else as two products with a softmax between, on as many queries at a time as fit the scratch memory: any size, bias
+// or type.
 #include "kernels/cuda/graph.h"
-
-#include <math.h>
 
 static const int64_t SCORE_BYTES = 256 << 20; // of scores and weights together, about
 
 // ---- fused
 
-// softmax(scale q k^T) v over (1, heads, rows, dim): the operations whose pattern cuDNN knows as one.
 static void describe(struct graph *g, const int64_t *key)
 {
     enum dtype type = (enum dtype)key[0];
-    int64_t m = key[1], s = key[2], heads = key[3], dim = key[4], causal = key[9];
-    const int64_t scores[] = {1, heads, m, s}, rows[] = {1, heads, m, 1}, one[] = {1, 1, 1, 1};
-    const int64_t packed[] = {heads * m * s, m * s, s, 1}, packed_rows[] = {heads * m, m, 1, 1};
-    int q = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, m, dim}, (int64_t[]){m * key[5], dim, key[5], 1});
-    int k = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, dim, s}, (int64_t[]){s * key[6], dim, 1, key[6]});
-    int v = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, s, dim}, (int64_t[]){s * key[7], dim, key[7], 1});
-    int o = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, m, dim}, (int64_t[]){m * key[8], dim, key[8], 1});
-    int scale = graph_tensor(g, DT_F32, GRAPH_NUMBER, one, one);
-    int hidden = graph_tensor(g, DT_F32, causal ? GRAPH_NUMBER : GRAPH_UNUSED, one, one);
-    int raw = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
-    int score = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
-    graph_matmul(g, q, k, raw);
-    graph_point(g, CUDNN_POINTWISE_MUL, raw, scale, score);
-    if (causal)
-        score = graph_causal(g, score, hidden, scores, packed);
-    int top = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, rows, packed_rows);
-    int below = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
-    int power = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, scores, packed);
-    int sum = graph_tensor(g, DT_F32, GRAPH_VIRTUAL, rows, packed_rows);
-    int weight = graph_tensor(g, type, GRAPH_VIRTUAL, scores, packed);
-    graph_reduce(g, CUDNN_REDUCE_TENSOR_MAX, score, top);
-    graph_point(g, CUDNN_POINTWISE_SUB, score, top, below);
-    graph_point(g, CUDNN_POINTWISE_EXP, below, -1, power);
-    graph_reduce(g, CUDNN_REDUCE_TENSOR_ADD, power, sum);
-    graph_point(g, CUDNN_POINTWISE_DIV, power, sum, weight);
-    graph_matmul(g, weight, v, o);
+    const int64_t m = key[1], s = key[2], heads = key[3], dim = key[4], one[] = {1, 1, 1, 1};
+    const int64_t rows[] = {m, s, s, m}; // of q, k, v, out
+    int t[4];
+    for (int i = 0; i < 4; i++) {
+        int64_t ld = key[5 + i];
+        t[i] = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, rows[i], dim},
+                            (int64_t[]){rows[i] * ld, dim, ld, 1});
+    }
+    graph_attention(g, t[0], t[1], t[2], t[3], graph_tensor(g, DT_F32, GRAPH_NUMBER, one, one));
 }
 
 static int64_t ld_of(struct tensor t) // one row has no use for a stride; the engines want a sound one all the same
@@ -49,16 +30,15 @@ static bool fused(struct device *d, struct tensor out, struct tensor q, struct t
                   const struct attention_opts *opts)
 {
     const struct tensor all[] = {q, k, v, out};
-    if (d->type == DT_F32 || !tensor_none(opts->bias) || q.n[2] % 8 || q.n[2] > 256 || k.n[0] == 0)
+    if (d->type == DT_F32 || !tensor_none(opts->bias) || opts->causal || q.n[2] % 8 || q.n[2] > 256 || k.n[0] == 0)
         return false;
     for (int i = 0; i < 4; i++)
         if (alignment_of(all[i].data, ld_of(all[i]) * 2) < 16)
             return false;
-    const int64_t key[GRAPH_KEY] = {d->type,  q.n[0],   k.n[0],   q.n[1],     q.n[2],
-                                    ld_of(q), ld_of(k), ld_of(v), ld_of(out), opts->causal};
-    float scale = opts->scale, hidden = -INFINITY;
-    void *pointers[] = {q.data, k.data, v.data, out.data, &scale, &hidden};
-    return graph_run(d, GRAPH_ATTENTION, key, describe, 6, pointers);
+    const int64_t key[GRAPH_KEY] = {d->type, q.n[0], k.n[0], q.n[1], q.n[2], ld_of(q), ld_of(k), ld_of(v), ld_of(out)};
+    float scale = opts->scale;
+    void *pointers[] = {q.data, k.data, v.data, out.data, &scale};
+    return graph_run(d, GRAPH_ATTENTION, key, describe, 5, pointers);
 }
 
 // ---- in products

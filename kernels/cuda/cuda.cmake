@@ -1,4 +1,4 @@
-# The CUDA backend, dit_cuda. Where nvcc, cuBLAS or cuDNN 9 is missing its table says so at open, so that programs link
+# The CUDA backend, dit_cuda. Where nvcc, cuBLAS or cuDNN 9.14 is missing its table says so at open, so that programs link
 # alike everywhere. Sanitizers do not know memory that the driver maps: those builds go without.
 set(DITFLEET_CUDA_FOUND FALSE)
 set(cuda_missing "DITFLEET_CUDA is OFF")
@@ -8,12 +8,17 @@ if(DITFLEET_CUDA AND NOT DITFLEET_SANITIZE)
   find_package(CUDAToolkit 12.0 QUIET)
   find_path(CUDNN_INCLUDE_DIR cudnn_graph.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
   find_library(CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR})
+  if(CUDNN_INCLUDE_DIR) # attention as one operation
+    file(STRINGS ${CUDNN_INCLUDE_DIR}/cudnn_graph.h cudnn_attention REGEX CUDNN_BACKEND_OPERATION_SDPA_FWD_DESCRIPTOR)
+  endif()
   if(NOT CMAKE_CUDA_COMPILER OR NOT CUDAToolkit_FOUND)
     set(cuda_missing "no nvcc of CUDA 12 or newer")
   elseif(NOT TARGET CUDA::cublasLt)
     set(cuda_missing "no cuBLASLt")
   elseif(NOT CUDNN_INCLUDE_DIR OR NOT CUDNN_LIBRARY)
-    set(cuda_missing "no cuDNN 9 (cudnn_graph.h, libcudnn)")
+    set(cuda_missing "no cuDNN (cudnn_graph.h, libcudnn)")
+  elseif(NOT cudnn_attention)
+    set(cuda_missing "cuDNN is older than 9.14")
   else()
     set(DITFLEET_CUDA_FOUND TRUE)
   endif()

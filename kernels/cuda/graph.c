@@ -74,9 +74,9 @@ static cudnnDataType_t data_type(enum dtype type)
     return type == DT_BF16 ? CUDNN_DATA_BFLOAT16 : type == DT_F16 ? CUDNN_DATA_HALF : CUDNN_DATA_FLOAT;
 }
 
-static int tensor_as(struct graph *g, cudnnDataType_t type, enum graph_role role, const int64_t *dims,
-                     const int64_t *strides)
+int graph_tensor(struct graph *g, enum dtype type, enum graph_role role, const int64_t *dims, const int64_t *strides)
 {
+    cudnnDataType_t as = data_type(type);
     int64_t alignment = 16, uid = MAX_GIVEN + 1 + g->count;
     bool yes = true;
     if (role != GRAPH_VIRTUAL) {
@@ -87,7 +87,7 @@ static int tensor_as(struct graph *g, cudnnDataType_t type, enum graph_role role
     if (role == GRAPH_UNUSED)
         return -1;
     desc t = make(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
-    set(g, t, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    set(g, t, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &as);
     set(g, t, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, dims);
     set(g, t, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, strides);
     set(g, t, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &uid);
@@ -100,79 +100,35 @@ static int tensor_as(struct graph *g, cudnnDataType_t type, enum graph_role role
     return g->count - 1;
 }
 
-int graph_tensor(struct graph *g, enum dtype type, enum graph_role role, const int64_t *dims, const int64_t *strides)
-{
-    return tensor_as(g, data_type(type), role, dims, strides);
-}
-
 static void operand(struct graph *g, desc op, cudnnBackendAttributeName_t name, int tensor)
 {
     if (g->status == CUDNN_STATUS_SUCCESS && tensor >= 0)
         set(g, op, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &g->all[tensor]);
 }
 
-// axis -1: none. t: the condition of a selection, or -1.
-static void point_as(struct graph *g, cudnnPointwiseMode_t mode, cudnnDataType_t type, int64_t axis, int x, int b,
-                     int t, int y)
+void graph_point(struct graph *g, cudnnPointwiseMode_t mode, int x, int b, int y)
 {
+    cudnnDataType_t type = CUDNN_DATA_FLOAT;
     desc p = make(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
     set(g, p, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
     set(g, p, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &type);
-    if (axis >= 0)
-        set(g, p, CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, &axis);
     finish(g, p);
     desc op = make(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
     set(g, op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
     operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x);
     operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
-    operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_TDESC, t);
     operand(g, op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
     add_operation(g, op);
 }
 
-void graph_point(struct graph *g, cudnnPointwiseMode_t mode, int x, int b, int y)
+void graph_attention(struct graph *g, int q, int k, int v, int o, int scale)
 {
-    point_as(g, mode, CUDNN_DATA_FLOAT, -1, x, b, -1, y);
-}
-
-int graph_causal(struct graph *g, int x, int hidden, const int64_t *dims, const int64_t *strides)
-{
-    int row = tensor_as(g, CUDNN_DATA_INT32, GRAPH_VIRTUAL, dims, strides);
-    int column = tensor_as(g, CUDNN_DATA_INT32, GRAPH_VIRTUAL, dims, strides);
-    int seen = tensor_as(g, CUDNN_DATA_BOOLEAN, GRAPH_VIRTUAL, dims, strides);
-    int y = tensor_as(g, CUDNN_DATA_FLOAT, GRAPH_VIRTUAL, dims, strides);
-    point_as(g, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_INT32, 2, x, -1, -1, row);
-    point_as(g, CUDNN_POINTWISE_GEN_INDEX, CUDNN_DATA_INT32, 3, x, -1, -1, column);
-    point_as(g, CUDNN_POINTWISE_CMP_GE, CUDNN_DATA_BOOLEAN, -1, row, column, -1, seen);
-    point_as(g, CUDNN_POINTWISE_BINARY_SELECT, CUDNN_DATA_FLOAT, -1, x, hidden, seen, y);
-    return y;
-}
-
-void graph_matmul(struct graph *g, int a, int b, int c)
-{
-    cudnnDataType_t type = CUDNN_DATA_FLOAT;
-    desc p = make(g, CUDNN_BACKEND_MATMUL_DESCRIPTOR);
-    set(g, p, CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
-    finish(g, p);
-    desc op = make(g, CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
-    set(g, op, CUDNN_ATTR_OPERATION_MATMUL_DESC, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
-    operand(g, op, CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
-    operand(g, op, CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
-    operand(g, op, CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
-    add_operation(g, op);
-}
-
-void graph_reduce(struct graph *g, cudnnReduceTensorOp_t how, int x, int y)
-{
-    cudnnDataType_t type = CUDNN_DATA_FLOAT;
-    desc p = make(g, CUDNN_BACKEND_REDUCTION_DESCRIPTOR);
-    set(g, p, CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE, 1, &how);
-    set(g, p, CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
-    finish(g, p);
-    desc op = make(g, CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR);
-    set(g, op, CUDNN_ATTR_OPERATION_REDUCTION_DESC, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &p);
-    operand(g, op, CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x);
-    operand(g, op, CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y);
+    desc op = make(g, CUDNN_BACKEND_OPERATION_SDPA_FWD_DESCRIPTOR);
+    operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_QDESC, q);
+    operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_KDESC, k);
+    operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_VDESC, v);
+    operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_ODESC, o);
+    operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_SCALEDESC, scale);
     add_operation(g, op);
 }
 

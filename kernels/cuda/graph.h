@@ -16,14 +16,12 @@ struct graph;
 
 // A tensor of 4 dimensions, strides in elements; returns its number in the graph.
 int graph_tensor(struct graph *g, enum dtype type, enum graph_role role, const int64_t *dims, const int64_t *strides);
-// y = x op b; b -1: the operation has one operand
+// y = x op b
 void graph_point(struct graph *g, cudnnPointwiseMode_t mode, int x, int b, int y);
-void graph_matmul(struct graph *g, int a, int b, int c);
-void graph_reduce(struct graph *g, cudnnReduceTensorOp_t op, int x, int y); // to y's dimensions
+// o = softmax(scale q k^T) v over (batch, heads, rows, dim)
+void graph_attention(struct graph *g, int q, int k, int v, int o, int scale);
 // y = x correlated with w, stride 1, no zero rows, pad zero columns at either side
 void graph_conv(struct graph *g, int x, int w, int y, int64_t pad);
-// Returns x with the number `hidden` where the last coordinate exceeds the one before it.
-int graph_causal(struct graph *g, int x, int hidden, const int64_t *dims, const int64_t *strides);
 
 // Runs the plan of this kind and key, describing and planning it when it is new. pointers: of the given tensors and
 // numbers, in the order of their making. False: no engine does this, and nothing was done; or the device has failed.

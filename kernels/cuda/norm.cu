@@ -70,86 +70,47 @@ template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREAD
     __shared__ float shared[MAX_THREADS / WARP];
     const T *x = p.x + blockIdx.x * p.x_ld;
     T *y = p.y + blockIdx.x * p.y_ld;
-    int64_t step = (int64_t)blockDim.x * V;
-    int rounds = R ? R : (int)((p.n + step - 1) / step);
-    float v[KEPT][V], sum = 0;
-#pragma unroll KEPT
-    for (int r = 0; r < rounds; r++) {
-        int64_t i = r * step + threadIdx.x * V;
-        float(&t)[V] = v[R ? r : 0];
-        if (i < p.n)
-            load(t, x + i);
+    const int n = (int)p.n, step = (int)blockDim.x * V, rounds = R ? R : (n + step - 1) / step;
+    float v[KEPT][V], sum = 0, square = 0;
+    if (R) {
 #pragma unroll
-        for (int j = 0; j < V; j++)
-            sum += i < p.n ? t[j] : 0;
+        for (int r = 0; r < R; r++)
+            if (r * step + (int)threadIdx.x * V < n)
+                load(v[r], x + r * step + threadIdx.x * V);
     }
-    float mean = p.centred ? block_reduce<add>(sum, shared) / (float)p.n : 0, square = 0;
 #pragma unroll KEPT
     for (int r = 0; r < rounds; r++) {
-        int64_t i = r * step + threadIdx.x * V;
-        float(&t)[V] = v[R ? r : 0];
-        if (!R && i < p.n)
-            load(t, x + i);
-#pragma unroll
-        for (int j = 0; j < V; j++)
-            square += i < p.n ? (t[j] - mean) * (t[j] - mean) : 0;
-    }
-    float rstd = 1 / sqrtf(block_reduce<add>(square, shared) / (float)p.n + p.eps);
-#pragma unroll KEPT
-    for (int r = 0; r < rounds; r++) {
-        int64_t i = r * step + threadIdx.x * V;
-        float(&t)[V] = v[R ? r : 0];
-        if (i >= p.n)
+        int i = r * step + (int)threadIdx.x * V;
+        if (i >= n)
             continue;
         if (!R)
-            load(t, x + i);
-        norm_point(t, i, mean, rstd, p.one, p.gamma, p.beta);
-        store(y + i, t);
+            load(v[0], x + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            sum += v[R ? r : 0][j];
     }
-}
-
-// A warp a row, R vectors a lane: nothing waits for another warp. The row is kept as it lies in memory.
-enum { WARPS = 4 };
-
-template <typename T, int V, int R> __global__ void __launch_bounds__(WARPS *WARP) norm_warp_kernel(norm_of<T> p, int64_t rows)
-{
-    int64_t r = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    int lane = (int)threadIdx.x % WARP;
-    if (r >= rows)
-        return;
-    const pack<T, V> *x = reinterpret_cast<const pack<T, V> *>(p.x + r * p.x_ld);
-    int vectors = (int)(p.n / V);
-    pack<T, V> kept[R];
-    float sum = 0, square = 0;
-#pragma unroll
-    for (int i = 0; i < R; i++)
-        if (i * WARP + lane < vectors)
-            kept[i] = x[i * WARP + lane];
-#pragma unroll
-    for (int i = 0; i < R; i++)
-#pragma unroll
-        for (int j = 0; j < V; j++)
-            sum += i * WARP + lane < vectors ? to_f32(kept[i].v[j]) : 0;
-    float mean = p.centred ? warp_reduce<add>(sum) / (float)p.n : 0;
-#pragma unroll
-    for (int i = 0; i < R; i++)
-#pragma unroll
-        for (int j = 0; j < V; j++) {
-            float v = to_f32(kept[i].v[j]) - mean;
-            square += i * WARP + lane < vectors ? v * v : 0;
-        }
-    float rstd = 1 / sqrtf(warp_reduce<add>(square) / (float)p.n + p.eps);
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        int64_t at = (int64_t)(i * WARP + lane) * V;
-        float v[V];
-        if (at >= p.n)
+    float mean = p.centred ? block_reduce<add>(sum, shared) / (float)n : 0;
+#pragma unroll KEPT
+    for (int r = 0; r < rounds; r++) {
+        int i = r * step + (int)threadIdx.x * V;
+        if (i >= n)
             continue;
+        if (!R)
+            load(v[0], x + i);
 #pragma unroll
         for (int j = 0; j < V; j++)
-            v[j] = to_f32(kept[i].v[j]);
-        norm_point(v, at, mean, rstd, p.one, p.gamma, p.beta);
-        store(p.y + r * p.y_ld + at, v);
+            square += (v[R ? r : 0][j] - mean) * (v[R ? r : 0][j] - mean);
+    }
+    float rstd = 1 / sqrtf(block_reduce<add>(square, shared) / (float)n + p.eps);
+#pragma unroll KEPT
+    for (int r = 0; r < rounds; r++) {
+        int i = r * step + (int)threadIdx.x * V;
+        if (i >= n)
+            continue;
+        if (!R)
+            load(v[0], x + i);
+        norm_point(v[R ? r : 0], i, mean, rstd, p.one, p.gamma, p.beta);
+        store(y + i, v[R ? r : 0]);
     }
 }
 
@@ -157,16 +118,7 @@ template <typename T, int V> static void norm_rows(cudaStream_t s, int64_t rows,
 {
     constexpr int R = 4;
     int64_t vectors = ceil_div(p.n, V), threads = ceil_div(ceil_div(vectors, R), WARP) * WARP;
-    unsigned blocks = (unsigned)rows, groups = (unsigned)ceil_div(rows, WARPS);
-    if constexpr (V > 1) {
-        if (vectors <= 12 * WARP) {
-            if (vectors <= 4 * WARP)
-                norm_warp_kernel<T, V, 4><<<groups, WARPS * WARP, 0, s>>>(p, rows);
-            else
-                norm_warp_kernel<T, V, 12><<<groups, WARPS * WARP, 0, s>>>(p, rows);
-            return;
-        }
-    }
+    unsigned blocks = (unsigned)rows;
     if (vectors > R * MAX_THREADS)
         norm_kernel<T, V, 0><<<blocks, MAX_THREADS, 0, s>>>(p);
     else

@@ -15,14 +15,16 @@ template <typename T> struct points_of {
     enum point op;
     enum act act;
     T *x;
-    const T *y, *z;
+    const T *from, *y; // x itself, unless the operation writes elsewhere
     row r;
-    int64_t x_ld, y_ld, z_ld, rows, n, row_n;
+    int64_t x_ld, from_ld, y_ld, rows, n, row_n;
     float a;
 };
 
-template <int V> __device__ static void point(enum point op, enum act act, float a, float (&x)[V], const float (&y)[V],
-                                             const float (&z)[V], const float (&g)[V])
+// x op= y; CFG finds negative in x and positive in y
+template <int V>
+__device__ static void point(enum point op, enum act act, float a, float (&x)[V], const float (&y)[V],
+                             const float (&g)[V])
 {
 #pragma unroll
     for (int j = 0; j < V; j++)
@@ -40,16 +42,13 @@ template <int V> __device__ static void point(enum point op, enum act act, float
             x[j] += g[j] * y[j];
             break;
         case POINT_CFG:
-            x[j] = y[j] + a * (z[j] - y[j]);
+            x[j] += a * (y[j] - x[j]);
             break;
         case POINT_ACT:
             x[j] = activated(x[j] + g[j], act);
             break;
         }
 }
-
-// A thread takes the same columns of ROWS rows at a time: their loads are in flight together, the row vector's is shared.
-enum { ROWS = 4 };
 
 template <typename T, int V> __global__ void __launch_bounds__(THREADS) points_kernel(points_of<T> p)
 {
@@ -59,24 +58,13 @@ template <typename T, int V> __global__ void __launch_bounds__(THREADS) points_k
     float g[V] = {};
     if (p.r.p)
         load_row(g, p.r, p.n == p.row_n ? i : i % p.row_n);
-    for (int64_t first = (int64_t)blockIdx.y * ROWS; first < p.rows; first += (int64_t)gridDim.y * ROWS) {
-        float x[ROWS][V], y[ROWS][V], z[ROWS][V];
-#pragma unroll
-        for (int k = 0; k < ROWS; k++) {
-            int64_t r = first + k;
-            if (r < p.rows && p.op != POINT_CFG)
-                load(x[k], p.x + r * p.x_ld + i);
-            if (r < p.rows && p.op != POINT_ACT)
-                load(y[k], p.y + r * p.y_ld + i);
-            if (r < p.rows && p.op == POINT_CFG)
-                load(z[k], p.z + r * p.z_ld + i);
-        }
-#pragma unroll
-        for (int k = 0; k < ROWS; k++)
-            if (first + k < p.rows) {
-                point(p.op, p.act, p.a, x[k], y[k], z[k], g);
-                store(p.x + (first + k) * p.x_ld + i, x[k]);
-            }
+    for (int64_t r = blockIdx.y; r < p.rows; r += gridDim.y) {
+        float x[V], y[V];
+        load(x, p.from + r * p.from_ld + i);
+        if (p.op != POINT_ACT)
+            load(y, p.y + r * p.y_ld + i);
+        point(p.op, p.act, p.a, x, y, g);
+        store(p.x + r * p.x_ld + i, x);
     }
 }
 
@@ -93,13 +81,15 @@ void launch_points(cudaStream_t s, const struct points *p)
     with_type(p->x.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         constexpr int V = 16 / sizeof(T);
-        points_of<T> q = {p->op,   p->act,  (T *)p->x.data, (const T *)p->y.data, (const T *)p->z.data, row_of(p->row),
-                          p->x.ld, p->y.ld, p->z.ld,        g.rows,               g.n,                  p->row_n,
+        bool cfg = p->op == POINT_CFG;
+        struct tensor from = cfg ? p->y : p->x, y = cfg ? p->z : p->y;
+        points_of<T> q = {p->op,   p->act,  (T *)p->x.data, (const T *)from.data, (const T *)y.data, row_of(p->row),
+                          p->x.ld, from.ld, y.ld,           g.rows,               g.n,               p->row_n,
                           p->a};
         if (g.n % V == 0 && p->row_n % V == 0 && wide(p->x, V) && wide(p->y, V) && wide(p->z, V) && wide(p->row, V))
-            points_kernel<T, V><<<grid_over(ceil_div(g.rows, ROWS), g.n / V), THREADS, 0, s>>>(q);
+            points_kernel<T, V><<<grid_over(g.rows, g.n / V), THREADS, 0, s>>>(q);
         else
-            points_kernel<T, 1><<<grid_over(ceil_div(g.rows, ROWS), g.n), THREADS, 0, s>>>(q);
+            points_kernel<T, 1><<<grid_over(g.rows, g.n), THREADS, 0, s>>>(q);
     });
 }
 

@@ -4,6 +4,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 enum { ROWS = 4608, DIM = 3072, HEADS = 24, HEAD = 128, RUNS = 40, WARM = 5 };
@@ -13,6 +14,7 @@ struct bench {
     struct device *d;
     float *noise; // host
     size_t noise_n;
+    const char *only;    // part of the names of what is measured
     double flops, bytes; // ceilings, a second; 0: not measured yet
 };
 
@@ -52,6 +54,8 @@ static void measure(struct bench *b, const char *name, const struct call *c, dou
     float ms[RUNS];
     struct timespec from, to;
     enum { BATCH = 10 };
+    if (!strstr(name, b->only))
+        return;
     for (int i = 0; i < WARM; i++)
         c->run(b, c);
     struct err err = {0};
@@ -176,9 +180,10 @@ static void blocks(struct bench *b, int64_t rows)
     measure(b, "gate_add", &(struct call){.run = run_gate_add, .y = h, .x = y, .z = scale}, 0, 3 * bytes);
 }
 
-int main(void)
+// Argument: part of the names of what to measure.
+int main(int argc, char **argv)
 {
-    struct bench b = {.noise_n = (size_t)1 << 22};
+    struct bench b = {.noise_n = (size_t)1 << 22, .only = argc > 1 ? argv[1] : ""};
     struct err err = {0};
     if (G->open(&(struct device_options){.activation = DT_BF16}, &b.d, &err)) {
         printf("%s\n", err.text);
