@@ -16,8 +16,8 @@
 
 #include <cmocka.h>
 
+#include "proto/clock.h"
 #include "proto/queue.h"
-#include "supervisor/clock.h"
 #include "tests/unit/private_redis.h"
 
 static struct private_redis redis;
