@@ -182,19 +182,20 @@ static void same(struct fix *f, const char *what, struct pair p, double toleranc
     struct tensor got = tensor_1d(malloc((size_t)total * 8 + 1), half ? DT_F32 : p.g.dtype, total);
     G->download(f->d, got.data, p.whole);
     assert_int_equal(G->sync(f->d, NULL), 0);
-    for (int64_t i = 0; i < total; i++) {
-        double g = get(got, i), c = get(p.c, i);
-        bool gap = p.c.dims > 1 && i % p.c.ld >= row;
-        bool fine =
-            gap ? p.c.dtype == DT_U8 || isnan(g) : (isnan(c) && isnan(g)) || fabs(g - c) <= tolerance * (1 + fabs(c));
-        if (!fine) {
-            free(got.data);
-            fail_msg("%s in %s, (%lld, %lld, %lld): element %lld of row %lld is %.9g, not %.9g", what,
-                     dtype_name(f->type), (long long)p.c.n[0], (long long)p.c.n[1], (long long)p.c.n[2],
-                     (long long)(p.c.dims == 1 ? i : i % p.c.ld), (long long)(p.c.dims == 1 ? 0 : i / p.c.ld), g, c);
-        }
+    int64_t i = 0;
+    double g = 0, c = 0;
+    for (; i < total; i++) {
+        g = get(got, i);
+        c = get(p.c, i);
+        if (p.c.dims > 1 && i % p.c.ld >= row ? p.c.dtype != DT_U8 && !isnan(g)
+                                              : !(isnan(c) && isnan(g)) && !(fabs(g - c) <= tolerance * (1 + fabs(c))))
+            break;
     }
     free(got.data);
+    if (i < total)
+        fail_msg("%s in %s, (%lld, %lld, %lld): element %lld of row %lld is %.9g, not %.9g", what, dtype_name(f->type),
+                 (long long)p.c.n[0], (long long)p.c.n[1], (long long)p.c.n[2],
+                 (long long)(p.c.dims == 1 ? i : i % p.c.ld), (long long)(p.c.dims == 1 ? 0 : i / p.c.ld), g, c);
 }
 
 static enum dtype weight_type(const struct fix *f, int i) // mostly the activation's, as in a checkpoint
@@ -218,7 +219,8 @@ static void transfers(void **state)
         same(f, "upload", x, 0);
         G->download(f->d, back, x.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_int_equal(memcmp(host, back, sizeof host), 0);
+        for (int i = 0; i < 37 * 55; i++)
+            assert_true(host[i] == back[i]);
         C->upload(f->cpu, v.c, host);
         G->upload(f->d, v.g, host);
         same(f, "upload of a vector", v, 0);
@@ -367,6 +369,23 @@ static void activations(void **state)
     }
 }
 
+static void pair_op(const struct kernels *k, struct device *d, int op, struct tensor x, struct tensor y,
+                    struct tensor z, struct tensor v)
+{
+    if (op == 0)
+        k->add(d, x, y);
+    else if (op == 1)
+        k->mul(d, x, y);
+    else if (op == 2)
+        k->axpy(d, x, 0.3f, y);
+    else if (op == 3)
+        k->add_row(d, x, v);
+    else if (op == 4)
+        k->gate_add(d, x, v, y);
+    else
+        k->cfg_combine(d, x, y, z, 3.5f);
+}
+
 static void pairs(void **state)
 {
     struct fix *f = *state;
@@ -378,16 +397,8 @@ static void pairs(void **state)
             int op = i / 20;
             struct pair x = ACTIVE(f, op % 3 * 8, 2, m, n), y = ACTIVE(f, i % 2, 2, m, n), z = ACTIVE(f, 1, 2, m, n),
                         v = WEIGHT(f, types[i % 3], n);
-#define BOTH(k, d, s)                                                                                                  \
-    (op == 0   ? k->add(d, x.s, y.s)                                                                                   \
-     : op == 1 ? k->mul(d, x.s, y.s)                                                                                   \
-     : op == 2 ? k->axpy(d, x.s, 0.3f, y.s)                                                                            \
-     : op == 3 ? k->add_row(d, x.s, v.s)                                                                               \
-     : op == 4 ? k->gate_add(d, x.s, v.s, y.s)                                                                         \
-               : k->cfg_combine(d, x.s, y.s, z.s, 3.5f))
-            BOTH(C, f->cpu, c);
-            BOTH(G, f->d, g);
-#undef BOTH
+            pair_op(C, f->cpu, op, x.c, y.c, z.c, v.c);
+            pair_op(G, f->d, op, x.g, y.g, z.g, v.g);
             same(f, "pair", x, tolerance(f, 1e-6, 5e-3, 6e-4));
         }
         struct pair x = ACTIVE(f, 0, 1, 9, 16), y = ACTIVE(f, 0, 1, 9, 16);
