@@ -2,14 +2,18 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include "proto/clock.h"
 
+// More news than this wait only when the connection is far slower than the steps: then the newest gives way.
+enum { NEWS = 16 };
+
 struct slot {
-    struct held *job;               // NULL: free
-    struct queue_progress progress; // stage is a literal
-    bool unsent;
+    struct held *job;                 // NULL: free
+    struct queue_progress news[NEWS]; // to be told, oldest first; stage is a literal
+    int n_news;
     double renewed_at; // monotonic; 0: not yet
     bool busy;         // the thread is speaking of it, unlocked
 };
@@ -62,13 +66,14 @@ static int speak(struct herald *h, const struct queue_fence *fence, const struct
 static void tend(struct herald *h, struct slot *s, double period)
 {
     const bool renew = monotonic_seconds() - s->renewed_at >= period;
-    if (!s->job || (!s->unsent && !renew))
+    if (!s->job || (!s->n_news && !renew))
         return;
-    const struct queue_progress progress = s->progress;
-    const bool news = s->unsent;
+    const bool news = s->n_news > 0;
+    const struct queue_progress progress = s->news[0];
     struct held *job = s->job;
     struct err err = {.code = ERR_NONE};
-    s->unsent = false;
+    if (news)
+        memmove(s->news, s->news + 1, (size_t)--s->n_news * sizeof *s->news);
     s->busy = true;
     pthread_mutex_unlock(&h->lock);
     int rc = speak(h, &job->claim.fence, news ? &progress : NULL, renew, &err);
@@ -101,7 +106,7 @@ static void *run(void *arg)
             tend(h, &h->slots[i], period);
         bool unsent = h->ending;
         for (int i = 0; i < HERALD_MAX_HELD; i++)
-            unsent |= h->slots[i].job && h->slots[i].unsent;
+            unsent |= h->slots[i].job && h->slots[i].n_news > 0;
         if (unsent)
             continue;
         struct timespec until;
@@ -189,8 +194,8 @@ void herald_report(struct herald *h, struct held *job, const struct queue_progre
     pthread_mutex_lock(&h->lock);
     struct slot *s = slot_of(h, job);
     if (s) {
-        s->progress = *progress;
-        s->unsent = true;
+        s->n_news -= s->n_news == NEWS;
+        s->news[s->n_news++] = *progress;
         pthread_cond_broadcast(&h->changed);
     }
     pthread_mutex_unlock(&h->lock);

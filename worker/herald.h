@@ -19,7 +19,7 @@ void herald_free(struct herald *h);
 // From hold to drop the lease is renewed; drop waits until the thread is done with the job. At most HERALD_MAX_HELD.
 void herald_hold(struct herald *h, struct held *job);
 void herald_drop(struct herald *h, struct held *job);
-// Stores where the job is; sent as soon as the connection is free, only the newest when it is slow. Never waits.
+// Stores where the job is, to be told in order as soon as the connection is free. Never waits.
 void herald_report(struct herald *h, struct held *job, const struct queue_progress *progress);
 
 #endif

@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/backend.h"
 #include "ops/cli/cli.h"
 #include "ops/cli/recorder.h"
 #include "worker/engine.h"
@@ -47,7 +47,7 @@ static int show_progress(void *arg, enum engine_stage stage, int step, int steps
 
 static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
 {
-    const bool cuda = g->kernels == &kernels_cuda;
+    const bool cuda = g->kernels != &kernels_cpu;
     struct engine_options options = {.kernels = g->kernels,
                                      .device.threads = g->threads,
                                      .data = comm,
@@ -219,18 +219,13 @@ static int generate(struct generate *g, struct err *err)
     return rc;
 }
 
-static int choose_device(struct generate *g)
+static int choose_device(struct generate *g, struct err *err)
 {
-    g->kernels = strcmp(g->device, "cuda") == 0 ? &kernels_cuda : &kernels_cpu;
-    if (strcmp(g->device, g->kernels->name) != 0) {
-        fprintf(stderr, "ditfleet generate: --device %.40s: it may be cpu or cuda\n", g->device);
-        return CLI_USAGE;
-    }
-    if (g->kernels == &kernels_cuda && g->ranks > 1) {
-        fprintf(stderr, "ditfleet generate: --device cuda takes --ranks 1: GPUs do not share a picture yet\n");
-        return CLI_USAGE;
-    }
-    return -1;
+    if (strcmp(g->device, "cuda") == 0 && g->ranks > 1)
+        return err_set(err, ERR_INVALID, "--device cuda takes --ranks 1: GPUs do not share a picture yet");
+    if (strcmp(g->device, "dry") == 0)
+        return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
+    return backend_find(g->device, &g->kernels, err);
 }
 
 static int run(const struct cli_command *self, int argc, char **argv)
@@ -256,8 +251,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
         fprintf(stderr, "ditfleet generate: --model DIR is required\ntry: ditfleet generate --help\n");
         rc = CLI_USAGE;
     }
-    if (rc < 0)
-        rc = choose_device(&g);
+    if (rc < 0 && choose_device(&g, &err) != 0)
+        rc = cli_fail(&err);
     if (rc < 0) {
         const long cores = sysconf(_SC_NPROCESSORS_ONLN);
         if (!g.threads)

@@ -82,7 +82,7 @@ def log_time(line):
 
 def cancelled(fleet):
     pids = fleet.wait_ready()
-    entry = begin(fleet, "cancelled")
+    entry = begin(fleet, "cancelled", num_inference_steps=1000)  # far from done when the word arrives
     subprocess.run([BUILD + "/ditfleet", "cancel", "cancelled", "--redis", fleet.url], check=True, stdout=subprocess.DEVNULL)
     result = fleet.result("cancelled", entry)
     assert result.state == job_pb2.STATE_CANCELLED and result.error.code == "cancelled", result
