@@ -54,9 +54,12 @@ grep -q "^plan     cfg=1 ulysses=2$" "$fleet/out" || fail "not the plan of two r
 grep -q "^3 plain.png$" "$fleet/counts" || fail "the upload was not tried three times: $(<"$fleet/counts")"
 cmp "$fleet/plain.png" "$fleet/sink/plain.png" || fail "the saved picture is not the uploaded one"
 same plain --prompt "a red circle"
-script -qec "'$fleet_build/ditfleet' submit --redis '$fleet_redis_url' --model demo --output-url '$fleet_sink_url/{id}' --wait \
-  --width 64 --height 48 --num-inference-steps 4 --max-sequence-length 64" /dev/null >"$fleet/out" </dev/null
-grep -qE 'denoise  \[#+ *\] [1-4]/4' "$fleet/out" || fail "no bar on a terminal: $(<"$fleet/out")"
+if script -qec true /dev/null >/dev/null 2>&1; then # a build chroot may have no terminals to give
+  script -qec "'$fleet_build/ditfleet' submit --redis '$fleet_redis_url' --model demo \
+    --output-url '$fleet_sink_url/{id}' --wait --width 64 --height 48 --num-inference-steps 4 --max-sequence-length 64" \
+    /dev/null >"$fleet/out" </dev/null
+  grep -qE 'denoise  \[#+ *\] [1-4]/4' "$fleet/out" || fail "no bar on a terminal: $(<"$fleet/out")"
+fi
 submit guided 0 "cfg=2 ulysses=1" --output-file "$fleet/files/{id}.png" --prompt "a red circle" \
   --negative-prompt "" --true-cfg-scale 2.5 -o "$fleet/guided.png"
 same guided --prompt "a red circle" --negative-prompt "" --true-cfg-scale 2.5
