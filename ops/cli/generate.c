@@ -13,6 +13,7 @@
 #include "kernels/backend.h"
 #include "ops/cli/cli.h"
 #include "ops/cli/recorder.h"
+#include "proto/conf.h"
 #include "worker/engine.h"
 #include "worker/output/describe.h"
 
@@ -254,9 +255,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
     if (rc < 0 && choose_device(&g, &err) != 0)
         rc = cli_fail(&err);
     if (rc < 0) {
-        const long cores = sysconf(_SC_NPROCESSORS_ONLN);
-        if (!g.threads)
-            g.threads = cores > g.ranks ? (int)(cores / g.ranks) : 1;
+        const struct conf_group group = {.threads = g.threads, .ranks = g.ranks};
+        g.threads = conf_group_threads(&group);
         rc = generate(&g, &err) == 0 ? CLI_OK : cli_fail(&err);
     }
     recorder_free(g.recorder);
