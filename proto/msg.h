@@ -2,7 +2,7 @@
 //
 //   worker -> supervisor   HELLO once, READY once weights are loaded and a warm-up ran, BEAT every MSG_BEAT_SECONDS
 //   from
-//                          HELLO on (and at once when stage or step changes), BYE before it exits by itself
+//                          HELLO on (and at once when the stage changes), BYE before it exits by itself
 //   supervisor -> worker   DRAIN: stop claiming, finish or release, BYE, exit 0
 //
 // A worker exits within a second of EOF on this socket: its supervisor is gone.

@@ -487,12 +487,16 @@ static int deliver(struct wait *w, const redisReply *entries, struct err *e)
 }
 
 // Waits for events. Those of the job are delivered and passed over only when it is known to be ours.
+// block_ms 0: only what is there. (A server ends a blocked read when its timer looks, up to 100 ms late.)
 static int wait_events(struct wait *w, enum owner owner, int block_ms, struct err *e)
 {
     struct args a;
     AUTO_REPLY reply = NULL;
-    struct digits block = digits((uint64_t)(block_ms < 1 ? 1 : block_ms));
-    ARGS(&a, "XREAD", "COUNT", "100", "BLOCK", block.text, "STREAMS");
+    struct digits block = digits((uint64_t)block_ms);
+    ARGS(&a, "XREAD", "COUNT", "100");
+    if (block_ms > 0)
+        args_text(&a, "BLOCK"), args_text(&a, block.text);
+    args_text(&a, "STREAMS");
     if (owner != OTHERS)
         args_text(&a, w->events_key);
     if (owner != OURS && w->entry)
@@ -530,11 +534,11 @@ int queue_await(struct queue *q, const char *tenant, const char *id, const char 
         int64_t left = end - monotonic_ms();
         int rc = 0;
         if (found && owner == OURS)
-            rc = wait_events(&w, owner, 1, e); // what came with the result
+            rc = wait_events(&w, owner, 0, e); // what came with the result
         if (rc == 0 && !found && left <= 0)
             rc = err_set(e, ERR_TIMEOUT, "job %s is not final yet", id);
         if (rc == 0 && !found)
-            rc = wait_events(&w, owner, left > 1000 ? 1000 : (int)left, e);
+            rc = wait_events(&w, owner, left > 1000 ? 1000 : left < 1 ? 1 : (int)left, e);
         if (rc != 0)
             result_free(found);
         else

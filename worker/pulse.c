@@ -170,7 +170,7 @@ void pulse_ready(struct pulse *p)
 void pulse_report(struct pulse *p, enum stage stage, uint32_t step, uint32_t steps, const char *job)
 {
     pthread_mutex_lock(&p->lock);
-    const bool changed = p->beat.stage != stage || p->beat.step != step;
+    const bool changed = p->beat.stage != stage; // steps go with the next regular beat
     const bool pending = p->stage_changed;
     p->beat.stage = stage;
     p->beat.step = step;

@@ -57,7 +57,7 @@ class Fleet:
                 raise TimeoutError("job %s is not final yet" % job_id)
             # Blocks for a second at most, so that the record is read again even if no event comes.
             streams = {events: last} if ours else {receipt: "0-0"} if known else {events: "0-0", receipt: "0-0"}
-            news = self.redis.xread(streams, count=100, block=1 if found else 1000)
+            news = self.redis.xread(streams, count=100, block=None if found else 1000)
             known = known or bool(news)  # the record is there by now; if it is not ours, only the receipt can tell more
             for _, entries in news if ours else []:
                 for last, fields in entries:
