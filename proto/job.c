@@ -1011,31 +1011,3 @@ int result_pack_error(const char *id, Ditfleet__V1__State state, const struct er
     result.error = &error;
     return result_pack(&result, bytes, length, e);
 }
-
-int job_expand_template(const char *template, const char *id, uint32_t attempt, uint32_t index, char **out,
-                        struct err *e)
-{
-    char numbers[2][16];
-    snprintf(numbers[0], sizeof numbers[0], "%u", attempt);
-    snprintf(numbers[1], sizeof numbers[1], "%u", index);
-    const char *values[] = {id, numbers[0], numbers[1]};
-    size_t size = 0;
-    FILE *f = open_memstream(out, &size);
-    if (!f)
-        return no_memory(e);
-    for (const char *p = template; *p;) {
-        int found = *p == '{' ? placeholder_at(p) : -1;
-        if (found >= 0) {
-            fputs(values[found], f);
-            p += strlen(placeholders[found]);
-        } else {
-            fputc(*p++, f);
-        }
-    }
-    if (fclose(f) != 0) {
-        free(*out);
-        *out = NULL;
-        return no_memory(e);
-    }
-    return 0;
-}

@@ -101,9 +101,4 @@ int result_pack_error(const char *id, Ditfleet__V1__State state, const struct er
 // "tenant".
 int job_check_name(const char *what, const char *name, size_t max_bytes, struct err *e);
 
-// Replaces {id}, {attempt} and {index} of an output's url or file. The template has been validated; the caller frees
-// *out.
-int job_expand_template(const char *template, const char *id, uint32_t attempt, uint32_t index, char **out,
-                        struct err *e);
-
 #endif

@@ -11,7 +11,6 @@
 struct engine {
     const struct kernels *k; // table below
     struct kernels table;    // the backend's, saying the activation type that was asked for
-    struct device_options device_options;
     struct device *d;
     struct arena *arena; // grown to what a job needs, kept for the next
     size_t arena_bytes;
@@ -28,7 +27,6 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->table = *options->kernels;
     e->table.activation = options->device.activation;
     e->k = &e->table;
-    e->device_options = options->device;
     e->data = options->data;
     e->control = options->control;
     e->memory_limit = options->memory_limit;

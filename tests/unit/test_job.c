@@ -407,15 +407,6 @@ static void test_results(void **state)
     assert_null(result);
 }
 
-static void test_template(void **state)
-{
-    (void)state;
-    char *out;
-    assert_int_equal(job_expand_template("http://h/{id}/{attempt}-{index}.png?x={id}", "j", 3, 7, &out, NULL), 0);
-    assert_string_equal(out, "http://h/j/3-7.png?x=j");
-    free(out);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -423,7 +414,7 @@ int main(void)
         cmocka_unit_test(test_names_of_enums), cmocka_unit_test(test_bad_fields_from_text),
         cmocka_unit_test(test_bad_messages),   cmocka_unit_test(test_long_prompt_is_named),
         cmocka_unit_test(test_odd_wire_bytes), cmocka_unit_test(test_fuzz),
-        cmocka_unit_test(test_results),        cmocka_unit_test(test_template),
+        cmocka_unit_test(test_results),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -252,6 +252,15 @@ static void canned_stop(struct canned *c)
 
 // ---- HTTP
 
+static void test_template(void **state)
+{
+    (void)state;
+    char *out;
+    assert_int_equal(target_expand("http://h/{id}/{attempt}-{index}.png?x={id}", "j", 3, 7, &out, NULL), 0);
+    assert_string_equal(out, "http://h/j/3-7.png?x=j");
+    free(out);
+}
+
 static void test_success(void **state)
 {
     (void)state;
@@ -718,6 +727,7 @@ int main(void)
     setenv("http_proxy", "http://127.0.0.1:1", 1);
     setenv("ALL_PROXY", "http://127.0.0.1:1", 1);
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_template),
         cmocka_unit_test(test_success),
         cmocka_unit_test(test_request),
         cmocka_unit_test(test_retries),
