@@ -525,6 +525,10 @@ static void a_dead_workers_jobs_are_back_within_a_second(void **state)
     assert_true(seconds_until_returned(q, 1) < 1);
 
     // Killed itself: the next supervisor knows from the state directory what the last one's workers held.
+    // The record tells that it is the new incarnation that holds it; status may still show the old one's last beat.
+    for (int i = 0; i < 1000 && record_of(q, "job-1").epoch < 2; i++)
+        usleep(5000);
+    assert_int_equal(record_of(q, "job-1").epoch, 2);
     json_decref(AWAIT(g_holds_a_job, 5));
     int status;
     kill(supervisor, SIGKILL);
