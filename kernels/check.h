@@ -10,6 +10,7 @@
 struct check {
     enum dtype activation;
     bool memory;        // operands must have an address (dry: need not)
+    bool e4m3;          // the device computes with E4M3
     struct err failure; // code 0: none yet
 };
 
@@ -28,6 +29,8 @@ bool check_add_row(struct check *c, struct tensor x, struct tensor row);
 bool check_gate_add(struct check *c, struct tensor x, struct tensor gate, struct tensor y);
 bool check_layer_norm(struct check *c, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta);
 bool check_modulate(struct check *c, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift);
+bool check_gate_add_modulate(struct check *c, struct tensor x, struct tensor gate, struct tensor update,
+                             struct tensor y, struct tensor scale, struct tensor shift);
 bool check_rms_norm(struct check *c, struct tensor y, struct tensor x, struct tensor gamma);
 bool check_qk_norm_rope(struct check *c, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
                         struct tensor rope);

@@ -16,7 +16,7 @@ static int dry_open(const struct device_options *options, struct device **out, s
     *out = malloc(sizeof **out);
     if (!*out)
         return err_set(err, ERR_NO_MEMORY, "no memory for a dry device");
-    **out = (struct device){.check = {.activation = options->activation}, .next = (uintptr_t)1 << 32};
+    **out = (struct device){.check = {.activation = options->activation, .e4m3 = true}, .next = (uintptr_t)1 << 32};
     return 0;
 }
 
@@ -82,10 +82,15 @@ static int dry_place(struct device *d, struct tensor host, struct tensor *out, s
     return 0;
 }
 
-static int dry_place_linear(struct device *d, struct linear *w, struct err *err)
+static int dry_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
 {
-    (void)d, (void)w, (void)err;
+    (void)d, (void)w, (void)type, (void)err;
     return 0;
+}
+
+static void dry_displace(struct device *d, struct tensor placed)
+{
+    (void)d, (void)placed;
 }
 
 static void dry_copy(struct device *d, struct tensor dst, struct tensor src)
@@ -155,6 +160,14 @@ static void dry_modulate(struct device *d, struct tensor y, struct tensor x, str
     (void)eps;
     if (check_modulate(&d->check, y, x, scale, shift))
         COUNT(0, y, x, scale, shift);
+}
+
+static void dry_gate_add_modulate(struct device *d, struct tensor x, struct tensor gate, struct tensor update,
+                                  struct tensor y, struct tensor scale, struct tensor shift, float eps)
+{
+    (void)eps;
+    if (check_gate_add_modulate(&d->check, x, gate, update, y, scale, shift))
+        COUNT(0, x, x, gate, update, y, scale, shift);
 }
 
 static void dry_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps)
@@ -260,6 +273,7 @@ const struct kernels kernels_dry = {
     .download = dry_download,
     .place = dry_place,
     .place_linear = dry_place_linear,
+    .displace = dry_displace,
     .copy = dry_copy,
     .zero = dry_zero,
     .linear = dry_linear,
@@ -270,6 +284,7 @@ const struct kernels kernels_dry = {
     .gate_add = dry_gate_add,
     .layer_norm = dry_layer_norm,
     .modulate = dry_modulate,
+    .gate_add_modulate = dry_gate_add_modulate,
     .rms_norm = dry_rms_norm,
     .qk_norm_rope = dry_qk_norm_rope,
     .embed = dry_embed,

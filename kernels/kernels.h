@@ -7,6 +7,8 @@
 //  - Tensors are views in memory that the same device allocated (or, for the cpu backend, any host memory).
 //  - Outputs do not overlap inputs unless the entry says "in place". Zero rows are legal everywhere and do nothing.
 //  - Activations have the device's activation type (f32 on cpu). Weights come in f32, bf16 or f16, as in the file.
+//    On devices that can, linear layers may be placed as E4M3 (8-bit floats, a factor for each row: an output channel);
+//    they take activations of E4M3 too, whose producers write each row's factor, its largest magnitude / 448.
 //  - Errors are sticky: an operation on a failed device does nothing, and sync() reports the first failure. So a
 //    forward pass reads like the paper's figure, and is checked once. dry reports shape mistakes the same way.
 //  - An operation reads its inputs' rows alone unless it says otherwise; the ones that look across rows (attention,
@@ -18,6 +20,7 @@
 #include "proto/err.h"
 
 struct device; // each backend has its own
+struct recording;
 
 enum act { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_GELU_ERF, ACT_QUICK_GELU };
 // silu x*sigmoid(x); gelu_tanh 0.5x(1+tanh(sqrt(2/pi)(x+0.044715x^3))); gelu_erf the exact one;
@@ -77,13 +80,31 @@ struct kernels {
     // *out = a weight in host memory where the device's operations can read it: the host tensor itself (cpu, dry), or a
     // copy that the device owns until it is closed (cuda). A copy of two or more dimensions has the activation type.
     int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
-    // The same for a linear layer, whose parts may become one part there.
-    int (*place_linear)(struct device *d, struct linear *w, struct err *err);
+    // The same for a linear layer, whose parts may become one part there. type: E4M3, or the activation type.
+    // ERR_UNSUPPORTED: this device has no E4M3.
+    int (*place_linear)(struct device *d, struct linear *w, enum dtype type, struct err *err);
+    // Gives back a placed copy before the device is closed, after all work that reads it. Others: nothing to do.
+    void (*displace)(struct device *d, struct tensor placed);
+    // Placing may go on behind the caller's back, reading host memory until the next sync.
+
+    // ---- recordings: a run of operations that is launched as one. NULL: this backend has none.
+    // After record, operations are kept and not run, until recorded returns them. They must be of shapes that ran
+    // before. NULL: could not be recorded; nothing ran, and the device goes on as if nothing had been asked.
+    bool (*record)(struct device *d);
+    struct recording *(*recorded)(struct device *d);
+    // Runs them again on the same memory; forget frees.
+    void (*replay)(struct device *d, struct recording *r);
+    void (*forget)(struct device *d, struct recording *r);
+
+    // Time of each operation between start and end: each is called with an operation's name and milliseconds, in order.
+    // Costs a little speed; not within a recording. NULL: this backend has none.
+    void (*profile_start)(struct device *d);
+    void (*profile_end)(struct device *d, void (*each)(void *arg, const char *op, double ms), void *arg);
 
     // ---- rows
     void (*copy)(struct device *d, struct tensor dst, struct tensor src); // same shape and type, any ld
     void (*zero)(struct device *d, struct tensor t);
-    // y (m, n) = act(x (m, k) W^T + b)
+    // y (m, n) = act(x (m, k) W^T + b); x may be E4M3 where W is
     void (*linear)(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
     void (*activate)(struct device *d, struct tensor x, enum act act);                        // in place
     void (*add)(struct device *d, struct tensor x, struct tensor y);                          // x += y
@@ -93,9 +114,13 @@ struct kernels {
     // y = (x - mean) / sqrt(var + eps) * gamma + beta, per row; gamma and beta (n) of any weight type, or none
     void (*layer_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,
                        float eps);
-    // y = layer_norm(x) * (1 + scale) + shift; scale and shift (n), activation type (adaLN, Peebles & Xie 2023)
+    // y = layer_norm(x) * (1 + scale) + shift; scale and shift (n), activation type (adaLN, Peebles & Xie 2023). y may
+    // be E4M3.
     void (*modulate)(struct device *d, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift,
                      float eps);
+    // gate_add, then modulate of the result, in one pass: x += gate * update; y = modulate(x)
+    void (*gate_add_modulate)(struct device *d, struct tensor x, struct tensor gate, struct tensor update,
+                              struct tensor y, struct tensor scale, struct tensor shift, float eps);
     // y = x / sqrt(mean(x^2) + eps) * gamma (T5)
     void (*rms_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps);
     // In place on q and k (m, heads, dim): RMS norm over dim with gamma (dim), then rotation of the pairs

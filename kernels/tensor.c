@@ -8,7 +8,7 @@ static const struct {
     size_t size;
 } types[DT_COUNT] = {
     [DT_F32] = {"F32", 4}, [DT_BF16] = {"BF16", 2}, [DT_F16] = {"F16", 2}, [DT_F64] = {"F64", 8},
-    [DT_I32] = {"I32", 4}, [DT_I64] = {"I64", 8},   [DT_U8] = {"U8", 1},
+    [DT_I32] = {"I32", 4}, [DT_I64] = {"I64", 8},   [DT_U8] = {"U8", 1},   [DT_E4M3] = {"F8_E4M3", 1},
 };
 
 size_t dtype_size(enum dtype dtype)
@@ -23,7 +23,7 @@ const char *dtype_name(enum dtype dtype)
 
 struct tensor tensor_of(void *data, enum dtype dtype, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3)
 {
-    return (struct tensor){data, dtype, dims, {n0, n1, n2, n3}, n1 * n2 * n3};
+    return (struct tensor){data, dtype, dims, {n0, n1, n2, n3}, n1 * n2 * n3, NULL};
 }
 
 int64_t tensor_count(struct tensor t)
@@ -46,6 +46,8 @@ struct tensor tensor_rows(struct tensor t, int64_t start, int64_t count)
 {
     t.data = element(t, start * t.ld, count);
     t.n[0] = count;
+    if (t.scale && count)
+        t.scale += start;
     return t;
 }
 

@@ -50,7 +50,7 @@ void engine_free(struct engine *e)
 
 struct home engine_home(const struct engine *e)
 {
-    return (struct home){e->k, e->d};
+    return (struct home){.k = e->k, .d = e->d};
 }
 
 int engine_activation(const struct kernels *k, Ditfleet__V1__Precision precision, enum dtype *out, struct err *err)

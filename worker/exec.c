@@ -21,6 +21,15 @@ void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const 
     comm_all_gather(x->comm, mine.data, whole.data, counts);
 }
 
+struct tensor exec_input(struct exec *x, int64_t rows, const struct linear *w)
+{
+    if (w->w[0].dtype != DT_E4M3)
+        return exec_tensor(x, 2, rows, w->k, 1, 1);
+    struct tensor t = arena_tensor(x->arena, DT_E4M3, 2, rows, w->k, 1, 1);
+    t.scale = arena_tensor(x->arena, DT_F32, 1, rows, 1, 1, 1).data;
+    return t;
+}
+
 static int64_t overlap(struct span a, struct span b, int64_t *start)
 {
     int64_t end = a.start + a.count < b.start + b.count ? a.start + a.count : b.start + b.count;

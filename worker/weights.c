@@ -30,6 +30,9 @@ struct entry {
 
 struct weights {
     struct home home;
+    bool fp8; // linear layers may be E4M3
+    struct tensor *placed;
+    size_t n_placed, room_placed;
     struct shard *shards;
     int n_shards;
     struct entry *entries; // sorted by name
@@ -42,6 +45,9 @@ void weights_free(struct weights *w)
 {
     if (!w)
         return;
+    for (size_t i = 0; i < w->n_placed; i++)
+        w->home.k->displace(w->home.d, w->placed[i]);
+    free(w->placed);
     for (int i = 0; i < w->n_shards; i++) {
         if (w->shards[i].map)
             munmap(w->shards[i].map, w->shards[i].size);
@@ -387,12 +393,42 @@ void weights_settle(struct weights *w, const struct home *home)
         w->home = *home;
 }
 
-static int place(const struct weights *w, struct tensor *t, struct err *err)
+void weights_offer_fp8(struct weights *w, bool offered)
 {
-    return w->home.k ? w->home.k->place(w->home.d, *t, t, err) : 0;
+    w->fp8 = offered && w->home.fp8;
 }
 
-int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
+// Makes room to remember one more placed tensor before it is placed.
+static int make_room(struct weights *w, size_t more, struct err *err)
+{
+    if (w->n_placed + more <= w->room_placed)
+        return 0;
+    const size_t room = 2 * (w->n_placed + more);
+    struct tensor *list = realloc(w->placed, room * sizeof *list);
+    if (!list)
+        return err_set(err, ERR_NO_MEMORY, "no memory for a list of %zu weights", room);
+    w->placed = list;
+    w->room_placed = room;
+    return 0;
+}
+
+static void remember(struct weights *w, struct tensor t)
+{
+    if (!tensor_none(t))
+        w->placed[w->n_placed++] = t;
+}
+
+static int place(struct weights *w, struct tensor *t, struct err *err)
+{
+    if (!w->home.k)
+        return 0;
+    TRY(make_room(w, 1, err));
+    TRY(w->home.k->place(w->home.d, *t, t, err));
+    remember(w, *t);
+    return 0;
+}
+
+int weights_get(struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
                 struct err *err, const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);
@@ -401,14 +437,22 @@ int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n
     return place(w, out, err);
 }
 
-static int finish_linear(const struct weights *w, struct linear *out, int parts, const struct tensor *weight,
+static int finish_linear(struct weights *w, struct linear *out, int parts, const struct tensor *weight,
                          const struct tensor *bias, struct err *err)
 {
     TRY(linear_init(out, parts, weight, bias, err));
-    return w->home.k ? w->home.k->place_linear(w->home.d, out, err) : 0;
+    if (!w->home.k)
+        return 0;
+    TRY(make_room(w, 2 * LINEAR_MAX_PARTS, err));
+    TRY(w->home.k->place_linear(w->home.d, out, w->fp8 ? DT_E4M3 : w->home.k->activation, err));
+    for (int i = 0; i < out->parts; i++) {
+        remember(w, out->w[i]);
+        remember(w, out->b[i]);
+    }
+    return 0;
 }
 
-int weights_linear(const struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
+int weights_linear(struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
                    const int64_t *n, int64_t k, bool bias, struct err *err)
 {
     struct tensor weight[LINEAR_MAX_PARTS], b[LINEAR_MAX_PARTS];
@@ -424,7 +468,7 @@ int weights_linear(const struct weights *w, struct linear *out, const char *pref
     return finish_linear(w, out, parts, weight, bias ? b : NULL, err);
 }
 
-int weights_linear1(const struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
+int weights_linear1(struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
                     const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);
@@ -467,7 +511,7 @@ int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_i
     return place(w, &out->w, err);
 }
 
-int weights_norm(const struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
+int weights_norm(struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
                  const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);

@@ -14,12 +14,15 @@ struct weights;
 struct home {
     const struct kernels *k;
     struct device *d; // outlives the model
+    bool fp8;         // linear layers that the model offers for it become E4M3
 };
 
 // stem: "diffusion_pytorch_model" or "model". Freed by weights_free; the tensors point into it.
 int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err);
-// What is fetched from here on is placed there.
+// What is fetched from here on is placed there, and displaced by weights_free.
 void weights_settle(struct weights *w, const struct home *home);
+// Whether the linear layers fetched from here on may be E4M3 where the home asks for it; at first they may not.
+void weights_offer_fp8(struct weights *w, bool offered);
 void weights_free(struct weights *w);
 bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.
@@ -31,20 +34,20 @@ int64_t weights_bytes(const struct weights *w); // of all tensors
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32]);
 
 // *out: the tensor called by the printf-style name, of exactly this shape (dims 1 to 4), type f32, bf16 or f16.
-int weights_get(const struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
+int weights_get(struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
                 struct err *err, const char *name_format, ...) __attribute__((format(printf, 9, 10)));
 
 // One linear layer from parts prefix.names[i].weight (n[i], k) and, when bias, prefix.names[i].bias.
-int weights_linear(const struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
+int weights_linear(struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
                    const int64_t *n, int64_t k, bool bias, struct err *err);
 // The common case: one weight, with bias or without.
-int weights_linear1(const struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
+int weights_linear1(struct weights *w, struct linear *out, int64_t n, int64_t k, bool bias, struct err *err,
                     const char *name_format, ...) __attribute__((format(printf, 7, 8)));
 // NAME.weight (c_out, c_in, size, size) re-laid channels last in memory that w owns, and NAME.bias.
 int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_in, int size, struct err *err,
                  const char *name_format, ...) __attribute__((format(printf, 7, 8)));
 // NAME.weight and NAME.bias, (n) each.
-int weights_norm(const struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
+int weights_norm(struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
                  const char *name_format, ...) __attribute__((format(printf, 6, 7)));
 
 #endif

@@ -56,6 +56,8 @@ void cpu_layer_norm(struct device *d, struct tensor y, struct tensor x, struct t
                     float eps);
 void cpu_modulate(struct device *d, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift,
                   float eps);
+void cpu_gate_add_modulate(struct device *d, struct tensor x, struct tensor gate, struct tensor update, struct tensor y,
+                           struct tensor scale, struct tensor shift, float eps);
 void cpu_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps);
 void cpu_qk_norm_rope(struct device *d, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
                       float eps, struct tensor rope);

@@ -190,10 +190,15 @@ static int cpu_place(struct device *d, struct tensor host, struct tensor *out, s
     return 0;
 }
 
-static int cpu_place_linear(struct device *d, struct linear *w, struct err *err)
+static int cpu_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
 {
-    (void)d, (void)w, (void)err;
-    return 0;
+    (void)d, (void)w;
+    return type == DT_F32 ? 0 : err_set(err, ERR_UNSUPPORTED, "linear layers of %s: the CPU has F32", dtype_name(type));
+}
+
+static void cpu_displace(struct device *d, struct tensor placed)
+{
+    (void)d, (void)placed;
 }
 
 struct bytes_job {
@@ -243,6 +248,7 @@ const struct kernels kernels_cpu = {
     .download = cpu_download,
     .place = cpu_place,
     .place_linear = cpu_place_linear,
+    .displace = cpu_displace,
     .copy = cpu_copy,
     .zero = cpu_zero,
     .linear = cpu_linear,
@@ -253,6 +259,7 @@ const struct kernels kernels_cpu = {
     .gate_add = cpu_gate_add,
     .layer_norm = cpu_layer_norm,
     .modulate = cpu_modulate,
+    .gate_add_modulate = cpu_gate_add_modulate,
     .rms_norm = cpu_rms_norm,
     .qk_norm_rope = cpu_qk_norm_rope,
     .embed = cpu_embed,

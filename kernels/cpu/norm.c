@@ -92,6 +92,15 @@ void cpu_modulate(struct device *d, struct tensor y, struct tensor x, struct ten
         norm_rows(d, y, x, scale, shift, 1, eps, layer_rows);
 }
 
+void cpu_gate_add_modulate(struct device *d, struct tensor x, struct tensor gate, struct tensor update, struct tensor y,
+                           struct tensor scale, struct tensor shift, float eps)
+{
+    if (!check_gate_add_modulate(&d->check, x, gate, update, y, scale, shift))
+        return;
+    cpu_gate_add(d, x, gate, update);
+    cpu_modulate(d, y, x, scale, shift, eps);
+}
+
 void cpu_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps)
 {
     if (check_rms_norm(&d->check, y, x, gamma))

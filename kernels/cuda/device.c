@@ -349,9 +349,11 @@ static int cuda_place(struct device *d, struct tensor host, struct tensor *out, 
 }
 
 // All parts in one, in the activation type; rows without a bias get zeros when another part has one.
-static int cuda_place_linear(struct device *d, struct linear *w, struct err *err)
+static int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
 {
     TRY(check_report(&d->check, err));
+    if (type != d->type)
+        return err_set(err, ERR_UNSUPPORTED, "linear layers of %s", dtype_name(type));
     cuda_enter(d);
     struct linear one = {.parts = 1, .n = w->n, .k = w->k};
     bool bias = false;
@@ -374,6 +376,17 @@ static int cuda_place_linear(struct device *d, struct linear *w, struct err *err
     }
     *w = one;
     return 0;
+}
+
+static void cuda_displace(struct device *d, struct tensor placed)
+{
+    for (size_t i = 0; i < d->n_placed; i++)
+        if (d->placed[i] == placed.data) {
+            cuda_enter(d);
+            cudaFree(placed.data);
+            d->placed[i] = d->placed[--d->n_placed];
+            return;
+        }
 }
 
 // ---- operations of one launch
@@ -472,6 +485,13 @@ static void cuda_modulate(struct device *d, struct tensor y, struct tensor x, st
 {
     if (check_modulate(&d->check, y, x, scale, shift))
         norm(d, "modulate", y, x, scale, shift, 1, eps, true);
+}
+
+static void cuda_gate_add_modulate(struct device *d, struct tensor x, struct tensor gate, struct tensor update,
+                                   struct tensor y, struct tensor scale, struct tensor shift, float eps)
+{
+    cuda_gate_add(d, x, gate, update);
+    cuda_modulate(d, y, x, scale, shift, eps);
 }
 
 static void cuda_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps)
@@ -576,6 +596,7 @@ const struct kernels kernels_cuda = {
     .download = cuda_download,
     .place = cuda_place,
     .place_linear = cuda_place_linear,
+    .displace = cuda_displace,
     .copy = cuda_copy,
     .zero = cuda_zero,
     .linear = cuda_linear,
@@ -586,6 +607,7 @@ const struct kernels kernels_cuda = {
     .gate_add = cuda_gate_add,
     .layer_norm = cuda_layer_norm,
     .modulate = cuda_modulate,
+    .gate_add_modulate = cuda_gate_add_modulate,
     .rms_norm = cuda_rms_norm,
     .qk_norm_rope = cuda_qk_norm_rope,
     .embed = cuda_embed,

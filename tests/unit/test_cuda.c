@@ -286,8 +286,8 @@ static void placed_linear(void **state)
             struct linear lc, lg;
             assert_int_equal(linear_init(&lc, 3, w, b, NULL), 0);
             lg = lc;
-            assert_int_equal(C->place_linear(f->cpu, &lc, NULL), 0);
-            assert_int_equal(G->place_linear(f->d, &lg, NULL), 0);
+            assert_int_equal(C->place_linear(f->cpu, &lc, DT_F32, NULL), 0);
+            assert_int_equal(G->place_linear(f->d, &lg, f->type, NULL), 0);
             assert_int_equal(lg.parts, 1);
             struct pair x = ACTIVE(f, 0, 1, 50, 64), y = OUTPUT(f, 0, 50, 72);
             C->linear(f->cpu, y.c, x.c, &lc, ACT_GELU_TANH);

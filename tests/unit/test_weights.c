@@ -113,7 +113,7 @@ static void expect_refused(enum err_code code, const char *a, const char *b)
 static const uint8_t forty[40] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
                                   21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40};
 
-static void expect_three(const struct weights *w)
+static void expect_three(struct weights *w)
 {
     struct err err = {.code = ERR_NONE};
     struct tensor t;

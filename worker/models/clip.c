@@ -51,7 +51,7 @@ static int load_config(struct clip *c, const char *dir, struct err *err)
 static int load_layer(const struct clip *c, struct layer *l, int64_t i, struct err *err)
 {
     static const char *const qkv[] = {"q_proj", "k_proj", "v_proj"};
-    const struct weights *w = c->weights;
+    struct weights *w = c->weights;
     const int64_t dim = c->dim, n[] = {dim, dim, dim};
     char at[64], attn[96];
     snprintf(at, sizeof at, "text_model.encoder.layers.%d", (int)i);

@@ -212,7 +212,7 @@ static void stream_in(const struct flux *f, struct exec *x, const struct dit_pas
                       struct tensor h, struct tensor qkv, struct tensor rope_rows)
 {
     const size_t mark = arena_mark(x->arena);
-    struct tensor normed = exec_tensor(x, 2, h.n[0], f->dim, 1, 1);
+    struct tensor normed = exec_input(x, h.n[0], &s->qkv);
     x->k->modulate(x->d, normed, h, chunk(f, p, s->mod_at, 1), chunk(f, p, s->mod_at, 0), EPS);
     x->k->linear(x->d, qkv, normed, &s->qkv, ACT_NONE);
     norm_and_rotate(f, x, qkv, s->norm_q, s->norm_k, rope_rows);
@@ -224,11 +224,12 @@ static void stream_out(const struct flux *f, struct exec *x, const struct dit_pa
 {
     const size_t mark = arena_mark(x->arena);
     struct tensor y = exec_tensor(x, 2, h.n[0], f->dim, 1, 1);
+    struct tensor normed = exec_input(x, h.n[0], &s->up);
     struct tensor inner = exec_tensor(x, 2, h.n[0], MLP_RATIO * f->dim, 1, 1);
     x->k->linear(x->d, y, attention, &s->out, ACT_NONE);
-    x->k->gate_add(x->d, h, chunk(f, p, s->mod_at, 2), y);
-    x->k->modulate(x->d, y, h, chunk(f, p, s->mod_at, 4), chunk(f, p, s->mod_at, 3), EPS);
-    x->k->linear(x->d, inner, y, &s->up, ACT_GELU_TANH);
+    x->k->gate_add_modulate(x->d, h, chunk(f, p, s->mod_at, 2), y, normed, chunk(f, p, s->mod_at, 4),
+                            chunk(f, p, s->mod_at, 3), EPS);
+    x->k->linear(x->d, inner, normed, &s->up, ACT_GELU_TANH);
     x->k->linear(x->d, y, inner, &s->down, ACT_NONE);
     x->k->gate_add(x->d, h, chunk(f, p, s->mod_at, 5), y);
     arena_release(x->arena, mark);
@@ -256,15 +257,16 @@ static void single_block(const struct flux *f, struct exec *x, struct dit_pass *
     const int64_t rows = p->hidden.n[0];
     const size_t mark = arena_mark(x->arena);
     struct tensor both = exec_tensor(x, 2, rows, (1 + MLP_RATIO) * f->dim, 1, 1); // [attention | mlp]
-    struct tensor normed = exec_tensor(x, 2, rows, f->dim, 1, 1);
+    struct tensor y = exec_tensor(x, 2, rows, f->dim, 1, 1);
+    struct tensor normed = exec_input(x, rows, &b->qkv);
     struct tensor qkv = exec_tensor(x, 2, rows, 3 * f->dim, 1, 1);
     x->k->modulate(x->d, normed, p->hidden, chunk(f, p, b->mod_at, 1), chunk(f, p, b->mod_at, 0), EPS);
     x->k->linear(x->d, qkv, normed, &b->qkv, ACT_NONE);
     norm_and_rotate(f, x, qkv, b->norm_q, b->norm_k, p->rows->rope);
     attend(f, x, p, (int)f->n_double + i, tensor_cols(both, 0, f->dim), qkv);
     x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), normed, &b->up, ACT_GELU_TANH);
-    x->k->linear(x->d, normed, both, &b->out, ACT_NONE);
-    x->k->gate_add(x->d, p->hidden, chunk(f, p, b->mod_at, 2), normed);
+    x->k->linear(x->d, y, both, &b->out, ACT_NONE);
+    x->k->gate_add(x->d, p->hidden, chunk(f, p, b->mod_at, 2), y);
     arena_release(x->arena, mark);
 }
 
@@ -318,18 +320,20 @@ static int load_config(struct flux *f, const char *dir, struct err *err)
 static int load_stream(struct flux *f, struct stream *s, int i, bool text, struct err *err)
 {
     static const char *const qkv[2][3] = {{"to_q", "to_k", "to_v"}, {"add_q_proj", "add_k_proj", "add_v_proj"}};
-    const struct weights *w = f->weights;
+    struct weights *w = f->weights;
     const int64_t dim = f->dim, n[3] = {dim, dim, dim};
     const char *norm = text ? "norm1_context" : "norm1", *ff = text ? "ff_context" : "ff";
     char attn[64];
     snprintf(attn, sizeof attn, "transformer_blocks.%d.attn", i);
     TRY(weights_linear1(w, &s->mod, 6 * dim, dim, true, err, "transformer_blocks.%d.%s.linear", i, norm));
+    weights_offer_fp8(w, true);
     TRY(weights_linear(w, &s->qkv, attn, 3, qkv[text], n, dim, true, err));
     TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sq.weight", attn, text ? "added_" : ""));
     TRY(weights_get(w, &s->norm_k, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sk.weight", attn, text ? "added_" : ""));
     TRY(weights_linear1(w, &s->out, dim, dim, true, err, "%s.%s", attn, text ? "to_add_out" : "to_out.0"));
     TRY(weights_linear1(w, &s->up, MLP_RATIO * dim, dim, true, err, "transformer_blocks.%d.%s.net.0.proj", i, ff));
     TRY(weights_linear1(w, &s->down, dim, MLP_RATIO * dim, true, err, "transformer_blocks.%d.%s.net.2", i, ff));
+    weights_offer_fp8(w, false);
     s->mod_at = f->mod_width;
     f->mod_width += 6 * dim;
     return 0;
@@ -338,16 +342,18 @@ static int load_stream(struct flux *f, struct stream *s, int i, bool text, struc
 static int load_single(struct flux *f, struct single_block *s, int i, struct err *err)
 {
     static const char *const qkv[3] = {"to_q", "to_k", "to_v"};
-    const struct weights *w = f->weights;
+    struct weights *w = f->weights;
     const int64_t dim = f->dim, n[3] = {dim, dim, dim};
     char attn[64];
     snprintf(attn, sizeof attn, "single_transformer_blocks.%d.attn", i);
     TRY(weights_linear1(w, &s->mod, 3 * dim, dim, true, err, "single_transformer_blocks.%d.norm.linear", i));
+    weights_offer_fp8(w, true);
     TRY(weights_linear(w, &s->qkv, attn, 3, qkv, n, dim, true, err));
     TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_q.weight", attn));
     TRY(weights_get(w, &s->norm_k, 1, f->head_dim, 1, 1, 1, err, "%s.norm_k.weight", attn));
     TRY(weights_linear1(w, &s->up, MLP_RATIO * dim, dim, true, err, "single_transformer_blocks.%d.proj_mlp", i));
     TRY(weights_linear1(w, &s->out, dim, (1 + MLP_RATIO) * dim, true, err, "single_transformer_blocks.%d.proj_out", i));
+    weights_offer_fp8(w, false);
     s->mod_at = f->mod_width;
     f->mod_width += 3 * dim;
     return 0;

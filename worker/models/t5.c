@@ -46,7 +46,7 @@ static int load_config(struct t5 *t, const char *dir, struct err *err)
 static int load_layer(const struct t5 *t, struct layer *l, int64_t i, struct err *err)
 {
     static const char *const qkv[] = {"q", "k", "v"};
-    const struct weights *w = t->weights;
+    struct weights *w = t->weights;
     const int64_t width = t->heads * t->head_dim, n[] = {width, width, width};
     char at[64], attn[96];
     snprintf(at, sizeof at, "encoder.block.%d.layer", (int)i);
