@@ -266,6 +266,7 @@ const struct kernels kernels_dry = {
     .open = dry_open,
     .close = dry_close,
     .sync = dry_sync,
+    .pace = dry_sync,
     .cost = dry_cost,
     .alloc = dry_alloc,
     .free = dry_free,

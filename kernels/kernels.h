@@ -68,6 +68,9 @@ struct kernels {
     void (*close)(struct device *d);
     // Waits for all work; returns the first failure since open.
     int (*sync)(struct device *d, struct err *err);
+    // For a loop that may run ahead of the device, but by one round: waits for what was queued before the last pace.
+    // Returns the first failure known so far.
+    int (*pace)(struct device *d, struct err *err);
     void (*cost)(struct device *d, struct kernel_cost *out); // dry: what was counted; others: zeros
 
     // Memory of the device, 256-byte aligned; freed by free. dry hands out addresses that nobody may touch.
@@ -92,9 +95,9 @@ struct kernels {
     // before. NULL: could not be recorded; nothing ran, and the device goes on as if nothing had been asked.
     bool (*record)(struct device *d);
     struct recording *(*recorded)(struct device *d);
-    // Runs them again on the same memory; forget frees.
-    void (*replay)(struct device *d, struct recording *r);
-    void (*forget)(struct device *d, struct recording *r);
+    // Runs them again on the same memory. False: that has moved since (scratch memory of the device grew); nothing ran.
+    bool (*replay)(struct device *d, struct recording *r);
+    void (*forget)(struct device *d, struct recording *r); // frees it
 
     // Time of each operation between start and end: each is called with an operation's name and milliseconds, in order.
     // Costs a little speed; not within a recording. NULL: this backend has none.

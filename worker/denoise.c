@@ -12,7 +12,8 @@ struct loop {
     int64_t text_of_rank[COMM_MAX_RANKS];
     struct dit_rows rows;
     struct dit_cond cond[BRANCHES];
-    struct tensor v[BRANCHES]; // predicted velocities of my rows, side by side
+    struct tensor v[BRANCHES];   // predicted velocities of my rows, side by side
+    struct recording *recording; // of predict_all, whose operations and addresses are the same at every step
     float sigmas[SAMPLER_MAX_STEPS + 1], timesteps[SAMPLER_MAX_STEPS];
 };
 
@@ -40,6 +41,12 @@ static int upload_rope(struct run *r, struct loop *l, struct err *err)
     return short_of_memory ? err_set(err, ERR_NO_MEMORY, "no memory for position tables") : 0;
 }
 
+// Of the two branches of guidance, whether this rank computes b.
+static bool my_branch(const struct run *r, int b)
+{
+    return r->pair == NULL || b == comm_rank(r->pair);
+}
+
 static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BRANCHES], struct err *err)
 {
     const int me = comm_rank(r->branch.comm), ranks = comm_size(r->branch.comm);
@@ -62,19 +69,39 @@ static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BR
     for (int i = 0; i < steps; i++)
         model_time[i] = l->timesteps[i] / 1000.0F;
     for (int b = 0; b < r->branches; b++)
-        if (r->pair == NULL || b == comm_rank(r->pair))
+        if (my_branch(r, b))
             r->model->dit->ops->prepare(r->model->dit, &r->branch, model_time, steps, r->job->guidance_scale,
                                         tensor_rows(prompts[b].embeds, l->rows.text.start, l->rows.text.count),
                                         prompts[b].pooled, &l->cond[b]);
     return 0;
 }
 
+static void predict_all(struct run *r, struct loop *l, struct tensor x, int i)
+{
+    for (int b = 0; b < r->branches; b++)
+        if (my_branch(r, b))
+            r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
+}
+
+// Records the second step: the first one has shown the device every shape. Ranks that exchange rows launch each step.
+static void record(struct run *r, struct loop *l, struct tensor x, int i)
+{
+    const struct kernels *k = r->branch.k;
+    if (i != 1 || !k->record || comm_size(r->branch.comm) > 1 || !k->record(r->branch.d))
+        return;
+    predict_all(r, l, x, i);
+    l->recording = k->recorded(r->branch.d);
+}
+
 // v[b] = the velocity that each branch of guidance predicts for my rows
 static void predict(struct run *r, struct loop *l, struct tensor x, int i)
 {
     for (int b = 0; b < r->branches; b++)
-        if (r->pair == NULL || b == comm_rank(r->pair))
-            r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
+        if (my_branch(r, b))
+            dit_step(&r->branch, &l->cond[b], i);
+    record(r, l, x, i);
+    if (!l->recording || !r->branch.k->replay(r->branch.d, l->recording))
+        predict_all(r, l, x, i);
     if (r->pair) {
         const int64_t bytes = (int64_t)tensor_bytes(l->v[0]), counts[BRANCHES] = {bytes, bytes};
         comm_all_gather(r->pair, l->v[comm_rank(r->pair)].data, l->v[0].data, counts);
@@ -153,6 +180,8 @@ int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *n
         rc = step(r, l, mine, i, err);
     if (rc == 0)
         exec_gather(x, tokens, mine, &l->image);
+    if (l->recording)
+        x->k->forget(x->d, l->recording);
     free(l);
     arena_release(x->arena, mark);
     return rc;

@@ -105,3 +105,10 @@ int exec_check(struct exec *x, struct err *err)
     TRY(x->k->sync(x->d, err));
     return comm_check(x->comm, err);
 }
+
+int exec_pace(struct exec *x, struct err *err)
+{
+    TRY(arena_check(x->arena, err));
+    TRY(x->k->pace(x->d, err));
+    return comm_check(x->comm, err);
+}

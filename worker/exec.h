@@ -68,6 +68,9 @@ void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const 
 // Waits for the device and the other ranks' messages; the first failure of arena, device or communicator.
 int exec_check(struct exec *x, struct err *err);
 
+// The same without waiting for more than a loop's last round but one (pace in kernels.h).
+int exec_pace(struct exec *x, struct err *err);
+
 // An undefined tensor of the activation type in the arena.
 static inline struct tensor exec_tensor(struct exec *x, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3)
 {

@@ -241,6 +241,7 @@ const struct kernels kernels_cpu = {
     .open = cpu_open,
     .close = cpu_close,
     .sync = cpu_sync,
+    .pace = cpu_sync,
     .cost = cpu_cost,
     .alloc = cpu_alloc,
     .free = cpu_free,

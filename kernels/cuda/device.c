@@ -40,6 +40,8 @@ bool cuda_ok(struct device *d, cudaError_t e, const char *op)
 
 bool cuda_launched(struct device *d, const char *op)
 {
+    if (d->profile)
+        cuda_profile_mark(d, op);
     return cuda_ok(d, cudaGetLastError(), op);
 }
 
@@ -58,6 +60,11 @@ void *cuda_scratch(struct device *d, enum slot slot, size_t bytes)
 {
     if (d->scratch[slot].bytes >= bytes)
         return d->scratch[slot].data;
+    if (cuda_capturing(d)) {
+        check_fail(&d->check, ERR_INTERNAL, "a recording needs more scratch memory than the runs before it");
+        return NULL;
+    }
+    d->scratch_moves++;
     // cudaFree waits for the work that may still use the old block.
     cudaFree(d->scratch[slot].data);
     d->scratch[slot].data = NULL;
@@ -77,6 +84,10 @@ static void cuda_close(struct device *d)
     cuda_enter(d);
     if (d->stream)
         cudaStreamSynchronize(d->stream);
+    cuda_profile_end(d, NULL, NULL);
+    for (int i = 0; i < 2; i++)
+        if (d->pace[i])
+            cudaEventDestroy(d->pace[i]);
     graphs_free(d->plans);
     products_free(d->products);
     if (d->dnn)
@@ -117,6 +128,8 @@ static int open_libraries(struct device *d, struct err *err)
     cudaError_t e;
     if ((e = cudaSetDevice(d->gpu)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
+        (e = cudaEventCreateWithFlags(&d->pace[0], cudaEventDisableTiming)) != cudaSuccess ||
+        (e = cudaEventCreateWithFlags(&d->pace[1], cudaEventDisableTiming)) != cudaSuccess ||
         (e = cudaHostAlloc((void **)&d->bad, sizeof *d->bad, cudaHostAllocMapped)) != cudaSuccess)
         return explain(err, e, "opening the GPU");
     *d->bad = 0;
@@ -162,6 +175,16 @@ static int cuda_sync(struct device *d, struct err *err)
     // Ids come from the text of a job, so the failure does not name them.
     if (*d->bad)
         check_fail(&d->check, ERR_INVALID, "embed or relative_bias: an id is outside its table");
+    return check_report(&d->check, err);
+}
+
+static int cuda_pace(struct device *d, struct err *err)
+{
+    cuda_enter(d);
+    const uint64_t now = d->paces++;
+    cuda_ok(d, cudaEventRecord(d->pace[now % 2], d->stream), "the GPU's work");
+    if (now > 0)
+        cuda_ok(d, cudaEventSynchronize(d->pace[(now + 1) % 2]), "the GPU's work");
     return check_report(&d->check, err);
 }
 
@@ -589,6 +612,7 @@ const struct kernels kernels_cuda = {
     .open = cuda_open,
     .close = cuda_close,
     .sync = cuda_sync,
+    .pace = cuda_pace,
     .cost = cuda_cost,
     .alloc = cuda_alloc,
     .free = cuda_free,
@@ -597,6 +621,12 @@ const struct kernels kernels_cuda = {
     .place = cuda_place,
     .place_linear = cuda_place_linear,
     .displace = cuda_displace,
+    .record = cuda_record,
+    .recorded = cuda_recorded,
+    .replay = cuda_replay,
+    .forget = cuda_forget,
+    .profile_start = cuda_profile_start,
+    .profile_end = cuda_profile_end,
     .copy = cuda_copy,
     .zero = cuda_zero,
     .linear = cuda_linear,

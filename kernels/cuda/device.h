@@ -28,6 +28,10 @@ struct device {
         void *data;
         size_t bytes;
     } scratch[SLOTS];
+    uint64_t scratch_moves, recording_memory; // counts blocks that moved; the count when the recording began
+    struct profile *profile;                  // record.c; NULL: none goes on
+    cudaEvent_t pace[2];
+    uint64_t paces;
     int *bad;      // in host memory that kernels write: 1 when an id was outside its table
     void **placed; // weights
     size_t n_placed, room_placed;
@@ -37,7 +41,7 @@ struct device {
 
 // True when e is no error; else the device fails, naming the operation.
 bool cuda_ok(struct device *d, cudaError_t e, const char *op);
-// After launches: what they left in cudaGetLastError.
+// After launches: what they left in cudaGetLastError. op is its name in profiles.
 bool cuda_launched(struct device *d, const char *op);
 // At least `bytes` of the slot; NULL: the device has failed.
 void *cuda_scratch(struct device *d, enum slot slot, size_t bytes);
@@ -75,6 +79,15 @@ void cuda_product(struct device *d, const struct product *p);
 struct products *products_new(void); // NULL: no memory
 void products_free(struct products *p);
 void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
+
+// ---- record.c
+bool cuda_record(struct device *d);
+struct recording *cuda_recorded(struct device *d);
+bool cuda_replay(struct device *d, struct recording *r);
+void cuda_forget(struct device *d, struct recording *r);
+void cuda_profile_start(struct device *d);
+void cuda_profile_end(struct device *d, void (*each)(void *arg, const char *op, double ms), void *arg);
+void cuda_profile_mark(struct device *d, const char *op); // op has been launched; a profile goes on
 
 // ---- attention.c
 void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,

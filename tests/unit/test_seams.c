@@ -41,9 +41,10 @@ static void toy_attend(const struct attention_link *self, struct exec *x, const 
 static void pass(const struct dit *m, struct exec *x, const struct dit_cond *cond, const struct dit_rows *rows,
                  int step, struct tensor tokens, struct tensor out)
 {
+    (void)step;
     struct dit_info info;
     m->ops->info(m, &info);
-    struct dit_pass p = {.cond = cond, .rows = rows, .step = step};
+    struct dit_pass p = {.cond = cond, .rows = rows};
     p.hidden = exec_tensor(x, 2, rows->text.count + rows->image.count, info.hidden, 1, 1);
     m->ops->embed(m, x, &p, tokens);
     for (int i = 0; i < info.blocks; i++)

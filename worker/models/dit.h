@@ -14,6 +14,8 @@ struct dit; // a loaded model; each model file has its own
 struct dit_cond {
     struct tensor text; // (text rows of this rank, hidden) the prompt, embedded
     struct tensor mod;  // (steps, width) every block's modulation at every step: they depend on time and prompt alone
+    struct tensor now;  // (1, width) the row of the step in hand, which dit_step puts there: every step reads it at one
+                        // address, so that a step can be recorded once and replayed
 };
 
 // The rows a pass carries: text rows first, then image rows. Spans count within the whole text and image.
@@ -27,7 +29,6 @@ struct dit_rows {
 struct dit_pass {
     const struct dit_cond *cond;
     const struct dit_rows *rows;
-    int step;
     struct tensor hidden; // (text.count + image.count, hidden)
 };
 
@@ -65,7 +66,14 @@ int flux_load(const char *dir, const struct home *home, struct dit **out, struct
 struct weights;
 struct weights *flux_weights(const struct dit *m);
 
-// A runner takes tokens (image rows, channels) through the model to out (same shape): predicts the velocity.
+// Makes step the one that passes with this cond are of.
+static inline void dit_step(struct exec *x, const struct dit_cond *cond, int step)
+{
+    x->k->copy(x->d, cond->now, tensor_rows(cond->mod, step, 1));
+}
+
+// A runner takes tokens (image rows, channels) through the model to out (same shape): predicts the velocity of the step
+// that cond is at; step tells its number to runners that act by it.
 struct runner {
     void (*run)(const struct runner *self, const struct dit *m, struct exec *x, const struct dit_cond *cond,
                 const struct dit_rows *rows, int step, struct tensor tokens, struct tensor out);

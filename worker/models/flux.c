@@ -10,6 +10,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "worker/config.h"
 #include "worker/models/dit.h"
@@ -118,6 +119,7 @@ static void prepare(const struct dit *m, struct exec *x, const float *sigmas, in
     const struct flux *f = flux_of(m);
     cond->text = exec_tensor(x, 2, prompt.n[0], f->dim, 1, 1);
     cond->mod = exec_tensor(x, 2, steps, f->mod_width, 1, 1);
+    cond->now = exec_tensor(x, 2, 1, f->mod_width, 1, 1);
     x->k->linear(x->d, cond->text, prompt, &f->embed_text, ACT_NONE);
 
     const size_t mark = arena_mark(x->arena);
@@ -144,24 +146,46 @@ static void prepare(const struct dit *m, struct exec *x, const float *sigmas, in
     arena_release(x->arena, mark);
 }
 
+// One axis of rope: n numbers for the position.
+static void turns(float position, int64_t n, float *out)
+{
+    for (int64_t i = 0; i < n; i += 2) {
+        double angle = (double)position / pow(10000.0, (double)i / (double)n);
+        out[i] = (float)cos(angle);
+        out[i + 1] = (float)sin(angle);
+    }
+}
+
+// Few positions stand for many rows (a picture's columns and rows), so each is worked out once: first[p] is the row
+// that was the first to have position p on this axis.
 static void rope(const struct dit *m, const float *ids, int64_t rows, float *out)
 {
+    enum { POSITIONS = 4096 };
     const struct flux *f = flux_of(m);
-    for (int64_t r = 0; r < rows; r++)
-        for (int a = 0; a < f->n_axes; a++)
-            for (int64_t i = 0; i < f->axes[a]; i += 2) {
-                double angle = (double)ids[r * f->n_axes + a] / pow(10000.0, (double)i / (double)f->axes[a]);
-                *out++ = (float)cos(angle);
-                *out++ = (float)sin(angle);
+    int64_t at = 0, first[POSITIONS];
+    for (int a = 0; a < f->n_axes; at += f->axes[a++]) {
+        memset(first, -1, sizeof first);
+        for (int64_t r = 0; r < rows; r++) {
+            const float position = ids[r * f->n_axes + a];
+            const int slot = position >= 0 && position < POSITIONS && position == floorf(position) ? (int)position : -1;
+            float *to = out + r * f->head_dim + at;
+            if (slot >= 0 && first[slot] >= 0) {
+                memcpy(to, out + first[slot] * f->head_dim + at, (size_t)f->axes[a] * sizeof *to);
+                continue;
             }
+            turns(position, f->axes[a], to);
+            if (slot >= 0)
+                first[slot] = r;
+        }
+    }
 }
 
 // ---- the forward pass
 
-// Chunk i of the modulation that starts at column at, for the pass's step: (dim)
+// Chunk i of the modulation that starts at column at, for the step in hand: (dim)
 static struct tensor chunk(const struct flux *f, const struct dit_pass *p, int64_t at, int i)
 {
-    struct tensor row = tensor_cols(tensor_rows(p->cond->mod, p->step, 1), at + i * f->dim, f->dim);
+    struct tensor row = tensor_cols(p->cond->now, at + i * f->dim, f->dim);
     return tensor_reshape(row, 1, f->dim, 1, 1, 1);
 }
 
