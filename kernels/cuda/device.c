@@ -128,6 +128,7 @@ static int open_libraries(struct device *d, struct err *err)
     cudaError_t e;
     if ((e = cudaSetDevice(d->gpu)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
+        (e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->gpu)) != cudaSuccess ||
         (e = cudaEventCreateWithFlags(&d->pace[0], cudaEventDisableTiming)) != cudaSuccess ||
         (e = cudaEventCreateWithFlags(&d->pace[1], cudaEventDisableTiming)) != cudaSuccess ||
         (e = cudaHostAlloc((void **)&d->bad, sizeof *d->bad, cudaHostAllocMapped)) != cudaSuccess)
@@ -503,18 +504,54 @@ static void cuda_layer_norm(struct device *d, struct tensor y, struct tensor x, 
         norm(d, "layer_norm", y, x, gamma, beta, 0, eps, true);
 }
 
+// In one pass, or in as many as there are parts.
+static void modulate(struct device *d, const char *op, const struct modulation *m)
+{
+    if (tensor_count(m->x) == 0)
+        return;
+    cuda_enter(d);
+    if (!launch_modulate(d->stream, m)) {
+        struct tensor y = m->y;
+        if (y.dtype == DT_E4M3) {
+            y = tensor_2d(NULL, d->type, y.n[0], y.n[1]);
+            y.data = cuda_scratch(d, SLOT_OPERAND, tensor_bytes(y));
+            if (!y.data)
+                return;
+        }
+        if (!tensor_none(m->update))
+            launch_points(
+                d->stream,
+                &(struct points){
+                    .op = POINT_GATE_ADD, .x = m->x, .y = m->update, .row = m->gate, .row_n = tensor_count(m->gate)});
+        launch_norm(d->stream, y, m->x, m->scale, m->shift, 1, m->eps, true);
+        if (y.data != m->y.data)
+            launch_quantise(d->stream, m->y, y);
+    }
+    cuda_launched(d, op);
+}
+
 static void cuda_modulate(struct device *d, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift,
                           float eps)
 {
     if (check_modulate(&d->check, y, x, scale, shift))
-        norm(d, "modulate", y, x, scale, shift, 1, eps, true);
+        modulate(d, "modulate",
+                 &(struct modulation){
+                     .x = x, .y = y, .scale = scale, .shift = shift, .eps = eps, .processors = d->processors});
 }
 
 static void cuda_gate_add_modulate(struct device *d, struct tensor x, struct tensor gate, struct tensor update,
                                    struct tensor y, struct tensor scale, struct tensor shift, float eps)
 {
-    cuda_gate_add(d, x, gate, update);
-    cuda_modulate(d, y, x, scale, shift, eps);
+    if (check_gate_add_modulate(&d->check, x, gate, update, y, scale, shift))
+        modulate(d, "gate_add_modulate",
+                 &(struct modulation){.x = x,
+                                      .gate = gate,
+                                      .update = update,
+                                      .y = y,
+                                      .scale = scale,
+                                      .shift = shift,
+                                      .eps = eps,
+                                      .processors = d->processors});
 }
 
 static void cuda_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps)

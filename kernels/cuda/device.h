@@ -19,7 +19,7 @@ enum slot {
 
 struct device {
     struct check check;
-    int gpu;
+    int gpu, processors;
     enum dtype type; // of activations
     cudaStream_t stream;
     cublasLtHandle_t blas;

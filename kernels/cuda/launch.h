@@ -34,6 +34,14 @@ void launch_to_u8(cudaStream_t s, struct tensor y, struct tensor x);
 // y = (x - mean) / sqrt(var + eps) * (gamma + one) + beta; without centred, mean is 0 and var the mean square
 void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta, float one,
                  float eps, bool centred);
+// x += gate * update where update is given; y = (x - mean) / sqrt(var + eps) * (scale + 1) + shift, y of x's type or
+// E4M3. False: a type, width or address it is not made for, and nothing was done.
+struct modulation {
+    struct tensor x, gate, update, y, scale, shift;
+    float eps;
+    int processors; // of the GPU
+};
+bool launch_modulate(cudaStream_t s, const struct modulation *m);
 void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
                          float eps, struct tensor rope);
 void launch_group_sums(cudaStream_t s, struct tensor sums, struct tensor x);

@@ -2,6 +2,8 @@
 // order that depends on the row's length alone, so a row's result does not depend on the rows beside it.
 #include "kernels/cuda/vec.cuh"
 
+#include <cuda_fp8.h>
+
 enum { WARP = 32, MAX_THREADS = 1024 };
 
 struct add {
@@ -138,6 +140,198 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
         else
             norm_rows<T, 1>(s, x.n[0], p);
     });
+}
+
+// ---- adaLN: [residual and] norm and modulation in one pass over memory
+
+enum { MOD_THREADS = 256, MOD_BLOCKS = 3, MOD_VECTORS = 4, MOD_V = 8 };
+
+template <typename T> struct mod_of {
+    T *x;
+    const T *update;
+    void *y;
+    float *y_scale;
+    row gate, scale, shift;
+    int64_t x_ld, update_ld, y_ld;
+    int rows, n;
+    float eps;
+};
+
+struct moments { // of some numbers: how many, their mean, the sum of squared distances from it
+    float count, mean, m2;
+};
+
+// Chan, Golub & LeVeque 1979; symmetric, so that lanes that exchange get the same.
+__device__ static moments merge(moments a, moments b)
+{
+    float count = a.count + b.count, apart = a.mean - b.mean, share = count > 0 ? 1 / count : 0;
+    return {count, (a.count * a.mean + b.count * b.mean) * share,
+            a.m2 + b.m2 + apart * apart * (a.count * b.count * share)};
+}
+
+// The whole row's moments from each thread's; shared holds MOD_THREADS / WARP of them.
+__device__ static moments merge_block(moments m, moments *shared)
+{
+    for (int i = WARP / 2; i; i /= 2)
+        m = merge(m, {__shfl_xor_sync(~0u, m.count, i), __shfl_xor_sync(~0u, m.mean, i),
+                      __shfl_xor_sync(~0u, m.m2, i)});
+    __syncthreads(); // the row before has been read
+    if (threadIdx.x % WARP == 0)
+        shared[threadIdx.x / WARP] = m;
+    __syncthreads();
+    m = shared[0];
+    for (unsigned i = 1; i < blockDim.x / WARP; i++)
+        m = merge(m, shared[i]);
+    return m;
+}
+
+template <int R> __device__ static moments moments_of(const float (&v)[R][MOD_V], int n)
+{
+    moments m = {0, 0, 0};
+#pragma unroll
+    for (int k = 0; k < R; k++)
+        if ((k * (int)blockDim.x + (int)threadIdx.x) * MOD_V < n) {
+            m.count += MOD_V;
+#pragma unroll
+            for (int j = 0; j < MOD_V; j++)
+                m.mean += v[k][j];
+        }
+    m.mean = m.count > 0 ? m.mean / m.count : 0;
+#pragma unroll
+    for (int k = 0; k < R; k++)
+        if ((k * (int)blockDim.x + (int)threadIdx.x) * MOD_V < n)
+#pragma unroll
+            for (int j = 0; j < MOD_V; j++)
+                m.m2 += (v[k][j] - m.mean) * (v[k][j] - m.mean);
+    return m;
+}
+
+// The row's numbers as E4M3, its largest magnitude at the type's largest, 448.
+template <int R>
+__device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[R][MOD_V], int n, float *shared)
+{
+    float top = 0;
+#pragma unroll
+    for (int k = 0; k < R; k++)
+        if ((k * (int)blockDim.x + (int)threadIdx.x) * MOD_V < n)
+#pragma unroll
+            for (int j = 0; j < MOD_V; j++)
+                top = fmaxf(top, fabsf(v[k][j]));
+    top = block_reduce<largest>(top, shared);
+    float factor = top > 0 ? top / 448 : 1, inverse = 1 / factor;
+    if (threadIdx.x == 0)
+        *scale = factor;
+#pragma unroll
+    for (int k = 0; k < R; k++) {
+        int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
+        if (i >= n)
+            continue;
+        pack<__nv_fp8x2_storage_t, MOD_V / 2> out;
+#pragma unroll
+        for (int j = 0; j < MOD_V; j += 2)
+            out.v[j / 2] = __nv_cvt_float2_to_fp8x2({v[k][j] * inverse, v[k][j + 1] * inverse}, __NV_SATFINITE, __NV_E4M3);
+        *reinterpret_cast<decltype(out) *>(y + i) = out;
+    }
+}
+
+// A block takes every gridDim.x-th row and asks memory for its next row before it works on the one in hand: between
+// the sums over a row nothing else would be under way.
+template <typename T, int R, bool UPDATE, bool E4M3>
+__global__ void __launch_bounds__(MOD_THREADS, MOD_BLOCKS) mod_kernel(mod_of<T> p)
+{
+    __shared__ moments shared[MOD_THREADS / WARP];
+    __shared__ float tops[MAX_THREADS / WARP];
+    pack<T, MOD_V> x[R], u[R];
+    auto fetch = [&](int r) {
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
+            if (i >= p.n)
+                continue;
+            x[k] = *reinterpret_cast<const pack<T, MOD_V> *>(p.x + r * p.x_ld + i);
+            if (UPDATE)
+                u[k] = *reinterpret_cast<const pack<T, MOD_V> *>(p.update + r * p.update_ld + i);
+        }
+    };
+    fetch((int)blockIdx.x);
+    for (int r = (int)blockIdx.x; r < p.rows; r += (int)gridDim.x) {
+        float v[R][MOD_V];
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
+            if (i >= p.n)
+                continue;
+            float g[MOD_V];
+            if (UPDATE)
+                load_row(g, p.gate, i);
+#pragma unroll
+            for (int j = 0; j < MOD_V; j++) {
+                if (UPDATE) // rounded as the residual is kept
+                    x[k].v[j] = from_f32<T>(to_f32(x[k].v[j]) + g[j] * to_f32(u[k].v[j]));
+                v[k][j] = to_f32(x[k].v[j]);
+            }
+            if (UPDATE)
+                *reinterpret_cast<pack<T, MOD_V> *>(p.x + r * p.x_ld + i) = x[k];
+        }
+        if (r + (int)gridDim.x < p.rows)
+            fetch(r + (int)gridDim.x);
+        moments m = merge_block(moments_of(v, p.n), shared);
+        float rstd = 1 / sqrtf(m.m2 / (float)p.n + p.eps);
+#pragma unroll
+        for (int k = 0; k < R; k++) {
+            int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
+            if (i >= p.n)
+                continue;
+            norm_point(v[k], i, m.mean, rstd, 1, p.scale, p.shift);
+            if (!E4M3)
+                store((T *)p.y + r * p.y_ld + i, v[k]);
+        }
+        if (E4M3)
+            store_e4m3((uint8_t *)p.y + r * p.y_ld, p.y_scale + r, v, p.n, tops);
+    }
+}
+
+template <typename T, int R> static void mod_rows(cudaStream_t s, const mod_of<T> &p, bool e4m3, int processors)
+{
+    int threads = (int)ceil_div(ceil_div(p.n, MOD_V * R), WARP) * WARP;
+    int room = processors * (MOD_THREADS * MOD_BLOCKS / threads), blocks = p.rows < room ? p.rows : room;
+    if (p.update && e4m3)
+        mod_kernel<T, R, true, true><<<blocks, threads, 0, s>>>(p);
+    else if (p.update)
+        mod_kernel<T, R, true, false><<<blocks, threads, 0, s>>>(p);
+    else if (e4m3)
+        mod_kernel<T, R, false, true><<<blocks, threads, 0, s>>>(p);
+    else
+        mod_kernel<T, R, false, false><<<blocks, threads, 0, s>>>(p);
+}
+
+bool launch_modulate(cudaStream_t s, const struct modulation *m)
+{
+    bool e4m3 = m->y.dtype == DT_E4M3, done = false;
+    int64_t n = m->x.n[1];
+    if (m->x.dtype == DT_F32 || n % MOD_V || n > MOD_THREADS * MOD_VECTORS * MOD_V || m->x.n[0] > INT32_MAX / 2 ||
+        !wide(m->x, MOD_V) || !wide(m->update, MOD_V) || !wide(m->y, MOD_V) || !wide(m->gate, MOD_V) ||
+        !wide(m->scale, MOD_V) || !wide(m->shift, MOD_V))
+        return false;
+    with_type(m->x.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        if constexpr (sizeof(T) == 2) {
+            mod_of<T> p = {(T *)m->x.data,    tensor_none(m->update) ? nullptr : (const T *)m->update.data,
+                           m->y.data,         m->y.scale,
+                           row_of(m->gate),   row_of(m->scale),
+                           row_of(m->shift),  m->x.ld,
+                           m->update.ld,      m->y.ld,
+                           (int)m->x.n[0],    (int)n,
+                           m->eps};
+            // Few vectors a thread for narrow rows: a block has four warps or so.
+            if (n > 128 * MOD_V)
+                mod_rows<T, MOD_VECTORS>(s, p, e4m3, m->processors);
+            else
+                mod_rows<T, 1>(s, p, e4m3, m->processors);
+            done = true;
+        }
+    });
+    return done;
 }
 
 // ---- queries and keys

@@ -436,6 +436,70 @@ static void norms(void **state)
     }
 }
 
+static double of_e4m3(uint8_t code)
+{
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const double size = exponent ? ldexp(8 + fraction, exponent - 10) : ldexp(fraction, -9);
+    return (code & 127) == 127 ? NAN : code & 128 ? -size : size;
+}
+
+// y as E4M3 against the CPU's numbers: half a step of the format, and what bf16 or f16 lost before.
+static void same_e4m3(struct fix *f, const char *what, struct tensor y, const struct tensor want, double tolerance)
+{
+    const int64_t m = y.n[0], n = y.n[1];
+    uint8_t *codes = malloc((size_t)(m * n) + 1);
+    float *scale = malloc((size_t)(m + 1) * sizeof *scale);
+    G->download(f->d, codes, y);
+    G->download(f->d, scale, tensor_1d(y.scale, DT_F32, m));
+    assert_int_equal(G->sync(f->d, NULL), 0);
+    for (int64_t r = 0; r < m; r++) {
+        double top = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const double is = of_e4m3(codes[r * n + i]) * (double)scale[r], should = get(want, r * want.ld + i);
+            const double room = fmax(fabs(should) / 16, (double)scale[r] / 512) + tolerance * (1 + fabs(should));
+            if (!(fabs(is - should) <= room))
+                fail_msg("%s: row %lld of %lld, column %lld of %lld: %g, not %g", what, (long long)r, (long long)m,
+                         (long long)i, (long long)n, is, should);
+            top = fmax(top, fabs(should));
+        }
+        if (!(fabs((double)scale[r] * 448 - top) <= tolerance * (1 + top)))
+            fail_msg("%s: row %lld: factor %g for a largest of %g", what, (long long)r, (double)scale[r], top);
+    }
+    free(codes);
+    free(scale);
+}
+
+// The residual and the norm in one pass, rows with a mean away from 0, results of both kinds.
+static void modulations(void **state)
+{
+    struct fix *f = *state;
+    const int64_t rows[] = {0, 1, 3, 1500}, columns[] = {8, 33, 64, 256, 1000, 3072, 8200};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 4 * 7 * 2; i++) {
+            const int64_t m = rows[i % 4], n = columns[i / 4 % 7];
+            const bool e4m3 = i / 28 == 1 && n % 8 == 0 && f->type != DT_F32;
+            if (n > 256 && m > 3 && n != 3072)
+                continue;
+            struct pair x = ACTIVE(f, i % 2 * 8, 3, m, n), u = ACTIVE(f, i % 3 * 8, 2, m, n), y = OUTPUT(f, 0, m, n),
+                        gate = WEIGHT(f, f->type, n), scale = WEIGHT(f, f->type, n), shift = WEIGHT(f, f->type, n);
+            struct tensor quantised = tensor_2d(NULL, DT_E4M3, m, n);
+            C->gate_add_modulate(f->cpu, x.c, gate.c, u.c, y.c, scale.c, shift.c, 1e-6f);
+            if (e4m3) {
+                quantised.data = OUTPUT(f, 0, m, n).g.data;
+                quantised.scale = make(f, DT_F32, DT_F32, SHAPE(m), 0, 0, 0).g.data;
+            }
+            G->gate_add_modulate(f->d, x.g, gate.g, u.g, e4m3 ? quantised : y.g, scale.g, shift.g, 1e-6f);
+            same(f, "residual of gate_add_modulate", x, tolerance(f, 2e-6, 5e-3, 6e-4));
+            if (e4m3)
+                same_e4m3(f, "gate_add_modulate as E4M3", quantised, y.c, tolerance(f, 0, 2e-2, 3e-3));
+            else
+                same(f, "gate_add_modulate", y, tolerance(f, 2e-5, 1e-2, 2e-3));
+            release(f);
+        }
+    }
+}
+
 static void qk_norm_rope(void **state)
 {
     struct fix *f = *state;
@@ -706,25 +770,13 @@ int main(void)
     if (code == 0)
         G->close(d);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(transfers),
-        cmocka_unit_test(copies),
-        cmocka_unit_test(placing),
-        cmocka_unit_test(pairs),
-        cmocka_unit_test(activations),
-        cmocka_unit_test(norms),
-        cmocka_unit_test(qk_norm_rope),
-        cmocka_unit_test(embed),
-        cmocka_unit_test(relative_bias),
-        cmocka_unit_test(groups),
-        cmocka_unit_test(pictures),
-        cmocka_unit_test(linear),
-        cmocka_unit_test(columns_of_one),
-        cmocka_unit_test(placed_linear),
-        cmocka_unit_test(attention),
-        cmocka_unit_test(conv2d),
-        cmocka_unit_test(first_failure_stays),
-        cmocka_unit_test(ids_outside),
-        cmocka_unit_test(bad_devices),
+        cmocka_unit_test(transfers),     cmocka_unit_test(copies),         cmocka_unit_test(placing),
+        cmocka_unit_test(pairs),         cmocka_unit_test(activations),    cmocka_unit_test(norms),
+        cmocka_unit_test(modulations),   cmocka_unit_test(qk_norm_rope),   cmocka_unit_test(embed),
+        cmocka_unit_test(relative_bias), cmocka_unit_test(groups),         cmocka_unit_test(pictures),
+        cmocka_unit_test(linear),        cmocka_unit_test(columns_of_one), cmocka_unit_test(placed_linear),
+        cmocka_unit_test(attention),     cmocka_unit_test(conv2d),         cmocka_unit_test(first_failure_stays),
+        cmocka_unit_test(ids_outside),   cmocka_unit_test(bad_devices),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

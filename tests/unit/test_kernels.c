@@ -417,6 +417,23 @@ static void norms(void **state)
     }
 }
 
+static void gate_add_modulate(void **state) // one pass gives the bits of two
+{
+    struct fix *f = *state;
+    struct tensor x = MAKE(f, DT_F32, 2, 3, 40, 72), u = MAKE(f, DT_F32, 2, 1, 40, 72),
+                  y = MAKE(f, DT_F32, 1, 1, 40, 72), x2 = MAKE(f, DT_F32, 2, 0, 40, 72),
+                  y2 = MAKE(f, DT_F32, 1, 1, 40, 72), gate = MAKE(f, DT_F32, 0, 1, 72),
+                  scale = MAKE(f, DT_F32, 0, 1, 72), shift = MAKE(f, DT_F32, 0, 1, 72);
+    K->copy(f->d, x2, x);
+    K->gate_add_modulate(f->d, x, gate, u, y, scale, shift, 1e-6f);
+    K->gate_add(f->d, x2, gate, u);
+    K->modulate(f->d, y2, x2, scale, shift, 1e-6f);
+    for (int64_t r = 0; r < 40; r++) {
+        assert_memory_equal((float *)x.data + r * x.ld, (float *)x2.data + r * x2.ld, 72 * sizeof(float));
+        assert_memory_equal((float *)y.data + r * y.ld, (float *)y2.data + r * y2.ld, 72 * sizeof(float));
+    }
+}
+
 static void qk_norm_rope(void **state)
 {
     struct fix *f = *state;
@@ -773,6 +790,7 @@ int main(void)
         BOTH(pairs),
         BOTH(in_place_cfg),
         BOTH(norms),
+        BOTH(gate_add_modulate),
         BOTH(qk_norm_rope),
         BOTH(embed),
         BOTH(relative_bias),
