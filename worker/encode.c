@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "worker/invent.h"
 #include "worker/stages.h"
 
 // The token ids of one branch, on the host.
@@ -28,6 +29,11 @@ static int tokenize(struct run *r, int branch, struct ids *ids, bool cut[4], str
         return err_set(err, ERR_NO_MEMORY, "no memory for token ids");
     if (r->dry)
         return 0;
+    if (!r->model->t5_tokenizer) {
+        invent_ids(first, clip_vocabulary(r->model->clip), ids->clip, clip_length);
+        invent_ids(second, t5_vocabulary(r->model->t5), ids->t5, r->text_tokens);
+        return 0;
+    }
     TRY(clip_tokenizer_encode(r->model->clip_tokenizer, first, strlen(first), clip_length, ids->clip, &count, err));
     cut[2 * branch] = count > clip_length;
     TRY(t5_tokenizer_encode(r->model->t5_tokenizer, second, strlen(second), (int)r->text_tokens, ids->t5, &count, err));

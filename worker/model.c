@@ -78,10 +78,10 @@ static int check_fit(const struct model *m, struct err *err)
         if (rows[i].found != rows[i].wanted)
             return err_set(err, ERR_INVALID, "%s: %s is %lld but %s is %lld", m->dir, rows[i].what,
                            (long long)rows[i].found, rows[i].with, (long long)rows[i].wanted);
-    if (clip_tokenizer_id_limit(m->clip_tokenizer) > clip_vocabulary(m->clip))
+    if (m->clip_tokenizer && clip_tokenizer_id_limit(m->clip_tokenizer) > clip_vocabulary(m->clip))
         return err_set(err, ERR_INVALID, "%s: tokenizer makes ids up to %d but text_encoder's vocab_size is %lld",
                        m->dir, clip_tokenizer_id_limit(m->clip_tokenizer) - 1, (long long)clip_vocabulary(m->clip));
-    if (t5_tokenizer_id_limit(m->t5_tokenizer) > t5_vocabulary(m->t5))
+    if (m->t5_tokenizer && t5_tokenizer_id_limit(m->t5_tokenizer) > t5_vocabulary(m->t5))
         return err_set(err, ERR_INVALID, "%s: tokenizer_2 makes ids up to %d but text_encoder_2's vocab_size is %lld",
                        m->dir, t5_tokenizer_id_limit(m->t5_tokenizer) - 1, (long long)t5_vocabulary(m->t5));
     return 0;
@@ -130,8 +130,10 @@ static int load_parts(struct model *m, const struct home *home, struct err *err)
     char path[1024];
     TRY(check_pipeline(m->dir, err));
     TRY(sampler_load(part(path, m->dir, "scheduler"), &m->sampler, err));
-    TRY(clip_tokenizer_load(part(path, m->dir, "tokenizer"), &m->clip_tokenizer, err));
-    TRY(t5_tokenizer_load(part(path, m->dir, "tokenizer_2"), &m->t5_tokenizer, err));
+    if (!home || !home->invention) { // else token ids are invented as well
+        TRY(clip_tokenizer_load(part(path, m->dir, "tokenizer"), &m->clip_tokenizer, err));
+        TRY(t5_tokenizer_load(part(path, m->dir, "tokenizer_2"), &m->t5_tokenizer, err));
+    }
     TRY(clip_load(part(path, m->dir, "text_encoder"), home, &m->clip, err));
     TRY(t5_load(part(path, m->dir, "text_encoder_2"), home, &m->t5, err));
     TRY(flux_load(part(path, m->dir, "transformer"), home, &m->dit, err));

@@ -20,8 +20,8 @@ struct model_limits {
 
 struct model {
     char *dir;
-    char hash[65]; // fingerprint of configurations and weights, hex
-    struct clip_tokenizer *clip_tokenizer;
+    char hash[65];                         // fingerprint of configurations and weights, hex
+    struct clip_tokenizer *clip_tokenizer; // both NULL when the weights are invented: so are token ids
     struct t5_tokenizer *t5_tokenizer;
     struct clip *clip;
     struct t5 *t5;

@@ -1,4 +1,5 @@
 #include "worker/weights.h"
+#include "worker/invent.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -37,8 +38,9 @@ struct weights {
     int n_shards;
     struct entry *entries; // sorted by name
     size_t n_entries;
-    void **owned; // re-laid and re-aligned copies
+    void **owned; // re-laid, re-aligned and invented ones
     size_t n_owned;
+    int64_t invented_bytes;
 };
 
 void weights_free(struct weights *w)
@@ -276,7 +278,7 @@ static int open_index(struct weights *w, const char *dir, const char *index_path
     return rc;
 }
 
-int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err)
+int weights_open(const char *dir, const char *stem, const struct home *home, struct weights **out, struct err *err)
 {
     char single[MAX_PATH], index[MAX_PATH], name[MAX_PATH];
     *out = NULL;
@@ -287,9 +289,13 @@ int weights_open(const char *dir, const char *stem, struct weights **out, struct
     struct weights *w = calloc(1, sizeof *w);
     if (!w)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
+    if (home)
+        w->home = *home;
     const char *names[] = {name};
-    int rc;
-    if (access(index, F_OK) == 0)
+    int rc = 0;
+    if (w->home.invention)
+        ; // nothing to open
+    else if (access(index, F_OK) == 0)
         rc = open_index(w, dir, index, err);
     else if (access(single, F_OK) == 0)
         rc = open_shards(w, dir, names, 1, err);
@@ -316,7 +322,7 @@ bool weights_has(const struct weights *w, const char *name)
 
 int64_t weights_bytes(const struct weights *w)
 {
-    int64_t sum = 0;
+    int64_t sum = w->invented_bytes;
     for (size_t i = 0; i < w->n_entries; i++)
         sum += (int64_t)tensor_bytes(w->entries[i].tensor);
     return sum;
@@ -350,9 +356,28 @@ static void print_shape(char *text, size_t size, int dims, const int64_t *n)
     snprintf(text + at, size - (size_t)at, "]");
 }
 
-static int get(const struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name,
-               struct err *err)
+// A vector called weight multiplies what a norm made: it is near 1, in memory of its own.
+static int invent(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name, struct err *err)
 {
+    const size_t length = strlen(name), suffix = strlen(".weight");
+    TRY(invention_tensor(w->home.invention, name, dims, n, out, err));
+    w->invented_bytes += (int64_t)tensor_bytes(*out);
+    if (dims > 1 || length < suffix || strcmp(name + length - suffix, ".weight") != 0)
+        return 0;
+    const uint16_t *noise = out->data;
+    uint16_t *near = own(w, tensor_bytes(*out));
+    if (!near)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
+    for (int64_t i = 0; i < n[0]; i++)
+        near[i] = f32_to_bf16(1 + bf16_to_f32(noise[i]));
+    out->data = near;
+    return 0;
+}
+
+static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name, struct err *err)
+{
+    if (w->home.invention)
+        return invent(w, out, dims, n, name, err);
     const struct entry *e = find(w, name);
     char found[96], expected[96];
     print_shape(expected, sizeof expected, dims, n);
@@ -385,12 +410,6 @@ int weights_refuse(const struct weights *w, const char *key, struct err *err, co
     return e ? err_set(err, ERR_CORRUPT, "%s: tensor %s is there, but by the configuration's %s it should not be",
                        e->shard->path, name, key)
              : 0;
-}
-
-void weights_settle(struct weights *w, const struct home *home)
-{
-    if (home)
-        w->home = *home;
 }
 
 void weights_offer_fp8(struct weights *w, bool offered)

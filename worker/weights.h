@@ -9,18 +9,19 @@
 #include "kernels/kernels.h"
 
 struct weights;
+struct invention;
 
 // Where a model's weights are to be: a device that computes with them. NULL, or k NULL: where the files are mapped.
 struct home {
     const struct kernels *k;
-    struct device *d; // outlives the model
-    bool fp8;         // linear layers that the model offers for it become E4M3
+    struct device *d;                  // outlives the model
+    bool fp8;                          // linear layers that the model offers for it become E4M3
+    const struct invention *invention; // not NULL: no file is opened, weights are windows into it (worker/invent.h)
 };
 
-// stem: "diffusion_pytorch_model" or "model". Freed by weights_free; the tensors point into it.
-int weights_open(const char *dir, const char *stem, struct weights **out, struct err *err);
-// What is fetched from here on is placed there, and displaced by weights_free.
-void weights_settle(struct weights *w, const struct home *home);
+// stem: "diffusion_pytorch_model" or "model". What is fetched is placed in the home (NULL: none), and displaced by
+// weights_free, which frees w; the tensors point into it.
+int weights_open(const char *dir, const char *stem, const struct home *home, struct weights **out, struct err *err);
 // Whether the linear layers fetched from here on may be E4M3 where the home asks for it; at first they may not.
 void weights_offer_fp8(struct weights *w, bool offered);
 void weights_free(struct weights *w);
@@ -28,7 +29,7 @@ bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.
 int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
     __attribute__((format(printf, 4, 5)));
-int64_t weights_bytes(const struct weights *w); // of all tensors
+int64_t weights_bytes(const struct weights *w); // of all tensors; of invented ones, those fetched so far
 // Fingerprint of names, types, shapes, sizes and 64 sampled pages a file: tells checkpoints apart without reading
 // all of them.
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32]);

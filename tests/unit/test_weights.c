@@ -79,7 +79,7 @@ static struct weights *opened(void)
 {
     struct err err = {.code = ERR_NONE};
     struct weights *w = NULL;
-    if (weights_open(folder, "model", &w, &err) != 0)
+    if (weights_open(folder, "model", NULL, &w, &err) != 0)
         fail_msg("%s", err.text);
     return w;
 }
@@ -98,7 +98,7 @@ static void expect_refused(enum err_code code, const char *a, const char *b)
 {
     struct err err = {.code = ERR_NONE};
     struct weights *w = (struct weights *)1;
-    assert_int_equal(weights_open(folder, "model", &w, &err), code);
+    assert_int_equal(weights_open(folder, "model", NULL, &w, &err), code);
     assert_null(w);
     expect_error(&err, code, a, b, NULL);
 }
@@ -398,7 +398,7 @@ static void not_files(void **state)
     char path[2000];
     memset(path, 'p', sizeof path - 1);
     path[sizeof path - 1] = 0;
-    assert_int_equal(weights_open(path, "model", &w, &err), ERR_INVALID);
+    assert_int_equal(weights_open(path, "model", NULL, &w, &err), ERR_INVALID);
     expect_error(&err, ERR_INVALID, "path too long", NULL, NULL);
 }
 
@@ -458,7 +458,7 @@ static void mutated(void **state)
         put("model.safetensors", bad, size);
         struct err err = {.code = ERR_NONE};
         struct weights *w;
-        if (weights_open(folder, "model", &w, &err) != 0) {
+        if (weights_open(folder, "model", NULL, &w, &err) != 0) {
             assert_null(w);
             assert_true(err.code == ERR_CORRUPT || err.code == ERR_UNSUPPORTED);
             assert_true(err.text[0]);

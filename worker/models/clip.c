@@ -66,8 +66,7 @@ static int load_layer(const struct clip *c, struct layer *l, int64_t i, struct e
 
 static int load_weights(struct clip *c, const char *dir, const struct home *home, struct err *err)
 {
-    TRY(weights_open(dir, "model", &c->weights, err));
-    weights_settle(c->weights, home);
+    TRY(weights_open(dir, "model", home, &c->weights, err));
     c->layer = calloc((size_t)c->layers, sizeof *c->layer);
     if (!c->layer)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);

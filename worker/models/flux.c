@@ -391,8 +391,7 @@ static int load_embedder(const struct flux *f, struct mlp_embedder *e, const cha
 
 static int load_weights(struct flux *f, const char *dir, const struct home *home, struct err *err)
 {
-    TRY(weights_open(dir, "diffusion_pytorch_model", &f->weights, err));
-    weights_settle(f->weights, home);
+    TRY(weights_open(dir, "diffusion_pytorch_model", home, &f->weights, err));
     f->doubles = calloc((size_t)f->n_double + 1, sizeof *f->doubles);
     f->singles = calloc((size_t)f->n_single + 1, sizeof *f->singles);
     if (!f->doubles || !f->singles)

@@ -62,8 +62,7 @@ static int load_layer(const struct t5 *t, struct layer *l, int64_t i, struct err
 
 static int load_weights(struct t5 *t, const char *dir, const struct home *home, struct err *err)
 {
-    TRY(weights_open(dir, "model", &t->weights, err));
-    weights_settle(t->weights, home);
+    TRY(weights_open(dir, "model", home, &t->weights, err));
     t->layer = calloc((size_t)t->layers, sizeof *t->layer);
     if (!t->layer)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);

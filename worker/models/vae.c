@@ -256,8 +256,7 @@ static int load_level(struct vae *v, int i, int64_t in, struct err *err)
 static int load_weights(struct vae *v, const char *dir, const struct home *home, struct err *err)
 {
     const int64_t top = v->channels[v->levels - 1], z = v->latent_channels;
-    TRY(weights_open(dir, "diffusion_pytorch_model", &v->weights, err));
-    weights_settle(v->weights, home);
+    TRY(weights_open(dir, "diffusion_pytorch_model", home, &v->weights, err));
     if (v->post_quant)
         TRY(weights_conv(v->weights, &v->post_quant_conv, z, z, 1, err, "post_quant_conv"));
     TRY(weights_conv(v->weights, &v->conv_in, top, z, 3, err, "decoder.conv_in"));
