@@ -76,6 +76,8 @@ struct kernels {
     // Memory of the device, 256-byte aligned; freed by free. dry hands out addresses that nobody may touch.
     int (*alloc)(struct device *d, size_t bytes, void **out, struct err *err);
     void (*free)(struct device *d, void *p);
+    // Bytes of the device's own memory: free at present, by any process, and all. NULL: it computes in the host's.
+    void (*memory)(struct device *d, size_t *available, size_t *total);
     // Host to device and back; host is contiguous: f32, converted on the way, for f32, bf16 and f16 tensors, else the
     // tensor's own type.
     void (*upload)(struct device *d, struct tensor dst, const void *host);
@@ -109,10 +111,10 @@ struct kernels {
     void (*zero)(struct device *d, struct tensor t);
     // y (m, n) = act(x (m, k) W^T + b); x may be E4M3 where W is
     void (*linear)(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
-    void (*activate)(struct device *d, struct tensor x, enum act act);                        // in place
-    void (*add)(struct device *d, struct tensor x, struct tensor y);                          // x += y
-    void (*add_row)(struct device *d, struct tensor x, struct tensor row);                    // x (m, n) += row (n)
-    void (*mul)(struct device *d, struct tensor x, struct tensor y);                          // x *= y
+    void (*activate)(struct device *d, struct tensor x, enum act act);             // in place
+    void (*add)(struct device *d, struct tensor x, struct tensor y);               // x += y
+    void (*add_row)(struct device *d, struct tensor x, struct tensor row);         // x (m, n) += row (n)
+    void (*mul)(struct device *d, struct tensor x, struct tensor y, enum act act); // x = act(x) * y: a gated layer
     void (*gate_add)(struct device *d, struct tensor x, struct tensor gate, struct tensor y); // x += gate (n) * y
     // y = (x - mean) / sqrt(var + eps) * gamma + beta, per row; gamma and beta (n) of any weight type, or none
     void (*layer_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,

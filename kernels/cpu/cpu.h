@@ -68,7 +68,7 @@ void cpu_group_norm(struct device *d, struct tensor y, struct tensor x, struct t
 void cpu_activate(struct device *d, struct tensor x, enum act act);
 void cpu_add(struct device *d, struct tensor x, struct tensor y);
 void cpu_add_row(struct device *d, struct tensor x, struct tensor row);
-void cpu_mul(struct device *d, struct tensor x, struct tensor y);
+void cpu_mul(struct device *d, struct tensor x, struct tensor y, enum act act);
 void cpu_gate_add(struct device *d, struct tensor x, struct tensor gate, struct tensor y);
 void cpu_axpy(struct device *d, struct tensor x, float a, struct tensor y);
 void cpu_cfg_combine(struct device *d, struct tensor out, struct tensor negative, struct tensor positive, float scale);

@@ -23,7 +23,7 @@ INLINE vf point(const struct points *j, enum op op, const float *x, const float 
     case OP_ADD:
         return v + vload_n(y + i, n);
     case OP_MUL:
-        return v * vload_n(y + i, n);
+        return vact(v, j->act) * vload_n(y + i, n);
     case OP_AXPY:
         return v + j->a * vload_n(y + i, n);
     case OP_ADD_ROW:
@@ -80,7 +80,7 @@ static void run(struct device *d, struct points job, struct tensor x, struct ten
     job.y_ld = tensor_none(y) ? x.ld : y.ld;
     job.z_ld = tensor_none(z) ? x.ld : z.ld;
     job.n = tensor_count(x) / rows;
-    cpu_rows(d, rows, job.op == OP_ACT ? 4 * job.n : job.n, points_rows, &job);
+    cpu_rows(d, rows, job.op == OP_ACT || job.act != ACT_NONE ? 4 * job.n : job.n, points_rows, &job);
 }
 
 static const struct tensor none = {0};
@@ -97,10 +97,10 @@ void cpu_add(struct device *d, struct tensor x, struct tensor y)
         run(d, (struct points){.op = OP_ADD}, x, y, none);
 }
 
-void cpu_mul(struct device *d, struct tensor x, struct tensor y)
+void cpu_mul(struct device *d, struct tensor x, struct tensor y, enum act act)
 {
     if (check_pair(&d->check, "mul", x, y))
-        run(d, (struct points){.op = OP_MUL}, x, y, none);
+        run(d, (struct points){.op = OP_MUL, .act = act}, x, y, none);
 }
 
 void cpu_axpy(struct device *d, struct tensor x, float a, struct tensor y)

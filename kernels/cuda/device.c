@@ -218,6 +218,13 @@ static void cuda_free(struct device *d, void *p)
     cudaFree(p);
 }
 
+static void cuda_memory(struct device *d, size_t *available, size_t *total)
+{
+    cuda_enter(d);
+    if (cudaMemGetInfo(available, total) != cudaSuccess)
+        *available = *total = 0;
+}
+
 static bool is_half(enum dtype type)
 {
     return type == DT_BF16 || type == DT_F16;
@@ -456,10 +463,10 @@ static void cuda_add(struct device *d, struct tensor x, struct tensor y)
         points(d, "add", (struct points){.op = POINT_ADD, .x = x, .y = y});
 }
 
-static void cuda_mul(struct device *d, struct tensor x, struct tensor y)
+static void cuda_mul(struct device *d, struct tensor x, struct tensor y, enum act act)
 {
     if (check_pair(&d->check, "mul", x, y))
-        points(d, "mul", (struct points){.op = POINT_MUL, .x = x, .y = y});
+        points(d, "mul", (struct points){.op = POINT_MUL, .act = act, .x = x, .y = y});
 }
 
 static void cuda_axpy(struct device *d, struct tensor x, float a, struct tensor y)
@@ -653,6 +660,7 @@ const struct kernels kernels_cuda = {
     .cost = cuda_cost,
     .alloc = cuda_alloc,
     .free = cuda_free,
+    .memory = cuda_memory,
     .upload = cuda_upload,
     .download = cuda_download,
     .place = cuda_place,

@@ -13,7 +13,7 @@
 enum point { POINT_ADD, POINT_MUL, POINT_AXPY, POINT_GATE_ADD, POINT_CFG, POINT_ACT };
 struct points {
     enum point op;
-    enum act act;          // ACT: act(x + row)
+    enum act act;          // ACT: act(x + row); MUL: act(x) * y
     struct tensor x, y, z; // z: positive of CFG, whose negative is y
     struct tensor row;     // (row_n): gate, or what ACT adds; or none. Any weight type
     int64_t row_n;         // column i of x meets row[i % row_n]

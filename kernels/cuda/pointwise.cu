@@ -33,7 +33,7 @@ __device__ static void point(enum point op, enum act act, float a, float (&x)[V]
             x[j] += y[j];
             break;
         case POINT_MUL:
-            x[j] *= y[j];
+            x[j] = activated(x[j], act) * y[j];
             break;
         case POINT_AXPY:
             x[j] += a * y[j];

@@ -89,7 +89,7 @@ static void wrong_rows(void **state)
     WRONG("linear needs", "y F32 (4, 5), x F32 (4, 6), w F32 (5, 7)", k->linear(d, y, x, &l, ACT_NONE));
     WRONG("activate needs", "x BF16 (4, 6)", k->activate(d, half, ACT_SILU));
     WRONG("add needs", "(4, 5)", k->add(d, x, y));
-    WRONG("mul needs", "(4, 5)", k->mul(d, x, y));
+    WRONG("mul needs", "(4, 5)", k->mul(d, x, y, ACT_NONE));
     WRONG("axpy needs", "(4, 5)", k->axpy(d, x, 1, y));
     WRONG("add_row needs", "row F32 (5)", k->add_row(d, x, v));
     WRONG("gate_add needs", "gate F32 (5)", k->gate_add(d, x, v, x));

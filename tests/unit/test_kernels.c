@@ -350,7 +350,7 @@ static void pairs(void **state)
                 if (op == 0)
                     K->add(f->d, x, y);
                 else if (op == 1)
-                    K->mul(f->d, x, y);
+                    K->mul(f->d, x, y, ACT_NONE);
                 else if (op == 2)
                     K->axpy(f->d, x, 0.3f, y);
                 else if (op == 3)
@@ -712,7 +712,7 @@ static void first_failure_stays(void **state)
     struct err err;
     assert_int_equal(K->sync(f->d, &err), 0);
     K->add(f->d, x, y);
-    K->mul(f->d, y, x);
+    K->mul(f->d, y, x, ACT_NONE);
     K->zero(f->d, z); // does nothing any more
     assert_int_equal(K->sync(f->d, &err), ERR_INVALID);
     assert_string_equal(err.text, "add needs two activations of one shape; got x F32 (4, 6), y F32 (4, 5)");

@@ -12,7 +12,7 @@
 
 struct layer {
     struct tensor norm1, norm2;
-    struct linear qkv, out, gate, up, down; // gate: wi_0, through GELU; up: wi_1
+    struct linear qkv, out, gate_up, down; // gate: wi_0, through GELU; up: wi_1
 };
 
 struct t5 {
@@ -45,19 +45,19 @@ static int load_config(struct t5 *t, const char *dir, struct err *err)
 
 static int load_layer(const struct t5 *t, struct layer *l, int64_t i, struct err *err)
 {
-    static const char *const qkv[] = {"q", "k", "v"};
+    static const char *const qkv[] = {"q", "k", "v"}, *const gate_up[] = {"wi_0", "wi_1"};
     struct weights *w = t->weights;
-    const int64_t width = t->heads * t->head_dim, n[] = {width, width, width};
-    char at[64], attn[96];
+    const int64_t width = t->heads * t->head_dim, n[] = {width, width, width}, inner[] = {t->inner, t->inner};
+    char at[64], attn[96], dense[96];
     snprintf(at, sizeof at, "encoder.block.%d.layer", (int)i);
     snprintf(attn, sizeof attn, "%s.0.SelfAttention", at);
     TRY(weights_get(w, &l->norm1, 1, t->dim, 1, 1, 1, err, "%s.0.layer_norm.weight", at));
     TRY(weights_get(w, &l->norm2, 1, t->dim, 1, 1, 1, err, "%s.1.layer_norm.weight", at));
     TRY(weights_linear(w, &l->qkv, attn, 3, qkv, n, t->dim, false, err));
     TRY(weights_linear1(w, &l->out, t->dim, width, false, err, "%s.o", attn));
-    TRY(weights_linear1(w, &l->gate, t->inner, t->dim, false, err, "%s.1.DenseReluDense.wi_0", at));
-    TRY(weights_linear1(w, &l->up, t->inner, t->dim, false, err, "%s.1.DenseReluDense.wi_1", at));
-    return weights_linear1(w, &l->down, t->dim, t->inner, false, err, "%s.1.DenseReluDense.wo", at);
+    snprintf(dense, sizeof dense, "%s.1.DenseReluDense", at);
+    TRY(weights_linear(w, &l->gate_up, dense, 2, gate_up, inner, t->dim, false, err));
+    return weights_linear1(w, &l->down, t->dim, t->inner, false, err, "%s.wo", dense);
 }
 
 static int load_weights(struct t5 *t, const char *dir, const struct home *home, struct err *err)
@@ -165,11 +165,11 @@ static void encode_layer(const struct t5 *t, struct exec *x, const struct layer 
     x->k->add(x->d, h, normed);
     arena_release(x->arena, inner);
 
-    struct tensor gate = exec_tensor(x, 2, tokens, t->inner, 1, 1), up = exec_tensor(x, 2, tokens, t->inner, 1, 1);
+    struct tensor both = exec_tensor(x, 2, tokens, 2 * t->inner, 1, 1);
+    struct tensor gate = tensor_cols(both, 0, t->inner), up = tensor_cols(both, t->inner, t->inner);
     x->k->rms_norm(x->d, normed, h, l->norm2, (float)t->eps);
-    x->k->linear(x->d, gate, normed, &l->gate, ACT_GELU_TANH);
-    x->k->linear(x->d, up, normed, &l->up, ACT_NONE);
-    x->k->mul(x->d, gate, up);
+    x->k->linear(x->d, both, normed, &l->gate_up, ACT_NONE);
+    x->k->mul(x->d, gate, up, ACT_GELU_TANH);
     x->k->linear(x->d, normed, gate, &l->down, ACT_NONE);
     x->k->add(x->d, h, normed);
     arena_release(x->arena, mark);
