@@ -78,6 +78,8 @@ struct kernels {
     void (*free)(struct device *d, void *p);
     // Bytes of the device's own memory: free at present, by any process, and all. NULL: it computes in the host's.
     void (*memory)(struct device *d, size_t *available, size_t *total);
+    // Bytes of the device's own memory: free at present, by any process, and all. NULL: it computes in the host's.
+    void (*memory)(struct device *d, size_t *available, size_t *total);
     // Host to device and back; host is contiguous: f32, converted on the way, for f32, bf16 and f16 tensors, else the
     // tensor's own type.
     void (*upload)(struct device *d, struct tensor dst, const void *host);
