@@ -156,6 +156,23 @@ void config_string(struct config *c, const char *key, char *out, int size)
     snprintf(out, (size_t)size, "%s", s ? s : "");
 }
 
+void config_choice_or(struct config *c, const char *key, const char *const *names, int *out)
+{
+    json_t *v = value(c, key);
+    const char *s = json_is_string(v) ? json_string_value(v) : "";
+    char allowed[200] = "";
+    if (!v)
+        return;
+    for (int i = 0; names[i]; i++) {
+        if (strcmp(s, names[i]) == 0) {
+            *out = i;
+            return;
+        }
+        snprintf(allowed + strlen(allowed), sizeof allowed - strlen(allowed), "%s%s", i ? ", " : "", names[i]);
+    }
+    config_fail(c, ERR_INVALID, "%s is \"%.40s\"; allowed: %s", key, s, allowed);
+}
+
 void config_refuse(struct config *c, const char *key)
 {
     json_t *v = value(c, key);

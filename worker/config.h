@@ -27,6 +27,8 @@ void config_ints(struct config *c, const char *key, int max_count, int64_t min, 
 void config_int_or(struct config *c, const char *key, int64_t min, int64_t max, int64_t *out);
 void config_float_or(struct config *c, const char *key, double min, double max, double *out);
 void config_bool_or(struct config *c, const char *key, bool *out);
+// *out: the index of the string in names, whose last is NULL.
+void config_choice_or(struct config *c, const char *key, const char *const *names, int *out);
 // Copies the string, cut to size; *out becomes "" when the key is absent or not a string.
 void config_string(struct config *c, const char *key, char *out, int size);
 // Refuse what this engine does not compute: a key that is set (not null, not false); another string than this.

@@ -16,6 +16,7 @@ struct engine {
     size_t arena_bytes;
     struct comm *data, *control;
     int64_t memory_limit;
+    bool fp8;
 };
 
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err)
@@ -30,6 +31,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->data = options->data;
     e->control = options->control;
     e->memory_limit = options->memory_limit;
+    e->fp8 = options->fp8;
     int rc = e->k->open(&options->device, &e->d, err);
     if (rc != 0) {
         free(e);
@@ -50,30 +52,35 @@ void engine_free(struct engine *e)
 
 struct home engine_home(const struct engine *e)
 {
-    return (struct home){.k = e->k, .d = e->d};
+    return (struct home){.k = e->k, .d = e->d, .fp8 = e->fp8};
 }
 
-int engine_activation(const struct kernels *k, Ditfleet__V1__Precision precision, enum dtype *out, struct err *err)
+int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
+                     struct precision *out, struct err *err)
 {
-    const bool cpu = k->activation == DT_F32; // a backend whose own type is float32 has no other
-    switch (precision) {
+    const bool f32_alone = k->activation == DT_F32; // a backend whose own type is float32 has no other
+    if (wanted == DITFLEET__V1__PRECISION__PRECISION_DEFAULT && !f32_alone)
+        wanted = preferred;
+    *out = (struct precision){.activation = k->activation};
+    switch (wanted) {
     case DITFLEET__V1__PRECISION__PRECISION_DEFAULT:
-        *out = k->activation;
         return 0;
     case DITFLEET__V1__PRECISION__PRECISION_FP32:
-        *out = DT_F32;
+        out->activation = DT_F32;
         return 0;
     case DITFLEET__V1__PRECISION__PRECISION_BF16:
     case DITFLEET__V1__PRECISION__PRECISION_FP16:
-        *out = precision == DITFLEET__V1__PRECISION__PRECISION_BF16 ? DT_BF16 : DT_F16;
-        if (!cpu)
+    case DITFLEET__V1__PRECISION__PRECISION_FP8:
+        out->activation = wanted == DITFLEET__V1__PRECISION__PRECISION_FP16 ? DT_F16 : DT_BF16;
+        out->fp8 = wanted == DITFLEET__V1__PRECISION__PRECISION_FP8;
+        if (!f32_alone)
             return 0;
         break;
     default:
         break;
     }
-    return err_set(err, ERR_UNSUPPORTED, "precision %s: on %s there is %s", job_precision_name(precision), k->name,
-                   cpu ? "fp32" : "fp32, bf16 and fp16");
+    return err_set(err, ERR_UNSUPPORTED, "precision %s: on %s there is %s", job_precision_name(wanted), k->name,
+                   f32_alone ? "fp32" : "fp32, bf16, fp16 and fp8");
 }
 
 void engine_result_free(struct engine_result *r)

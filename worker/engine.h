@@ -15,6 +15,7 @@ struct engine;
 struct engine_options {
     const struct kernels *kernels;
     struct device_options device;
+    bool fp8; // models placed on this engine offer their linear layers as E4M3 (struct precision)
     struct comm *data, *control;
     int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free
 };
@@ -24,8 +25,17 @@ void engine_free(struct engine *e);
 // Where models are to be loaded that this engine runs; goes with the engine.
 struct home engine_home(const struct engine *e);
 
-// The activation type that a job's precision means on a backend. ERR_UNSUPPORTED names what it can do.
-int engine_activation(const struct kernels *k, Ditfleet__V1__Precision precision, enum dtype *out, struct err *err);
+// What a precision means where it is computed. fp8: the linear layers of blocks are E4M3, and so are their inputs; the
+// rest has the activation type, bf16.
+struct precision {
+    enum dtype activation;
+    bool fp8;
+};
+// wanted: a job's; preferred: what PRECISION_DEFAULT stands for with this model (model_limits.precision), itself
+// PRECISION_DEFAULT where the model does not say, then it is the backend's own type. The CPU computes in float32 and
+// leaves a model's preference alone. ERR_UNSUPPORTED: not on this backend; names what it can do.
+int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
+                     struct precision *out, struct err *err);
 
 enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE };
 

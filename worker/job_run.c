@@ -179,9 +179,9 @@ static int examine(struct leader *l, struct held *h, int *model, struct err *err
             break;
     if (*model == w->group->model.count)
         return err_set(err, ERR_INTERNAL, "claimed a job of pool %s, which this group does not serve", h->claim.pool);
-    enum dtype activation;
+    struct precision precision;
     h->model = w->models[*model];
-    TRY(engine_activation(&kernels_cpu, h->job->precision, &activation, err));
+    TRY(engine_precision(&kernels_cpu, h->job->precision, h->model->limits.precision, &precision, err));
     TRY(uploader_check(l->uploader, h->job->output, h->claim.fence.id, err));
     return model_resolve_job(h->model, h->job, err);
 }

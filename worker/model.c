@@ -24,8 +24,11 @@ static int check_pipeline(const char *dir, struct err *err)
 
 static int load_limits(struct model *m, struct err *err)
 {
+    static const char *const precisions[] = {"default", "fp32", "bf16",
+                                             "fp16",    "fp8",  NULL}; // as job.proto numbers them
     struct model_limits *l = &m->limits;
     const int64_t side = 128 * vae_scale(m->vae);
+    int precision = DITFLEET__V1__PRECISION__PRECISION_DEFAULT;
     *l = (struct model_limits){.default_width = side,
                                .default_height = side,
                                .default_num_inference_steps = 28,
@@ -47,7 +50,9 @@ static int load_limits(struct model *m, struct err *err)
     config_int_or(c, "min_side", 16, 16384, &l->min_side);
     config_int_or(c, "max_side", l->min_side, 16384, &l->max_side);
     config_int_or(c, "max_pixels", 256, (int64_t)16384 * 16384, &l->max_pixels);
+    config_choice_or(c, "precision", precisions, &precision);
     config_refuse_rest(c);
+    l->precision = (Ditfleet__V1__Precision)precision;
     const struct {
         const char *key;
         int64_t side;

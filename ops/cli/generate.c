@@ -54,7 +54,10 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
                                      .data = comm,
                                      .control = comm,
                                      .memory_limit = cuda ? INT64_MAX : 0}; // the GPU says itself when it is full
-    TRY(engine_activation(g->kernels, g->job->precision, &options.device.activation, err));
+    struct precision precision;
+    TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
+    options.device.activation = precision.activation;
+    options.fp8 = precision.fp8;
     const struct engine_hooks hooks = {
         .progress = leader && !g->quiet ? show_progress : NULL, .trace = g->latents ? recorder_put : NULL, .arg = g};
     struct engine_hooks mine = hooks;

@@ -360,6 +360,9 @@ static void wrong_keys(void **state)
         {"ditfleet.json", "default_max_sequence_length", "513", ERR_INVALID, "ditfleet.json",
          "default_max_sequence_length"},
         {"ditfleet.json", "default_guidance_scale", "-1", ERR_INVALID, "ditfleet.json", "default_guidance_scale"},
+        {"ditfleet.json", "precision", "\"fp4\"", ERR_INVALID, "ditfleet.json",
+         "precision is \"fp4\"; allowed: default, fp32, bf16, fp16, fp8"},
+        {"ditfleet.json", "precision", "8", ERR_INVALID, "ditfleet.json", "precision is \"\""},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         put_key(rows[i].file, rows[i].key, rows[i].value);
@@ -506,6 +509,52 @@ static void bounds(void **state)
     model_free(m);
 }
 
+// ---- precision
+
+#define P(name) DITFLEET__V1__PRECISION__PRECISION_##name
+
+// A job's precision, and the model's where the job leaves it open, on a device with a choice and on one without.
+static void precisions(void **state)
+{
+    (void)state;
+    static const struct {
+        Ditfleet__V1__Precision wanted, preferred;
+        struct precision gpu, cpu;
+        bool refused; // on the CPU
+    } rows[] = {
+        {P(DEFAULT), P(DEFAULT), {DT_BF16, false}, {DT_F32, false}, false},
+        {P(DEFAULT), P(FP8), {DT_BF16, true}, {DT_F32, false}, false},
+        {P(DEFAULT), P(FP16), {DT_F16, false}, {DT_F32, false}, false},
+        {P(BF16), P(FP8), {DT_BF16, false}, {DT_F32, false}, true},
+        {P(FP16), P(DEFAULT), {DT_F16, false}, {DT_F32, false}, true},
+        {P(FP8), P(DEFAULT), {DT_BF16, true}, {DT_F32, false}, true},
+        {P(FP32), P(FP8), {DT_F32, false}, {DT_F32, false}, false},
+    };
+    struct kernels gpu = kernels_dry;
+    gpu.activation = DT_BF16;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct precision p;
+        struct err err = {.code = ERR_NONE};
+        assert_int_equal(engine_precision(&gpu, rows[i].wanted, rows[i].preferred, &p, &err), 0);
+        assert_int_equal(p.activation, rows[i].gpu.activation);
+        assert_int_equal(p.fp8, rows[i].gpu.fp8);
+        assert_int_equal(engine_precision(&kernels_cpu, rows[i].wanted, rows[i].preferred, &p, &err),
+                         rows[i].refused ? ERR_UNSUPPORTED : 0);
+        if (rows[i].refused)
+            assert_non_null(strstr(err.text, "on cpu there is fp32"));
+        else
+            assert_int_equal(p.activation, rows[i].cpu.activation);
+    }
+    put_key("ditfleet.json", "precision", "\"fp8\"");
+    struct err err = {.code = ERR_NONE};
+    struct model *m;
+    if (model_load(folder, &m, &err) != 0)
+        fail_msg("%s", err.text);
+    assert_int_equal(m->limits.precision, P(FP8));
+    model_free(m);
+    restore("ditfleet.json");
+}
+
 int main(void)
 {
     if (!mkdtemp(folder))
@@ -521,6 +570,7 @@ int main(void)
         TEST(wrong_keys),
         TEST(parts_of_others),
         TEST(damaged_tokenizers),
+        TEST(precisions),
         cmocka_unit_test(defaults),
         cmocka_unit_test(branches),
         cmocka_unit_test(bounds),
