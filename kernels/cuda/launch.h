@@ -66,6 +66,11 @@ struct softmax {
 };
 void launch_softmax(cudaStream_t s, const struct softmax *p);
 
+// ---- quant.cu
+// y E4M3 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448, or 1 for
+// a row of zeros. Infinities and NaN become NaN, a row with an infinity gets an infinite factor.
+void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x);
+
 // ---- product.cu: products for which no library has an engine, of any type and stride
 // y[b] (m, n) = x[b] (m, k) w[b]; w's element (k, n) lies at k * w_k + n * w_n
 struct plain_product {

@@ -1,0 +1,130 @@
+// quant.cu: E4M3 numbers and their factors. What has an infinity or a NaN in it stays visible: an element that cannot be
+// told by a finite number becomes NaN, and a row with an infinity has an infinite factor.
+#include "kernels/cuda/vec.cuh"
+
+#include <cfloat>
+#include <cuda_fp8.h>
+
+enum { WARP = 32, MAX_THREADS = 1024 };
+
+template <typename T> struct quant_of {
+    uint8_t *y;
+    float *scale;
+    const T *x;
+    int64_t y_ld, x_ld;
+    int n;
+};
+
+template <typename T, int V> __device__ static float magnitude(float top, const pack<T, V> &x)
+{
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        top = fmaxf(top, fabsf(to_f32(x.v[j]))); // a NaN is passed over: its own element tells of it
+    return top;
+}
+
+// Every thread gets the largest of all; none is negative, so their bits are in their order.
+__device__ static float block_largest(float v)
+{
+    __shared__ unsigned shared[MAX_THREADS / WARP];
+    unsigned bits = __reduce_max_sync(~0u, __float_as_uint(v));
+    if (threadIdx.x % WARP == 0)
+        shared[threadIdx.x / WARP] = bits;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / WARP; i++)
+        bits = max(bits, shared[i]);
+    return __uint_as_float(bits);
+}
+
+template <typename T, int V> __device__ static void store_e4m3(uint8_t *y, const pack<T, V> &x, float inverse)
+{
+    if constexpr (V == 1) {
+        *y = __nv_cvt_float_to_fp8(to_f32(x.v[0]) * inverse, __NV_SATFINITE, __NV_E4M3);
+    } else {
+        pack<__nv_fp8x2_storage_t, V / 2> out;
+#pragma unroll
+        for (int j = 0; j < V; j += 2)
+            out.v[j / 2] = __nv_cvt_float2_to_fp8x2({to_f32(x.v[j]) * inverse, to_f32(x.v[j + 1]) * inverse},
+                                                    __NV_SATFINITE, __NV_E4M3);
+        *reinterpret_cast<decltype(out) *>(y) = out;
+    }
+}
+
+// The compiler must not keep these numbers as f32 as well, in twice the registers.
+template <typename T, int V> __device__ static void keep_packed(pack<T, V> &x)
+{
+    if constexpr (sizeof x == 16) {
+        uint4 raw = *reinterpret_cast<uint4 *>(&x);
+        asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+        *reinterpret_cast<uint4 *>(&x) = raw;
+    }
+}
+
+// A block a row. R: vectors a thread keeps in registers, 0: the row is too long and is read again.
+template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREADS) quant_kernel(quant_of<T> p)
+{
+    typedef pack<T, V> vec;
+    const T *x = p.x + blockIdx.x * p.x_ld;
+    uint8_t *y = p.y + blockIdx.x * p.y_ld;
+    const int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
+    vec kept[R ? R : 1];
+    float top = 0;
+    if constexpr (R > 0) {
+#pragma unroll
+        for (int r = 0; r < R; r++) // all asked for before the first is used
+            if (first + r * step < p.n)
+                kept[r] = *reinterpret_cast<const vec *>(x + first + r * step);
+#pragma unroll
+        for (int r = 0; r < R; r++)
+            if (first + r * step < p.n)
+                top = magnitude(top, kept[r]);
+    } else {
+        for (int i = first; i < p.n; i += step)
+            top = magnitude(top, *reinterpret_cast<const vec *>(x + i));
+    }
+    top = block_largest(top);
+    // The least normal number bounds it from below: a factor of 0 would have no inverse.
+    float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
+    if (threadIdx.x == 0)
+        p.scale[blockIdx.x] = factor;
+    if constexpr (R > 0) {
+#pragma unroll
+        for (int r = 0; r < R; r++)
+            if (first + r * step < p.n) {
+                keep_packed(kept[r]);
+                store_e4m3(y + first + r * step, kept[r], inverse);
+            }
+    } else {
+        for (int i = first; i < p.n; i += step)
+            store_e4m3(y + i, *reinterpret_cast<const vec *>(x + i), inverse);
+    }
+}
+
+template <typename T, int V> static void quant_rows(cudaStream_t s, int64_t rows, const quant_of<T> &p)
+{
+    int64_t vectors = ceil_div(p.n, V), r = vectors <= 256 ? 1 : vectors <= 512 ? 2 : vectors <= 1024 ? 4 : 8;
+    unsigned blocks = (unsigned)rows, threads = (unsigned)(ceil_div(ceil_div(vectors, r), WARP) * WARP);
+    if (threads > MAX_THREADS)
+        quant_kernel<T, V, 0><<<blocks, MAX_THREADS, 0, s>>>(p);
+    else if (r == 1)
+        quant_kernel<T, V, 1><<<blocks, threads, 0, s>>>(p);
+    else if (r == 2)
+        quant_kernel<T, V, 2><<<blocks, threads, 0, s>>>(p);
+    else if (r == 4)
+        quant_kernel<T, V, 4><<<blocks, threads, 0, s>>>(p);
+    else
+        quant_kernel<T, V, 8><<<blocks, threads, 0, s>>>(p);
+}
+
+void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x)
+{
+    with_type(x.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        constexpr int V = 16 / sizeof(T);
+        quant_of<T> p = {(uint8_t *)y.data, y.scale, (const T *)x.data, y.ld, x.ld, (int)x.n[1]};
+        if (p.n % V == 0 && wide(x, V) && wide(y, V))
+            quant_rows<T, V>(s, x.n[0], p);
+        else
+            quant_rows<T, 1>(s, x.n[0], p);
+    });
+}
