@@ -144,7 +144,10 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
 
 // ---- adaLN: [residual and] norm and modulation in one pass over memory
 
-enum { MOD_THREADS = 256, MOD_BLOCKS = 3, MOD_VECTORS = 4, MOD_V = 8 };
+enum { MOD_THREADS = 256, MOD_V = 8, MOD_WIDEST = MOD_THREADS * MOD_V * 4 };
+
+// Blocks of MOD_THREADS that a multiprocessor's registers hold when a thread keeps R vectors.
+constexpr int mod_blocks(int R) { return R < 4 ? 4 : 2; }
 
 template <typename T> struct mod_of {
     T *x;
@@ -237,7 +240,7 @@ __device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[R][
 // A block takes every gridDim.x-th row and asks memory for its next row before it works on the one in hand: between
 // the sums over a row nothing else would be under way.
 template <typename T, int R, bool UPDATE, bool E4M3>
-__global__ void __launch_bounds__(MOD_THREADS, MOD_BLOCKS) mod_kernel(mod_of<T> p)
+__global__ void __launch_bounds__(MOD_THREADS, mod_blocks(R)) mod_kernel(mod_of<T> p)
 {
     __shared__ moments shared[MOD_THREADS / WARP];
     __shared__ float tops[MAX_THREADS / WARP];
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(MOD_THREADS, MOD_BLOCKS) mod_kernel(mod_of<T> 
 template <typename T, int R> static void mod_rows(cudaStream_t s, const mod_of<T> &p, bool e4m3, int processors)
 {
     int threads = (int)ceil_div(ceil_div(p.n, MOD_V * R), WARP) * WARP;
-    int room = processors * (MOD_THREADS * MOD_BLOCKS / threads), blocks = p.rows < room ? p.rows : room;
+    int room = processors * (MOD_THREADS * mod_blocks(R) / threads), blocks = p.rows < room ? p.rows : room;
     if (p.update && e4m3)
         mod_kernel<T, R, true, true><<<blocks, threads, 0, s>>>(p);
     else if (p.update)
@@ -309,7 +312,7 @@ bool launch_modulate(cudaStream_t s, const struct modulation *m)
 {
     bool e4m3 = m->y.dtype == DT_E4M3, done = false;
     int64_t n = m->x.n[1];
-    if (m->x.dtype == DT_F32 || n % MOD_V || n > MOD_THREADS * MOD_VECTORS * MOD_V || m->x.n[0] > INT32_MAX / 2 ||
+    if (m->x.dtype == DT_F32 || n % MOD_V || n > MOD_WIDEST || m->x.n[0] > INT32_MAX / 2 ||
         !wide(m->x, MOD_V) || !wide(m->update, MOD_V) || !wide(m->y, MOD_V) || !wide(m->gate, MOD_V) ||
         !wide(m->scale, MOD_V) || !wide(m->shift, MOD_V))
         return false;
@@ -323,9 +326,10 @@ bool launch_modulate(cudaStream_t s, const struct modulation *m)
                            m->update.ld,      m->y.ld,
                            (int)m->x.n[0],    (int)n,
                            m->eps};
-            // Few vectors a thread for narrow rows: a block has four warps or so.
-            if (n > 128 * MOD_V)
-                mod_rows<T, MOD_VECTORS>(s, p, e4m3, m->processors);
+            if (n > MOD_THREADS * MOD_V * 2)
+                mod_rows<T, 4>(s, p, e4m3, m->processors);
+            else if (n > 128 * MOD_V)
+                mod_rows<T, 2>(s, p, e4m3, m->processors);
             else
                 mod_rows<T, 1>(s, p, e4m3, m->processors);
             done = true;
@@ -355,47 +359,61 @@ template <typename T, int V> __device__ static void load_pairs(float (&v)[V], co
             v[j] = to_f32(x[j]);
 }
 
-// L lanes take a head of a row: they normalise it and turn its pairs.
+// V numbers of a head, normalised and turned, go back to where they came from.
+template <typename T, int V>
+__device__ static void turn_pairs(T *x, const float (&v)[V], float rstd, row gamma, int i, const float (&turn)[V])
+{
+    float g[V], out[V];
+    if constexpr (V > 2)
+        load_row(g, gamma, i);
+    else
+        for (int j = 0; j < V; j++)
+            g[j] = load_any(gamma.p, gamma.type, i + j);
+#pragma unroll
+    for (int j = 0; j < V; j += 2) {
+        float a = v[j] * rstd * g[j], b = v[j + 1] * rstd * g[j + 1];
+        out[j] = a * turn[j] - b * turn[j + 1];
+        out[j + 1] = b * turn[j] + a * turn[j + 1];
+    }
+    if constexpr (V > 2)
+        store(x + i, out);
+    else
+        for (int j = 0; j < V; j++)
+            x[i + j] = from_f32<T>(out[j]);
+}
+
+// L lanes take a head of a row, its query and its key together: twice the loads under way, and one look at the angles.
 template <typename T, int V> __global__ void __launch_bounds__(256) qk_kernel(qk_of<T> p, int L)
 {
-    int unit = (int)((blockIdx.y * blockDim.x + threadIdx.x) / (unsigned)L), lane = (int)threadIdx.x & (L - 1);
-    bool here = unit < 2 * p.heads; // the others lend their lanes to the shuffles
-    int which = unit < p.heads ? 0 : 1, head = unit - which * p.heads;
-    int64_t r = blockIdx.x;
-    // Chosen by selection: an index known only at run time would put the arguments in local memory.
-    T *x = (which ? p.x[1] : p.x[0]) + (here ? r * (which ? p.ld[1] : p.ld[0]) + (int64_t)head * p.dim : 0);
-    row gamma = {which ? p.gamma[1].p : p.gamma[0].p, which ? p.gamma[1].type : p.gamma[0].type};
-    float v[V], square = 0;
+    int head = (int)((blockIdx.y * blockDim.x + threadIdx.x) / (unsigned)L), lane = (int)threadIdx.x & (L - 1);
+    bool here = head < p.heads; // the others lend their lanes to the shuffles
+    int64_t r = blockIdx.x, at = here ? (int64_t)head * p.dim : 0;
+    T *q = p.x[0] + (here ? r * p.ld[0] : 0) + at, *k = p.x[1] + (here ? r * p.ld[1] : 0) + at;
+    const float *rope = p.rope + r * p.rope_ld;
+    float vq[V], vk[V], turn[V], q2 = 0, k2 = 0;
     for (int i = lane * V; here && i < p.dim; i += L * V) {
-        load_pairs(v, x + i);
+        load_pairs(vq, q + i);
+        load_pairs(vk, k + i);
+        load_pairs(turn, rope + i);
 #pragma unroll
-        for (int j = 0; j < V; j++)
-            square += v[j] * v[j];
-    }
-    for (int i = L / 2; i; i /= 2)
-        square += __shfl_xor_sync(~0u, square, i);
-    float rstd = 1 / sqrtf(square / (float)p.dim + p.eps);
-    for (int i = lane * V; here && i < p.dim; i += L * V) {
-        float g[V], turn[V], out[V];
-        if (p.dim > L * V)
-            load_pairs(v, x + i);
-        if constexpr (V > 2)
-            load_row(g, gamma, i);
-        else
-            for (int j = 0; j < V; j++)
-                g[j] = load_any(gamma.p, gamma.type, i + j);
-        load_pairs(turn, p.rope + r * p.rope_ld + i);
-#pragma unroll
-        for (int j = 0; j < V; j += 2) {
-            float a = v[j] * rstd * g[j], b = v[j + 1] * rstd * g[j + 1];
-            out[j] = a * turn[j] - b * turn[j + 1];
-            out[j + 1] = b * turn[j] + a * turn[j + 1];
+        for (int j = 0; j < V; j++) {
+            q2 += vq[j] * vq[j];
+            k2 += vk[j] * vk[j];
         }
-        if constexpr (V > 2)
-            store(x + i, out);
-        else
-            for (int j = 0; j < V; j++)
-                x[i + j] = from_f32<T>(out[j]);
+    }
+    for (int i = L / 2; i; i /= 2) {
+        q2 += __shfl_xor_sync(~0u, q2, i);
+        k2 += __shfl_xor_sync(~0u, k2, i);
+    }
+    float q_rstd = 1 / sqrtf(q2 / (float)p.dim + p.eps), k_rstd = 1 / sqrtf(k2 / (float)p.dim + p.eps);
+    for (int i = lane * V; here && i < p.dim; i += L * V) {
+        if (p.dim > L * V) { // more than one round: read again
+            load_pairs(vq, q + i);
+            load_pairs(vk, k + i);
+            load_pairs(turn, rope + i);
+        }
+        turn_pairs(q, vq, q_rstd, p.gamma[0], i, turn);
+        turn_pairs(k, vk, k_rstd, p.gamma[1], i, turn);
     }
 }
 
@@ -404,7 +422,10 @@ template <typename T, int V> static void qk_rows(cudaStream_t s, int64_t rows, c
     int lanes = 1;
     while (lanes < WARP && lanes * V < p.dim)
         lanes *= 2;
-    int64_t wanted = ceil_div(2 * p.heads * lanes, WARP) * WARP, threads = wanted < 256 ? wanted : 256;
+    int64_t wanted = ceil_div(p.heads * lanes, WARP) * WARP, threads = wanted < 256 ? wanted : 256;
+    // Blocks of the size that leaves the fewest threads without a head.
+    if (wanted > 256 && wanted % 192 == 0)
+        threads = 192;
     dim3 grid((unsigned)rows, (unsigned)ceil_div(wanted, threads));
     qk_kernel<T, V><<<grid, (unsigned)threads, 0, s>>>(p, lanes);
 }
