@@ -147,7 +147,7 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
 enum { MOD_THREADS = 256, MOD_V = 8, MOD_WIDEST = MOD_THREADS * MOD_V * 4 };
 
 // Blocks of MOD_THREADS that a multiprocessor's registers hold when a thread keeps R vectors.
-constexpr int mod_blocks(int R) { return R < 4 ? 4 : 2; }
+constexpr int mod_blocks(int R) { return R < 4 ? 3 : 2; }
 
 template <typename T> struct mod_of {
     T *x;
