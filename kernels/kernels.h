@@ -78,13 +78,11 @@ struct kernels {
     void (*free)(struct device *d, void *p);
     // Bytes of the device's own memory: free at present, by any process, and all. NULL: it computes in the host's.
     void (*memory)(struct device *d, size_t *available, size_t *total);
-    // Bytes of the device's own memory: free at present, by any process, and all. NULL: it computes in the host's.
-    void (*memory)(struct device *d, size_t *available, size_t *total);
     // Host to device and back; host is contiguous: f32, converted on the way, for f32, bf16 and f16 tensors, else the
     // tensor's own type.
     void (*upload)(struct device *d, struct tensor dst, const void *host);
     void (*download)(struct device *d, void *host, struct tensor src);
-    // *out = a weight in host memory where the device's operations can read it: the host tensor itself (cpu, dry), or a
+    // *out = a weight in host memory where the device's operations can read it: the host tensor itself (cpu), or a
     // copy that the device owns until it is closed (cuda). A copy of two or more dimensions has the activation type.
     int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
     // The same for a linear layer, whose parts may become one part there. type: E4M3, or the activation type.

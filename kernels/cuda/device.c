@@ -225,13 +225,6 @@ static void cuda_memory(struct device *d, size_t *available, size_t *total)
         *available = *total = 0;
 }
 
-static void cuda_memory(struct device *d, size_t *available, size_t *total)
-{
-    cuda_enter(d);
-    if (cudaMemGetInfo(available, total) != cudaSuccess)
-        *available = *total = 0;
-}
-
 static bool is_half(enum dtype type)
 {
     return type == DT_BF16 || type == DT_F16;
@@ -667,7 +660,6 @@ const struct kernels kernels_cuda = {
     .cost = cuda_cost,
     .alloc = cuda_alloc,
     .free = cuda_free,
-    .memory = cuda_memory,
     .memory = cuda_memory,
     .upload = cuda_upload,
     .download = cuda_download,
