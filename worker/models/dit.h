@@ -30,6 +30,11 @@ struct dit_pass {
     const struct dit_cond *cond;
     const struct dit_rows *rows;
     struct tensor hidden; // (text.count + image.count, hidden)
+    // The last block's residual is added by whoever norms hidden next, in one pass over memory: where pending, hidden
+    // still lacks gate * update. embed allocates update in the arena.
+    bool pending;
+    struct tensor update;                // as hidden
+    struct tensor text_gate, image_gate; // (hidden)
 };
 
 struct dit_info {

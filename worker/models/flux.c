@@ -208,6 +208,27 @@ static void embed(const struct dit *m, struct exec *x, struct dit_pass *p, struc
 {
     x->k->copy(x->d, text_rows(p, p->hidden), tensor_rows(p->cond->text, 0, p->rows->text.count));
     x->k->linear(x->d, image_rows(p, p->hidden), tokens, &flux_of(m)->embed_image, ACT_NONE);
+    p->update = exec_tensor(x, 2, p->hidden.n[0], p->hidden.n[1], 1, 1);
+    p->pending = false;
+}
+
+// normed = norm of some rows of hidden, h, modulated by the chunks scale and shift of at, after the residual that h
+// lacks (gate * update) was added.
+static void enter(const struct flux *f, struct exec *x, const struct dit_pass *p, struct tensor h, struct tensor gate,
+                  struct tensor update, struct tensor normed, int64_t at, int scale, int shift)
+{
+    if (p->pending)
+        x->k->gate_add_modulate(x->d, h, gate, update, normed, chunk(f, p, at, scale), chunk(f, p, at, shift), EPS);
+    else
+        x->k->modulate(x->d, normed, h, chunk(f, p, at, scale), chunk(f, p, at, shift), EPS);
+}
+
+// What a block leaves to be added: update is filled.
+static void leave(struct dit_pass *p, struct tensor text_gate, struct tensor image_gate)
+{
+    p->pending = true;
+    p->text_gate = text_gate;
+    p->image_gate = image_gate;
 }
 
 // out (rows, dim) = attention of all rows with each other; qkv (rows, 3 * dim) already normed and rotated
@@ -231,31 +252,44 @@ static void norm_and_rotate(const struct flux *f, struct exec *x, struct tensor 
                        split_heads(f, tensor_cols(qkv, f->dim, f->dim)), norm_q, norm_k, EPS, rope_rows);
 }
 
-// h: this stream's rows of hidden; qkv and the rope rows likewise
+// One stream's rows of what a double block works on.
+struct stream_rows {
+    struct tensor h, update, gate, qkv, rope, attention;
+};
+
+static struct stream_rows stream_rows(const struct dit_pass *p, bool text, struct tensor qkv, struct tensor attention)
+{
+    struct tensor (*of)(const struct dit_pass *, struct tensor) = text ? text_rows : image_rows;
+    return (struct stream_rows){.h = of(p, p->hidden),
+                                .update = of(p, p->update),
+                                .gate = text ? p->text_gate : p->image_gate,
+                                .qkv = of(p, qkv),
+                                .rope = of(p, p->rows->rope),
+                                .attention = of(p, attention)};
+}
+
 static void stream_in(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct stream *s,
-                      struct tensor h, struct tensor qkv, struct tensor rope_rows)
+                      const struct stream_rows *r)
 {
     const size_t mark = arena_mark(x->arena);
-    struct tensor normed = exec_input(x, h.n[0], &s->qkv);
-    x->k->modulate(x->d, normed, h, chunk(f, p, s->mod_at, 1), chunk(f, p, s->mod_at, 0), EPS);
-    x->k->linear(x->d, qkv, normed, &s->qkv, ACT_NONE);
-    norm_and_rotate(f, x, qkv, s->norm_q, s->norm_k, rope_rows);
+    struct tensor normed = exec_input(x, r->h.n[0], &s->qkv);
+    enter(f, x, p, r->h, r->gate, r->update, normed, s->mod_at, 1, 0);
+    x->k->linear(x->d, r->qkv, normed, &s->qkv, ACT_NONE);
+    norm_and_rotate(f, x, r->qkv, s->norm_q, s->norm_k, r->rope);
     arena_release(x->arena, mark);
 }
 
 static void stream_out(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct stream *s,
-                       struct tensor h, struct tensor attention)
+                       const struct stream_rows *r)
 {
     const size_t mark = arena_mark(x->arena);
-    struct tensor y = exec_tensor(x, 2, h.n[0], f->dim, 1, 1);
-    struct tensor normed = exec_input(x, h.n[0], &s->up);
-    struct tensor inner = exec_tensor(x, 2, h.n[0], MLP_RATIO * f->dim, 1, 1);
-    x->k->linear(x->d, y, attention, &s->out, ACT_NONE);
-    x->k->gate_add_modulate(x->d, h, chunk(f, p, s->mod_at, 2), y, normed, chunk(f, p, s->mod_at, 4),
+    struct tensor normed = exec_input(x, r->h.n[0], &s->up);
+    struct tensor inner = exec_tensor(x, 2, r->h.n[0], MLP_RATIO * f->dim, 1, 1);
+    x->k->linear(x->d, r->update, r->attention, &s->out, ACT_NONE);
+    x->k->gate_add_modulate(x->d, r->h, chunk(f, p, s->mod_at, 2), r->update, normed, chunk(f, p, s->mod_at, 4),
                             chunk(f, p, s->mod_at, 3), EPS);
     x->k->linear(x->d, inner, normed, &s->up, ACT_GELU_TANH);
-    x->k->linear(x->d, y, inner, &s->down, ACT_NONE);
-    x->k->gate_add(x->d, h, chunk(f, p, s->mod_at, 5), y);
+    x->k->linear(x->d, r->update, inner, &s->down, ACT_NONE);
     arena_release(x->arena, mark);
 }
 
@@ -266,13 +300,27 @@ static void double_block(const struct flux *f, struct exec *x, struct dit_pass *
     struct tensor attention = exec_tensor(x, 2, p->hidden.n[0], f->dim, 1, 1);
     const size_t inner = arena_mark(x->arena);
     struct tensor qkv = exec_tensor(x, 2, p->hidden.n[0], 3 * f->dim, 1, 1);
-    stream_in(f, x, p, &b->text, text_rows(p, p->hidden), text_rows(p, qkv), text_rows(p, p->rows->rope));
-    stream_in(f, x, p, &b->image, image_rows(p, p->hidden), image_rows(p, qkv), image_rows(p, p->rows->rope));
+    const struct stream_rows text = stream_rows(p, true, qkv, attention), image = stream_rows(p, false, qkv, attention);
+    stream_in(f, x, p, &b->text, &text);
+    stream_in(f, x, p, &b->image, &image);
     attend(f, x, p, i, attention, qkv);
     arena_release(x->arena, inner);
-    stream_out(f, x, p, &b->text, text_rows(p, p->hidden), text_rows(p, attention));
-    stream_out(f, x, p, &b->image, image_rows(p, p->hidden), image_rows(p, attention));
+    stream_out(f, x, p, &b->text, &text);
+    stream_out(f, x, p, &b->image, &image);
+    leave(p, chunk(f, p, b->text.mod_at, 5), chunk(f, p, b->image.mod_at, 5));
     arena_release(x->arena, mark);
+}
+
+// The first of the single blocks finds text and image with a gate each, the others one gate for all rows.
+static void single_enter(const struct flux *f, struct exec *x, const struct dit_pass *p, struct tensor normed,
+                         int64_t at)
+{
+    if (!p->pending || p->text_gate.data == p->image_gate.data) {
+        enter(f, x, p, p->hidden, p->image_gate, p->update, normed, at, 1, 0);
+        return;
+    }
+    enter(f, x, p, text_rows(p, p->hidden), p->text_gate, text_rows(p, p->update), text_rows(p, normed), at, 1, 0);
+    enter(f, x, p, image_rows(p, p->hidden), p->image_gate, image_rows(p, p->update), image_rows(p, normed), at, 1, 0);
 }
 
 static void single_block(const struct flux *f, struct exec *x, struct dit_pass *p, int i)
@@ -281,16 +329,15 @@ static void single_block(const struct flux *f, struct exec *x, struct dit_pass *
     const int64_t rows = p->hidden.n[0];
     const size_t mark = arena_mark(x->arena);
     struct tensor both = exec_tensor(x, 2, rows, (1 + MLP_RATIO) * f->dim, 1, 1); // [attention | mlp]
-    struct tensor y = exec_tensor(x, 2, rows, f->dim, 1, 1);
     struct tensor normed = exec_input(x, rows, &b->qkv);
     struct tensor qkv = exec_tensor(x, 2, rows, 3 * f->dim, 1, 1);
-    x->k->modulate(x->d, normed, p->hidden, chunk(f, p, b->mod_at, 1), chunk(f, p, b->mod_at, 0), EPS);
+    single_enter(f, x, p, normed, b->mod_at);
     x->k->linear(x->d, qkv, normed, &b->qkv, ACT_NONE);
     norm_and_rotate(f, x, qkv, b->norm_q, b->norm_k, p->rows->rope);
     attend(f, x, p, (int)f->n_double + i, tensor_cols(both, 0, f->dim), qkv);
     x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), normed, &b->up, ACT_GELU_TANH);
-    x->k->linear(x->d, y, both, &b->out, ACT_NONE);
-    x->k->gate_add(x->d, p->hidden, chunk(f, p, b->mod_at, 2), y);
+    x->k->linear(x->d, p->update, both, &b->out, ACT_NONE);
+    leave(p, chunk(f, p, b->mod_at, 2), chunk(f, p, b->mod_at, 2));
     arena_release(x->arena, mark);
 }
 
@@ -308,8 +355,7 @@ static void head(const struct dit *m, struct exec *x, struct dit_pass *p, struct
     const struct flux *f = flux_of(m);
     const size_t mark = arena_mark(x->arena);
     struct tensor normed = exec_tensor(x, 2, p->rows->image.count, f->dim, 1, 1);
-    x->k->modulate(x->d, normed, image_rows(p, p->hidden), chunk(f, p, f->mod_out_at, 0), chunk(f, p, f->mod_out_at, 1),
-                   EPS);
+    enter(f, x, p, image_rows(p, p->hidden), p->image_gate, image_rows(p, p->update), normed, f->mod_out_at, 0, 1);
     x->k->linear(x->d, out, normed, &f->proj_out, ACT_NONE);
     arena_release(x->arena, mark);
 }
