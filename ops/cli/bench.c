@@ -1,0 +1,199 @@
+// ditfleet bench: what this machine does with a model, or with an architecture whose weights are made up here, beside
+// what it could do.
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/backend.h"
+#include "ops/cli/bench.h"
+#include "proto/conf.h"
+
+static const char *const whats[BENCH_WHATS] = {[BENCH_STEP] = "step",
+                                               [BENCH_IMAGE] = "image",
+                                               [BENCH_TEXT] = "text",
+                                               [BENCH_VAE] = "vae",
+                                               [BENCH_START] = "start"};
+
+// The model's configurations: an architecture's are written to a directory of their own.
+static int find_model(struct bench *b, Ditfleet__V1__Precision *preferred, struct err *err)
+{
+    size_t room = b->k->memory ? (size_t)128 << 20 : (size_t)32 << 20; // what the ceilings take
+    *preferred = DITFLEET__V1__PRECISION__PRECISION_DEFAULT;
+    if (b->architecture) {
+        const char *temporary = getenv("TMPDIR");
+        size_t largest = 0;
+        snprintf(b->directory, sizeof b->directory, "%.30s/ditfleet-bench-XXXXXX", temporary ? temporary : "/tmp");
+        if (!mkdtemp(b->directory)) {
+            err_set(err, ERR_IO, "%s: cannot be made (%s)", b->directory, strerror(errno));
+            b->directory[0] = '\0';
+            return err->code;
+        }
+        TRY(architecture_write(b->architecture, b->directory, &largest, err));
+        room = largest > room ? largest : room;
+    } else {
+        struct model *m;
+        TRY(model_load(b->model_dir, &m, err));
+        *preferred = m->limits.precision;
+        model_free(m);
+    }
+    return invention_new(room, b->threads, &b->invention, err);
+}
+
+static int load(struct bench *b, struct err *err)
+{
+    Ditfleet__V1__Precision preferred;
+    size_t available = 0, total = 0;
+    TRY(find_model(b, &preferred, err));
+    TRY(engine_precision(b->k, b->job->precision, preferred, &b->precision, err));
+    TRY(comm_self_new(&b->comm, err));
+    const struct engine_options options = {
+        .kernels = b->k,
+        .device = {.threads = b->threads, .activation = b->precision.activation},
+        .fp8 = b->precision.fp8,
+        .data = b->comm,
+        .control = b->comm,
+        .memory_limit = b->k->memory ? INT64_MAX : 0, // the GPU says itself when it is full
+    };
+    TRY(engine_new(&options, &b->engine, err));
+    b->home = engine_home(b->engine);
+    if (b->architecture)
+        b->home.invention = b->invention;
+    if (b->k->memory)
+        b->k->memory(b->home.d, &available, &total);
+    b->memory.before = (int64_t)(total - available);
+    TRY(model_load_on(b->architecture ? b->directory : b->model_dir, &b->home, &b->model, err));
+    TRY(b->k->sync(b->home.d, err));
+    b->loaded = bench_process_seconds();
+    bench_memory_seen(b);
+    b->memory.loaded = b->memory.peak;
+    b->memory.weights = model_bytes(b->model);
+    TRY(model_resolve_job(b->model, b->job, err));
+    return plan_make(&b->model->info, 1, job_true_cfg(b->job), 0, 0, &b->plan, err);
+}
+
+// All steps of the later images: the first one pays for what is measured and built once.
+static void gather_steps(struct bench *b)
+{
+    double medians[BENCH_MAX_REPEAT], min = 0, max = 0;
+    const int first = b->n_images > 1 ? 1 : 0;
+    for (int i = first; i < b->n_images; i++) {
+        const struct bench_spread *s = &b->images[i].step;
+        medians[i - first] = s->median;
+        min = i == first || s->min < min ? s->min : min;
+        max = s->max > max ? s->max : max;
+    }
+    b->step = bench_spread_of(medians, b->n_images - first);
+    b->step.min = min;
+    b->step.max = max;
+}
+
+static int pictures(struct bench *b, struct err *err)
+{
+    if (b->compare)
+        TRY(bench_peer_start(b, err));
+    for (int i = 0; i <= b->repeat; i++) { // one image before those that count, and the peer between them
+        TRY(bench_images(b, 1, err));
+        if (b->peer)
+            TRY(bench_peer_run(b, err));
+    }
+    bench_peer_end(b);
+    gather_steps(b);
+    return 0;
+}
+
+static int measure(struct bench *b, struct err *err)
+{
+    if (b->what == BENCH_START)
+        return bench_start(b, err);
+    if (b->what == BENCH_VAE)
+        b->job->num_inference_steps = 1;
+    if (b->what == BENCH_TEXT || b->what == BENCH_IMAGE)
+        TRY(bench_text(b, b->repeat < 10 ? 10 : b->repeat, err));
+    if (b->what != BENCH_TEXT)
+        TRY(pictures(b, err));
+    TRY(bench_profile(b, err));
+    TRY(bench_costs(b, err));
+    return bench_ceilings(b, err);
+}
+
+static int check(struct bench *b, const char *what, struct err *err)
+{
+    if (!b->architecture == !b->model_dir)
+        return err_set(err, ERR_INVALID, "one of --architecture NAME and --model DIR is needed");
+    b->what = BENCH_WHATS;
+    for (int i = 0; i < BENCH_WHATS; i++)
+        if (strcmp(whats[i], what) == 0)
+            b->what = (enum bench_what)i;
+    if (b->what == BENCH_WHATS)
+        return err_set(err, ERR_INVALID, "--what %.40s: it may be step, image, text, vae or start", what);
+    if (b->compare && b->what != BENCH_STEP && b->what != BENCH_IMAGE)
+        return err_set(err, ERR_INVALID, "--compare: the peer runs steps: it goes with --what step or image");
+    if (strcmp(b->device, "dry") == 0)
+        return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
+    TRY(job_check_fields(b->job, err));
+    if (b->job->num_images > 1)
+        return err_set(err, ERR_INVALID, "--num-images: pictures are measured one by one; use --repeat");
+    return backend_find(b->device, &b->k, err);
+}
+
+static void leave(struct bench *b)
+{
+    bench_peer_end(b);
+    model_free(b->model);
+    engine_free(b->engine);
+    comm_free(b->comm);
+    invention_free(b->invention);
+    if (b->directory[0])
+        architecture_remove(b->directory);
+    job_free(b->job);
+    free(b);
+}
+
+static int bench(struct bench *b, const char *what, struct err *err)
+{
+    TRY(check(b, what, err));
+    const struct conf_group group = {.threads = b->threads, .ranks = 1};
+    b->threads = conf_group_threads(&group);
+    TRY(load(b, err));
+    TRY(measure(b, err));
+    (b->json ? bench_print_json : bench_print)(b);
+    return 0;
+}
+
+static int run(const struct cli_command *self, int argc, char **argv)
+{
+    struct bench *b = calloc(1, sizeof *b);
+    const char *what = whats[BENCH_STEP];
+    if (!b)
+        return CLI_FAILED;
+    b->device = "cpu";
+    b->repeat = 3;
+    b->job = job_new();
+    const struct cli_flag flags[] = {
+        {"--architecture", "NAME", "flux.1-dev, flux.1-schnell or demo, with weights made up here", CLI_STRING,
+         &b->architecture, 0, 0},
+        {"--model", "DIR", "or a diffusers-format model directory", CLI_STRING, &b->model_dir, 0, 0},
+        {"--what", "PART",
+         "step: the loop (default); image: prompt to pixels; text; vae;\n"
+         "                              start: from the start of the process to the first step",
+         CLI_STRING, &what, 0, 0},
+        {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &b->device, 0, 0},
+        {"--threads", "N", "threads of the CPU; default: cores", CLI_INT, &b->threads, 1, 1024},
+        {"--repeat", "N", "images, or runs of a part, that count; one more goes before (default 3)", CLI_INT,
+         &b->repeat, 1, BENCH_MAX_REPEAT - 1},
+        {"--compare", NULL, "also run the peer, in turns: a compiled PyTorch transformer of the same sizes", CLI_BOOL,
+         &b->compare, 0, 0},
+        {"--peer", "SCRIPT", "the peer; default: tests/bench/reference_gpu.py of the source tree", CLI_STRING,
+         &b->peer_script, 0, 0},
+        {"--json", NULL, "one JSON object instead of a table", CLI_BOOL, &b->json, 0, 0},
+    };
+    struct err err = {.code = ERR_NONE};
+    int rc = b->job ? cli_parse(self, flags, sizeof flags / sizeof *flags, b->job, argc, argv, NULL, NULL) : CLI_FAILED;
+    if (rc < 0)
+        rc = bench(b, what, &err) == 0 ? CLI_OK : cli_fail(&err);
+    leave(b);
+    return rc;
+}
+
+const struct cli_command cli_bench = {"bench", "", "measure a model or an architecture on this machine", run, true};

@@ -1,0 +1,117 @@
+// bench.h: what the files of `ditfleet bench` share: what was asked, what was measured, and who measures what.
+#ifndef DITFLEET_CLI_BENCH_H
+#define DITFLEET_CLI_BENCH_H
+
+#include "ops/cli/cli.h"
+#include "worker/engine.h"
+#include "worker/invent.h"
+
+enum bench_what { BENCH_STEP, BENCH_IMAGE, BENCH_TEXT, BENCH_VAE, BENCH_START, BENCH_WHATS };
+enum { BENCH_MAX_REPEAT = 100, BENCH_MAX_OPS = 40, BENCH_OP_NAME = 48 };
+
+// Milliseconds.
+struct bench_spread {
+    double median, min, max;
+    int count; // 0: not measured
+};
+struct bench_spread bench_spread_of(double *values, int count); // sorts them
+
+// One run of the engine, seconds. Text goes from the prompt to the first step, modulations included; what was not run
+// is 0.
+struct bench_image {
+    double text, loop, decode, whole;
+    struct bench_spread step;
+};
+
+struct bench_op {
+    char name[BENCH_OP_NAME];
+    int calls;
+    double ms;
+};
+
+// Time of each operation of what was asked for (one step of it), longest first.
+struct bench_ops {
+    struct bench_op list[BENCH_MAX_OPS];
+    int count, calls;
+    double ms; // of all
+};
+
+// What the device reaches at best, a second, measured here; 0: not measured.
+struct bench_ceilings {
+    double product, attention; // operations
+    double copy;               // bytes, read and written
+    int64_t product_side;
+};
+
+// What the dry backend counts. attention: the operations of joint attention among flops.
+struct bench_cost {
+    double flops, bytes, attention;
+};
+
+struct bench_memory {
+    int64_t weights, activations;        // bytes: as stored; predicted
+    int64_t total, before, loaded, peak; // of the device, in use by all processes; total 0: the host's memory
+    int64_t process;                     // peak of this process, resident
+};
+
+struct bench_peer {
+    char name[160], missing[400]; // missing: why there are no figures; "" when there are
+    struct bench_spread step;     // ms
+    double loop;                  // seconds, median
+};
+
+struct bench {
+    // asked for
+    const char *architecture, *model_dir, *device, *peer_script;
+    enum bench_what what;
+    int repeat, threads;
+    bool compare, json;
+    Ditfleet__V1__Job *job;
+    // in use
+    const struct kernels *k;
+    struct precision precision;
+    struct invention *invention;
+    char directory[64]; // of the architecture's configurations; "" when there are none
+    struct comm *comm;
+    struct engine *engine;
+    struct home home;
+    struct model *model;
+    struct plan plan;
+    struct peer *peer;
+    // measured
+    double loaded, first_step; // seconds since the process began
+    struct bench_image images[BENCH_MAX_REPEAT];
+    int n_images;
+    struct bench_spread t5, clip, step, peer_step;
+    struct bench_ops ops;
+    struct bench_ceilings ceilings;
+    struct bench_cost step_cost, text_cost, decode_cost;
+    struct bench_memory memory;
+    struct bench_peer peer_result;
+};
+
+// bench_run.c: through the engine.
+int bench_images(struct bench *b, int count, struct err *err); // appended to images
+int bench_start(struct bench *b, struct err *err);
+int bench_profile(struct bench *b, struct err *err); // ops, where the backend can tell
+double bench_process_seconds(void);                  // since this process began
+void bench_memory_seen(struct bench *b);             // raises memory.peak
+
+// bench_part.c: one part of the model alone.
+int bench_text(struct bench *b, int repeat, struct err *err); // t5 and clip, apart
+int bench_costs(struct bench *b, struct err *err);
+
+// bench_ceiling.c
+int bench_ceilings(struct bench *b, struct err *err);
+
+// bench_report.c
+void bench_print(struct bench *b);
+void bench_print_json(struct bench *b);
+
+// bench_peer.c: the peer lives as a process beside this one and runs when it is told. Where none is installed the
+// peer is NULL and peer_result says why.
+int bench_peer_start(struct bench *b, struct err *err);
+int bench_peer_run(struct bench *b, struct err *err); // one loop
+void bench_peer_end(struct bench *b);
+
+#endif
