@@ -251,10 +251,10 @@ static float timed(struct device *d, const struct graph *g, desc plan, int64_t w
     return best;
 }
 
-// Keeps the first configuration that becomes a plan or, of a convolution, the fastest of the first few.
+// Keeps the fastest of the first few configurations that become plans; while a recording goes on, the first.
 static void choose(struct device *d, struct plan *p, const desc *configs, int64_t found, int count, void **pointers)
 {
-    bool race = p->kind == GRAPH_CONV && !cuda_capturing(d);
+    bool race = !cuda_capturing(d);
     float best = -1;
     int tried = 0;
     for (int64_t i = 0; i < found && tried < (race ? TIMED : 1); i++) {

@@ -144,129 +144,109 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
 
 // ---- adaLN: [residual and] norm and modulation in one pass over memory
 
-enum { MOD_THREADS = 256, MOD_V = 8, MOD_WIDEST = MOD_THREADS * MOD_V * 4 };
-
-// Blocks of MOD_THREADS that a multiprocessor's registers hold when a thread keeps R vectors.
-constexpr int mod_blocks(int R) { return R < 4 ? 3 : 2; }
+enum { MOD_THREADS = 256, MOD_BLOCKS = 3, MOD_V = 8 };
 
 template <typename T> struct mod_of {
     T *x;
-    const T *update;
+    const T *update, *gate, *scale, *shift;
     void *y;
     float *y_scale;
-    row gate, scale, shift;
     int64_t x_ld, update_ld, y_ld;
-    int rows, n;
+    int rows;
     float eps;
 };
 
-struct moments { // of some numbers: how many, their mean, the sum of squared distances from it
-    float count, mean, m2;
+struct moments { // of some numbers: their mean, the sum of squared distances from it
+    float mean, m2;
 };
 
-// Chan, Golub & LeVeque 1979; symmetric, so that lanes that exchange get the same.
-__device__ static moments merge(moments a, moments b)
+// Moments of a row to which every thread brings as many numbers, `own`: merged pairwise (Chan, Golub & LeVeque 1979),
+// which loses nothing to a mean far from 0, in one exchange between the warps. shared holds a moments a warp.
+__device__ static moments merge_block(moments m, float own, moments *shared)
 {
-    float count = a.count + b.count, apart = a.mean - b.mean, share = count > 0 ? 1 / count : 0;
-    return {count, (a.count * a.mean + b.count * b.mean) * share,
-            a.m2 + b.m2 + apart * apart * (a.count * b.count * share)};
-}
-
-// The whole row's moments from each thread's; shared holds MOD_THREADS / WARP of them.
-__device__ static moments merge_block(moments m, moments *shared)
-{
-    for (int i = WARP / 2; i; i /= 2)
-        m = merge(m, {__shfl_xor_sync(~0u, m.count, i), __shfl_xor_sync(~0u, m.mean, i),
-                      __shfl_xor_sync(~0u, m.m2, i)});
-    __syncthreads(); // the row before has been read
+    for (int i = 1; i < WARP; i *= 2, own *= 2) {
+        float mean = __shfl_xor_sync(~0u, m.mean, i), m2 = __shfl_xor_sync(~0u, m.m2, i), apart = m.mean - mean;
+        m = {0.5f * (m.mean + mean), m.m2 + m2 + apart * apart * (0.5f * own)};
+    }
     if (threadIdx.x % WARP == 0)
         shared[threadIdx.x / WARP] = m;
     __syncthreads();
-    m = shared[0];
-    for (unsigned i = 1; i < blockDim.x / WARP; i++)
-        m = merge(m, shared[i]);
-    return m;
+    int warps = (int)blockDim.x / WARP;
+    float mean = 0, m2 = 0;
+    for (int i = 0; i < warps; i++)
+        mean += shared[i].mean;
+    mean /= (float)warps;
+    for (int i = 0; i < warps; i++)
+        m2 += shared[i].m2 + (shared[i].mean - mean) * (shared[i].mean - mean) * own;
+    return {mean, m2};
 }
 
-template <int R> __device__ static moments moments_of(const float (&v)[R][MOD_V], int n)
+template <int R> __device__ static moments moments_of(const float (&v)[R][MOD_V])
 {
-    moments m = {0, 0, 0};
+    moments m = {0, 0};
 #pragma unroll
     for (int k = 0; k < R; k++)
-        if ((k * (int)blockDim.x + (int)threadIdx.x) * MOD_V < n) {
-            m.count += MOD_V;
 #pragma unroll
-            for (int j = 0; j < MOD_V; j++)
-                m.mean += v[k][j];
-        }
-    m.mean = m.count > 0 ? m.mean / m.count : 0;
+        for (int j = 0; j < MOD_V; j++)
+            m.mean += v[k][j];
+    m.mean *= 1.f / (R * MOD_V);
 #pragma unroll
     for (int k = 0; k < R; k++)
-        if ((k * (int)blockDim.x + (int)threadIdx.x) * MOD_V < n)
 #pragma unroll
-            for (int j = 0; j < MOD_V; j++)
-                m.m2 += (v[k][j] - m.mean) * (v[k][j] - m.mean);
+        for (int j = 0; j < MOD_V; j++)
+            m.m2 += (v[k][j] - m.mean) * (v[k][j] - m.mean);
     return m;
 }
 
 // The row's numbers as E4M3, its largest magnitude at the type's largest, 448.
-template <int R>
-__device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[R][MOD_V], int n, float *shared)
+template <int R> __device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[R][MOD_V], float *shared)
 {
     float top = 0;
 #pragma unroll
     for (int k = 0; k < R; k++)
-        if ((k * (int)blockDim.x + (int)threadIdx.x) * MOD_V < n)
 #pragma unroll
-            for (int j = 0; j < MOD_V; j++)
-                top = fmaxf(top, fabsf(v[k][j]));
+        for (int j = 0; j < MOD_V; j++)
+            top = fmaxf(top, fabsf(v[k][j]));
     top = block_reduce<largest>(top, shared);
     float factor = top > 0 ? top / 448 : 1, inverse = 1 / factor;
     if (threadIdx.x == 0)
         *scale = factor;
 #pragma unroll
     for (int k = 0; k < R; k++) {
-        int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
-        if (i >= n)
-            continue;
         pack<__nv_fp8x2_storage_t, MOD_V / 2> out;
 #pragma unroll
         for (int j = 0; j < MOD_V; j += 2)
             out.v[j / 2] = __nv_cvt_float2_to_fp8x2({v[k][j] * inverse, v[k][j + 1] * inverse}, __NV_SATFINITE, __NV_E4M3);
-        *reinterpret_cast<decltype(out) *>(y + i) = out;
+        *reinterpret_cast<decltype(out) *>(y + (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V) = out;
     }
 }
 
-// A block takes every gridDim.x-th row and asks memory for its next row before it works on the one in hand: between
-// the sums over a row nothing else would be under way.
+// A block takes every gridDim.x-th row, R vectors a thread, and asks memory for its next row before it works on the one
+// in hand: between the sums over a row nothing else would be under way.
 template <typename T, int R, bool UPDATE, bool E4M3>
-__global__ void __launch_bounds__(MOD_THREADS, mod_blocks(R)) mod_kernel(mod_of<T> p)
+__global__ void __launch_bounds__(MOD_THREADS, MOD_BLOCKS) mod_kernel(mod_of<T> p)
 {
-    __shared__ moments shared[MOD_THREADS / WARP];
-    __shared__ float tops[MAX_THREADS / WARP];
-    pack<T, MOD_V> x[R], u[R];
+    __shared__ moments shared[2][MOD_THREADS / WARP]; // by turns, so that one barrier a row is enough
+    __shared__ float tops[MOD_THREADS / WARP];
+    typedef pack<T, MOD_V> vector;
+    vector x[R], u[R];
+    const int step = (int)blockDim.x * MOD_V, at = (int)threadIdx.x * MOD_V;
     auto fetch = [&](int r) {
 #pragma unroll
         for (int k = 0; k < R; k++) {
-            int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
-            if (i >= p.n)
-                continue;
-            x[k] = *reinterpret_cast<const pack<T, MOD_V> *>(p.x + r * p.x_ld + i);
+            x[k] = *reinterpret_cast<const vector *>(p.x + r * p.x_ld + k * step + at);
             if (UPDATE)
-                u[k] = *reinterpret_cast<const pack<T, MOD_V> *>(p.update + r * p.update_ld + i);
+                u[k] = *reinterpret_cast<const vector *>(p.update + r * p.update_ld + k * step + at);
         }
     };
     fetch((int)blockIdx.x);
-    for (int r = (int)blockIdx.x; r < p.rows; r += (int)gridDim.x) {
+    for (int r = (int)blockIdx.x, turn = 0; r < p.rows; r += (int)gridDim.x, turn = !turn) {
         float v[R][MOD_V];
 #pragma unroll
         for (int k = 0; k < R; k++) {
-            int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
-            if (i >= p.n)
-                continue;
             float g[MOD_V];
             if (UPDATE)
-                load_row(g, p.gate, i);
+                load(g, p.gate + k * step + at);
 #pragma unroll
             for (int j = 0; j < MOD_V; j++) {
                 if (UPDATE) // rounded as the residual is kept
@@ -274,30 +254,32 @@ __global__ void __launch_bounds__(MOD_THREADS, mod_blocks(R)) mod_kernel(mod_of<
                 v[k][j] = to_f32(x[k].v[j]);
             }
             if (UPDATE)
-                *reinterpret_cast<pack<T, MOD_V> *>(p.x + r * p.x_ld + i) = x[k];
+                *reinterpret_cast<vector *>(p.x + r * p.x_ld + k * step + at) = x[k];
         }
         if (r + (int)gridDim.x < p.rows)
             fetch(r + (int)gridDim.x);
-        moments m = merge_block(moments_of(v, p.n), shared);
-        float rstd = 1 / sqrtf(m.m2 / (float)p.n + p.eps);
+        moments m = merge_block(moments_of(v), R * MOD_V, shared[turn]);
+        float rstd = 1 / sqrtf(m.m2 / (float)(R * step) + p.eps);
 #pragma unroll
         for (int k = 0; k < R; k++) {
-            int i = (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V;
-            if (i >= p.n)
-                continue;
-            norm_point(v[k], i, m.mean, rstd, 1, p.scale, p.shift);
+            float scale[MOD_V], shift[MOD_V];
+            load(scale, p.scale + k * step + at);
+            load(shift, p.shift + k * step + at);
+#pragma unroll
+            for (int j = 0; j < MOD_V; j++)
+                v[k][j] = (v[k][j] - m.mean) * rstd * (1 + scale[j]) + shift[j];
             if (!E4M3)
-                store((T *)p.y + r * p.y_ld + i, v[k]);
+                store((T *)p.y + r * p.y_ld + k * step + at, v[k]);
         }
         if (E4M3)
-            store_e4m3((uint8_t *)p.y + r * p.y_ld, p.y_scale + r, v, p.n, tops);
+            store_e4m3((uint8_t *)p.y + r * p.y_ld, p.y_scale + r, v, tops);
     }
 }
 
-template <typename T, int R> static void mod_rows(cudaStream_t s, const mod_of<T> &p, bool e4m3, int processors)
+template <typename T, int R>
+static void mod_rows(cudaStream_t s, const mod_of<T> &p, int threads, bool e4m3, int processors)
 {
-    int threads = (int)ceil_div(ceil_div(p.n, MOD_V * R), WARP) * WARP;
-    int room = processors * (MOD_THREADS * mod_blocks(R) / threads), blocks = p.rows < room ? p.rows : room;
+    int room = processors * (MOD_THREADS * MOD_BLOCKS / threads), blocks = p.rows < room ? p.rows : room;
     if (p.update && e4m3)
         mod_kernel<T, R, true, true><<<blocks, threads, 0, s>>>(p);
     else if (p.update)
@@ -308,34 +290,47 @@ template <typename T, int R> static void mod_rows(cudaStream_t s, const mod_of<T
         mod_kernel<T, R, false, false><<<blocks, threads, 0, s>>>(p);
 }
 
+// Rows that whole warps share out evenly, and vectors of the rows' own type.
+static bool mod_takes(const struct modulation *m)
+{
+    const struct tensor all[] = {m->x, m->update, m->gate, m->scale, m->shift};
+    for (struct tensor t : all)
+        if (!tensor_none(t) && (t.dtype != m->x.dtype || !wide(t, MOD_V)))
+            return false;
+    int64_t threads = m->x.n[1] / MOD_V;
+    return m->x.dtype != DT_F32 && m->x.n[1] % (MOD_V * WARP) == 0 &&
+           (threads <= MOD_THREADS || (threads % (2 * WARP) == 0 && threads <= 2 * MOD_THREADS)) &&
+           m->x.n[0] < INT32_MAX / 2 && wide(m->y, MOD_V);
+}
+
 bool launch_modulate(cudaStream_t s, const struct modulation *m)
 {
-    bool e4m3 = m->y.dtype == DT_E4M3, done = false;
-    int64_t n = m->x.n[1];
-    if (m->x.dtype == DT_F32 || n % MOD_V || n > MOD_WIDEST || m->x.n[0] > INT32_MAX / 2 ||
-        !wide(m->x, MOD_V) || !wide(m->update, MOD_V) || !wide(m->y, MOD_V) || !wide(m->gate, MOD_V) ||
-        !wide(m->scale, MOD_V) || !wide(m->shift, MOD_V))
+    if (!mod_takes(m))
         return false;
     with_type(m->x.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
-            mod_of<T> p = {(T *)m->x.data,    tensor_none(m->update) ? nullptr : (const T *)m->update.data,
-                           m->y.data,         m->y.scale,
-                           row_of(m->gate),   row_of(m->scale),
-                           row_of(m->shift),  m->x.ld,
-                           m->update.ld,      m->y.ld,
-                           (int)m->x.n[0],    (int)n,
+            bool e4m3 = m->y.dtype == DT_E4M3, residual = !tensor_none(m->update);
+            int threads = (int)(m->x.n[1] / MOD_V);
+            mod_of<T> p = {(T *)m->x.data,
+                           residual ? (const T *)m->update.data : nullptr,
+                           residual ? (const T *)m->gate.data : nullptr,
+                           (const T *)m->scale.data,
+                           (const T *)m->shift.data,
+                           m->y.data,
+                           m->y.scale,
+                           m->x.ld,
+                           m->update.ld,
+                           m->y.ld,
+                           (int)m->x.n[0],
                            m->eps};
-            if (n > MOD_THREADS * MOD_V * 2)
-                mod_rows<T, 4>(s, p, e4m3, m->processors);
-            else if (n > 128 * MOD_V)
-                mod_rows<T, 2>(s, p, e4m3, m->processors);
+            if (threads > MOD_THREADS)
+                mod_rows<T, 2>(s, p, threads / 2, e4m3, m->processors);
             else
-                mod_rows<T, 1>(s, p, e4m3, m->processors);
-            done = true;
+                mod_rows<T, 1>(s, p, threads, e4m3, m->processors);
         }
     });
-    return done;
+    return true;
 }
 
 // ---- queries and keys
