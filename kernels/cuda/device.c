@@ -156,7 +156,7 @@ static int cuda_open(const struct device_options *options, struct device **out, 
     struct device *d = calloc(1, sizeof *d);
     if (!d)
         return err_set(err, ERR_NO_MEMORY, "no memory for a cuda device");
-    d->check = (struct check){.activation = type, .memory = true};
+    d->check = (struct check){.activation = type, .memory = true, .e4m3 = true};
     d->gpu = options->gpu;
     d->type = type;
     d->products = products_new();
@@ -173,6 +173,7 @@ static int cuda_sync(struct device *d, struct err *err)
 {
     cuda_enter(d);
     cuda_ok(d, cudaStreamSynchronize(d->stream), "the GPU's work");
+    products_keep(d->products);
     // Ids come from the text of a job, so the failure does not name them.
     if (*d->bad)
         check_fail(&d->check, ERR_INVALID, "embed or relative_bias: an id is outside its table");

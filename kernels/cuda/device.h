@@ -14,8 +14,9 @@ enum slot {
     SLOT_LIBRARY,
     SLOT_SCORES,
     SLOT_OPERAND,
+    SLOT_QUANTISED,
     SLOTS
-}; // of cuBLASLt and cuDNN; of attention; a converted operand
+}; // of cuBLASLt and cuDNN; of attention, and sums in f32; a converted operand; one converted to E4M3
 
 struct device {
     struct check check;
@@ -64,7 +65,7 @@ static inline int64_t alignment_of(const void *p, int64_t stride)
 
 // ---- product.c
 // y[b] (m, n) = act(x[b] (m, k) w[b] + bias): through cuBLASLt, or a plain kernel where it has no algorithm. x and w
-// have one type; y this one or f32.
+// have one type; y this one or f32. E4M3, for cuda_product_library alone: y of any type.
 struct product {
     int64_t m, n, k, batch;
     const void *x, *w;
@@ -74,10 +75,18 @@ struct product {
     int64_t x_ld, w_ld, y_ld, x_stride, w_stride, y_stride;
     struct tensor bias; // (n) or none, any weight type
     enum act act;
+    const float *x_scale, *w_scale; // E4M3: factors (m) and (n), both 16-byte aligned; or NULL: the bare sums
 };
 void cuda_product(struct device *d, const struct product *p);
+// The epilogue that does act(. + bias), or -1 where cuda_epilogue_after must.
+int64_t cuda_epilogue(const struct product *p);
+void cuda_epilogue_after(struct device *d, const struct product *p); // y = act(y + bias)
+// One way of doing it alone; false: the library has no algorithm for it, and nothing was done. fast: see product.h.
+bool cuda_product_library(struct device *d, const struct product *p, int64_t epilogue, bool fast);
 struct products *products_new(void); // NULL: no memory
 void products_free(struct products *p);
+void products_keep(struct products *p); // tune.c: what was measured, on disk
+// ---- linear.c
 void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
 
 // ---- record.c

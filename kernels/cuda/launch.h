@@ -70,6 +70,11 @@ void launch_softmax(cudaStream_t s, const struct softmax *p);
 // y E4M3 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448, or 1 for
 // a row of zeros. Infinities and NaN become NaN, a row with an infinity gets an infinite factor.
 void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x);
+// y (m, n) f32, bf16 or f16 = the numbers of x (m, n) E4M3 without their factors, which all three hold exactly
+void launch_codes(cudaStream_t s, struct tensor y, struct tensor x);
+// y (m, n) = act(sums (m, n) * x_scale (m) * w_scale (n) + bias); sums f32, without gaps, 16-byte aligned
+void launch_factored(cudaStream_t s, struct tensor y, const float *sums, const float *x_scale, const float *w_scale,
+                     struct tensor bias, enum act act);
 
 // ---- product.cu: products for which no library has an engine, of any type and stride
 // y[b] (m, n) = x[b] (m, k) w[b]; w's element (k, n) lies at k * w_k + n * w_n

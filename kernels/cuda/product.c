@@ -1,33 +1,13 @@
-// product.c: matrix products through cuBLASLt, and the linear layer.
+// product.c: matrix products through cuBLASLt. Each shape is described to it and gets its algorithm (tune.c) once.
 //
-// Row-major y = x w^T is column-major y^T = w x^T: w comes first. For each shape the library's candidates are asked for
-// once; large products are timed on their own operands, and the fastest is kept for the device's life.
-#include "kernels/cuda/device.h"
+// Row-major y = x w^T is column-major y^T = w x^T: w comes first.
+#include "kernels/cuda/product.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { CANDIDATES = 8, LIBRARY_BYTES = 64 << 20, TIMED_RUNS = 3 };
-static const double TIMED_FLOPS = 2e9; // smaller products gain less than the timing costs
-
-// What an algorithm depends on. Compared as bytes: no padding (all members are 8 bytes wide).
-struct key {
-    int64_t m, n, k, batch, type, y_type, w_rows, x_ld, w_ld, y_ld, x_stride, w_stride, y_stride, epilogue;
-    int64_t x_align, w_align, y_align;
-};
-
-struct shape {
-    struct key key;
-    bool usable; // the library has an algorithm
-    cublasLtMatmulAlgo_t algo;
-    cublasLtMatmulDescOpaque_t desc;
-    cublasLtMatrixLayoutOpaque_t w, x, y;
-};
-
-struct products {
-    size_t count, room;
-    struct shape *list;
-};
+// Names of cuBLAS 12.9, in numbers so that older headers do, too; an older library refuses them.
+enum { A_SCALE_MODE = 31, B_SCALE_MODE = 32, SCALE_OUTER_VEC_32F = 3 };
 
 struct products *products_new(void)
 {
@@ -38,13 +18,14 @@ void products_free(struct products *p)
 {
     if (!p)
         return;
+    algo_cache_close(p->cache);
     free(p->list);
     free(p);
 }
 
 static cudaDataType_t data_type(enum dtype type)
 {
-    return type == DT_BF16 ? CUDA_R_16BF : type == DT_F16 ? CUDA_R_16F : CUDA_R_32F;
+    return type == DT_BF16 ? CUDA_R_16BF : type == DT_F16 ? CUDA_R_16F : type == DT_E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_32F;
 }
 
 static int64_t size_of(enum dtype type)
@@ -52,11 +33,12 @@ static int64_t size_of(enum dtype type)
     return (int64_t)dtype_size(type);
 }
 
-// The epilogue that does act(. + bias), or -1 for one that another kernel must do. GELU in f32 is left to our own
-// kernel: the library's is an approximation good enough for halves.
-static int64_t epilogue_of(const struct product *p)
+// GELU in f32 is left to our own kernel: the library's is an approximation good enough for halves.
+int64_t cuda_epilogue(const struct product *p)
 {
     bool bias = !tensor_none(p->bias), half = p->y_type != DT_F32;
+    if (p->type == DT_E4M3 && !half) // there the library takes a bias for bf16
+        return bias || p->act != ACT_NONE ? -1 : CUBLASLT_EPILOGUE_DEFAULT;
     if (bias && (p->bias.dtype != p->y_type || alignment_of(p->bias.data, 16) < 16))
         return -1;
     if (p->act == ACT_NONE)
@@ -66,7 +48,7 @@ static int64_t epilogue_of(const struct product *p)
     return -1;
 }
 
-static struct key key_of(const struct product *p, int64_t epilogue)
+static struct key key_of(const struct product *p, int64_t epilogue, bool fast)
 {
     int64_t size = size_of(p->type), y_size = size_of(p->y_type);
     return (struct key){.m = p->m,
@@ -85,7 +67,9 @@ static struct key key_of(const struct product *p, int64_t epilogue)
                         .epilogue = epilogue,
                         .x_align = alignment_of(p->x, (p->x_ld | p->x_stride) * size),
                         .w_align = alignment_of(p->w, (p->w_ld | p->w_stride) * size),
-                        .y_align = alignment_of(p->y, (p->y_ld | p->y_stride) * y_size)};
+                        .y_align = alignment_of(p->y, (p->y_ld | p->y_stride) * y_size),
+                        .factors = p->x_scale != NULL,
+                        .fast = fast};
 }
 
 // A column-major (rows, columns) matrix of the batch.
@@ -99,6 +83,18 @@ static bool lay_out(cublasLtMatrixLayout_t l, enum dtype type, int64_t rows, int
                0;
 }
 
+// What only E4M3 has.
+static bool describe_e4m3(struct shape *s)
+{
+    const int8_t fast = (int8_t)s->key.fast;
+    const int32_t mode = SCALE_OUTER_VEC_32F;
+    return cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast) == 0 &&
+           (!s->key.factors || (cublasLtMatmulDescSetAttribute(&s->desc, (cublasLtMatmulDescAttributes_t)A_SCALE_MODE,
+                                                               &mode, sizeof mode) == 0 &&
+                                cublasLtMatmulDescSetAttribute(&s->desc, (cublasLtMatmulDescAttributes_t)B_SCALE_MODE,
+                                                               &mode, sizeof mode) == 0));
+}
+
 static bool describe(struct shape *s)
 {
     const struct key *k = &s->key;
@@ -110,107 +106,40 @@ static bool describe(struct shape *s)
            cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_TRANSA, &w, sizeof w) == 0 &&
            cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_TRANSB, &x, sizeof x) == 0 &&
            cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue) == 0 &&
+           (type != DT_E4M3 || describe_e4m3(s)) &&
            lay_out(&s->w, type, k->w_rows ? k->n : k->k, k->w_rows ? k->k : k->n, k->w_ld, k->w_stride, k->batch) &&
            lay_out(&s->x, type, k->k, k->m, k->x_ld, k->x_stride, k->batch) &&
            lay_out(&s->y, (enum dtype)k->y_type, k->n, k->m, k->y_ld, k->y_stride, k->batch);
 }
 
-static int heuristics(struct device *d, struct shape *s, cublasLtMatmulHeuristicResult_t *out)
+// Where the bias and the factors are: part of the description, though not of the shape.
+static bool point_at(struct shape *s, const struct product *p)
 {
-    cublasLtMatmulPreferenceOpaque_t want;
-    uint64_t bytes = LIBRARY_BYTES;
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // parts of a sum in f32, never in the halves of y
-    uint32_t w = (uint32_t)s->key.w_align, x = (uint32_t)s->key.x_align, y = (uint32_t)s->key.y_align;
-    int found = 0;
-    bool ok =
-        cublasLtMatmulPreferenceInit(&want) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) ==
-            0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction,
-                                             sizeof reduction) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &w, sizeof w) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &x, sizeof x) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &y, sizeof y) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &y, sizeof y) == 0;
-    if (!ok || cublasLtMatmulAlgoGetHeuristic(d->blas, &s->desc, &s->w, &s->x, &s->y, &s->y, &want, CANDIDATES, out,
-                                              &found) != CUBLAS_STATUS_SUCCESS)
-        return 0;
-    return found;
+    const void *bias = tensor_none(p->bias) ? NULL : p->bias.data;
+    if ((s->key.epilogue == CUBLASLT_EPILOGUE_BIAS || s->key.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS) &&
+        cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias) != 0)
+        return false;
+    return !s->key.factors || (cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                                                              &p->w_scale, sizeof p->w_scale) == 0 &&
+                               cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,
+                                                              &p->x_scale, sizeof p->x_scale) == 0);
 }
 
-static bool run(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p)
+bool product_run(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p)
 {
     const float one = 1, zero = 0;
     void *space = cuda_scratch(d, SLOT_LIBRARY, LIBRARY_BYTES);
-    const void *bias = tensor_none(p->bias) ? NULL : p->bias.data;
     if (!space)
         return true; // the device has failed already: not for want of an algorithm
-    if (s->key.epilogue == CUBLASLT_EPILOGUE_BIAS || s->key.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS)
-        cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
-    return cublasLtMatmul(d->blas, &s->desc, &one, p->w, &s->w, p->x, &s->x, &zero, p->y, &s->y, p->y, &s->y, algo,
-                          space, LIBRARY_BYTES, d->stream) == CUBLAS_STATUS_SUCCESS;
-}
-
-// Milliseconds of a run, at best; negative when it does not work.
-static float timed(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p,
-                   cudaEvent_t *event)
-{
-    float best = -1;
-    for (int i = 0; i <= TIMED_RUNS; i++) { // the first one warms up
-        float ms = -1;
-        cudaEventRecord(event[0], d->stream);
-        if (!run(d, s, algo, p))
-            return -1;
-        cudaEventRecord(event[1], d->stream);
-        if (!cuda_ok(d, cudaEventSynchronize(event[1]), "linear") ||
-            !cuda_ok(d, cudaEventElapsedTime(&ms, event[0], event[1]), "linear"))
-            return -1;
-        if (i > 0 && (best < 0 || ms < best))
-            best = ms;
-    }
-    return best;
-}
-
-static int fastest(struct device *d, struct shape *s, const struct product *p,
-                   const cublasLtMatmulHeuristicResult_t *list, int found)
-{
-    cudaEvent_t event[2];
-    int best = 0;
-    float best_ms = -1;
-    if (cudaEventCreate(&event[0]) != cudaSuccess)
-        return 0;
-    if (cudaEventCreate(&event[1]) == cudaSuccess) {
-        for (int i = 0; i < found; i++) {
-            float ms = timed(d, s, &list[i].algo, p, event);
-            // A later candidate must be better by more than timing's noise, so that choices do not wander.
-            if (ms >= 0 && (best_ms < 0 || ms < best_ms * 0.98F)) {
-                best = i;
-                best_ms = ms;
-            }
-        }
-        cudaEventDestroy(event[1]);
-    }
-    cudaEventDestroy(event[0]);
-    return best;
-}
-
-static void choose(struct device *d, struct shape *s, const struct product *p)
-{
-    cublasLtMatmulHeuristicResult_t list[CANDIDATES];
-    int found = describe(s) ? heuristics(d, s, list) : 0, best = 0;
-    double flops = 2.0 * (double)p->m * (double)p->n * (double)p->k * (double)p->batch;
-    if (found > 1 && flops >= TIMED_FLOPS && p->type != DT_F32 && !cuda_capturing(d))
-        best = fastest(d, s, p, list, found);
-    s->usable = found > 0;
-    if (found > 0)
-        s->algo = list[best].algo;
+    return point_at(s, p) && cublasLtMatmul(d->blas, &s->desc, &one, p->w, &s->w, p->x, &s->x, &zero, p->y, &s->y, p->y,
+                                            &s->y, algo, space, LIBRARY_BYTES, d->stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 // The shape's entry, made when it is new; NULL: the device has failed. It may move when the next one is made.
-static struct shape *shape_of(struct device *d, const struct product *p, int64_t epilogue)
+static struct shape *shape_of(struct device *d, const struct product *p, int64_t epilogue, bool fast)
 {
     struct products *all = d->products;
-    struct key key = key_of(p, epilogue);
+    struct key key = key_of(p, epilogue, fast);
     for (size_t i = 0; i < all->count; i++)
         if (memcmp(&all->list[i].key, &key, sizeof key) == 0)
             return &all->list[i];
@@ -227,9 +156,44 @@ static struct shape *shape_of(struct device *d, const struct product *p, int64_t
     struct shape *s = &all->list[all->count];
     memset(s, 0, sizeof *s);
     s->key = key;
-    choose(d, s, p);
+    if (describe(s) && point_at(s, p)) // the library looks at the addresses' alignment
+        product_choose(d, s, p);
     all->count++;
     return s;
+}
+
+static int64_t max64(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+// A single row has no use for its stride, which may be anything; the library wants a sound one all the same.
+static struct product sound(struct product p)
+{
+    if (p.m == 1) {
+        p.x_ld = max64(p.x_ld, p.k);
+        p.y_ld = max64(p.y_ld, p.n);
+    }
+    if ((p.w_rows ? p.k : p.n) == 1)
+        p.w_ld = max64(p.w_ld, p.w_rows ? p.n : p.k);
+    return p;
+}
+
+bool cuda_product_library(struct device *d, const struct product *given, int64_t epilogue, bool fast)
+{
+    const struct product p = sound(*given);
+    struct shape *s = shape_of(d, &p, epilogue, fast);
+    if (!s)
+        return true;
+    bool ran = s->usable && product_run(d, s, &s->algo, &p);
+    if (!ran && s->from_disk && !cuda_capturing(d)) { // measured elsewhere, and no good here: chosen afresh, once
+        product_choose(d, s, &p);
+        ran = s->usable && product_run(d, s, &s->algo, &p);
+    }
+    if (s->usable && !ran)
+        cudaGetLastError(); // a launch that was refused: no failure of the device
+    s->usable = ran;
+    return ran;
 }
 
 static void plain(struct device *d, const struct product *p)
@@ -253,75 +217,23 @@ static void plain(struct device *d, const struct product *p)
                                                       .y_stride = p->y_stride});
 }
 
-static int64_t max64(int64_t a, int64_t b)
+void cuda_epilogue_after(struct device *d, const struct product *p)
 {
-    return a > b ? a : b;
+    struct tensor y = tensor_2d(p->y, p->y_type, p->m, p->n);
+    y.ld = p->y_ld;
+    if (!tensor_none(p->bias) || p->act != ACT_NONE)
+        launch_points(d->stream,
+                      &(struct points){.op = POINT_ACT, .act = p->act, .x = y, .row = p->bias, .row_n = p->n});
 }
 
-void cuda_product(struct device *d, const struct product *given)
+void cuda_product(struct device *d, const struct product *p)
 {
-    struct product sound = *given, *p = &sound;
-    // A single row has no use for its stride, which may be anything; the library wants a sound one all the same.
-    if (p->m == 1) {
-        p->x_ld = max64(p->x_ld, p->k);
-        p->y_ld = max64(p->y_ld, p->n);
-    }
-    if ((p->w_rows ? p->k : p->n) == 1)
-        p->w_ld = max64(p->w_ld, p->w_rows ? p->n : p->k);
-    int64_t epilogue = epilogue_of(p);
+    int64_t epilogue = cuda_epilogue(p);
     bool after = epilogue < 0; // bias and activation are another kernel's
-    struct shape *s = shape_of(d, p, after ? CUBLASLT_EPILOGUE_DEFAULT : epilogue);
-    if (!s)
-        return;
-    if (!s->usable || !run(d, s, &s->algo, p)) {
-        s->usable = false;
+    if (!cuda_product_library(d, p, after ? CUBLASLT_EPILOGUE_DEFAULT : epilogue, false)) {
         plain(d, p);
         after = true;
     }
-    if (after && (!tensor_none(p->bias) || p->act != ACT_NONE)) {
-        struct tensor y = tensor_2d(p->y, p->y_type, p->m, p->n);
-        y.ld = p->y_ld;
-        launch_points(d->stream,
-                      &(struct points){.op = POINT_ACT, .act = p->act, .x = y, .row = p->bias, .row_n = p->n});
-    }
-}
-
-// A part's weight in the activation type: itself, or a converted copy in scratch memory.
-static struct tensor operand(struct device *d, struct tensor w)
-{
-    if (w.dtype == d->type)
-        return w;
-    struct tensor t = tensor_2d(NULL, d->type, w.n[0], w.n[1]);
-    t.data = cuda_scratch(d, SLOT_OPERAND, tensor_bytes(t));
-    if (t.data)
-        launch_convert(d->stream, t, w);
-    return t;
-}
-
-void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
-{
-    if (!check_linear(&d->check, y, x, w) || tensor_count(y) == 0)
-        return;
-    cuda_enter(d);
-    for (int64_t i = 0, column = 0; i < w->parts; column += w->w[i++].n[0]) {
-        struct tensor weight = operand(d, w->w[i]), part = tensor_cols(y, column, w->w[i].n[0]);
-        if (!weight.data)
-            return;
-        if (part.n[1] > 0)
-            cuda_product(d, &(struct product){.m = y.n[0],
-                                              .n = part.n[1],
-                                              .k = w->k,
-                                              .batch = 1,
-                                              .x = x.data,
-                                              .w = weight.data,
-                                              .y = part.data,
-                                              .type = d->type,
-                                              .y_type = d->type,
-                                              .x_ld = x.ld,
-                                              .w_ld = weight.ld,
-                                              .y_ld = y.ld,
-                                              .bias = w->b[i],
-                                              .act = act});
-    }
-    cuda_launched(d, "linear");
+    if (after)
+        cuda_epilogue_after(d, p);
 }

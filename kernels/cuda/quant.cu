@@ -5,7 +5,7 @@
 #include <cfloat>
 #include <cuda_fp8.h>
 
-enum { WARP = 32, MAX_THREADS = 1024 };
+enum { WARP = 32, MAX_THREADS = 1024, POINT_THREADS = 128 };
 
 template <typename T> struct quant_of {
     uint8_t *y;
@@ -126,5 +126,89 @@ void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x)
             quant_rows<T, V>(s, x.n[0], p);
         else
             quant_rows<T, 1>(s, x.n[0], p);
+    });
+}
+
+// ---- back to floats
+
+template <int V> __device__ static void load_e4m3(float (&out)[V], const uint8_t *p)
+{
+    pack<uint8_t, V> t = *reinterpret_cast<const pack<uint8_t, V> *>(p);
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        out[j] = __half2float(__half(__nv_cvt_fp8_to_halfraw(t.v[j], __NV_E4M3)));
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(POINT_THREADS)
+    codes_kernel(T *y, int64_t y_ld, const uint8_t *x, int64_t x_ld, int64_t rows, int64_t n)
+{
+    int64_t i = ((int64_t)blockIdx.x * POINT_THREADS + threadIdx.x) * V;
+    for (int64_t r = blockIdx.y; i < n && r < rows; r += gridDim.y) {
+        float v[V];
+        load_e4m3(v, x + r * x_ld + i);
+        store(y + r * y_ld + i, v);
+    }
+}
+
+static dim3 grid_over(int64_t rows, int64_t n)
+{
+    return dim3((unsigned)ceil_div(n, POINT_THREADS), (unsigned)(rows < MAX_GRID_Y ? rows : MAX_GRID_Y));
+}
+
+void launch_codes(cudaStream_t s, struct tensor y, struct tensor x)
+{
+    int64_t rows = x.n[0], n = x.n[1];
+    with_type(y.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        if (n % 8 == 0 && wide(x, 8) && wide(y, 8))
+            codes_kernel<T, 8><<<grid_over(rows, n / 8), POINT_THREADS, 0, s>>>((T *)y.data, y.ld, (const uint8_t *)x.data,
+                                                                               x.ld, rows, n);
+        else
+            codes_kernel<T, 1><<<grid_over(rows, n), POINT_THREADS, 0, s>>>((T *)y.data, y.ld, (const uint8_t *)x.data,
+                                                                           x.ld, rows, n);
+    });
+}
+
+// ---- factors for bare sums
+
+template <typename T> struct factored_of {
+    T *y;
+    const float *sums, *x_scale, *w_scale;
+    row bias;
+    int64_t y_ld, rows, n;
+    enum act act;
+};
+
+template <typename T, int V> __global__ void __launch_bounds__(POINT_THREADS) factored_kernel(factored_of<T> p)
+{
+    int64_t i = ((int64_t)blockIdx.x * POINT_THREADS + threadIdx.x) * V;
+    if (i >= p.n)
+        return;
+    float w[V], b[V] = {};
+    load(w, p.w_scale + i);
+    if (p.bias.p)
+        load_row(b, p.bias, i);
+    for (int64_t r = blockIdx.y; r < p.rows; r += gridDim.y) {
+        float v[V], x = p.x_scale[r];
+        load(v, p.sums + r * p.n + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            v[j] = activated(v[j] * x * w[j] + b[j], p.act);
+        store(p.y + r * p.y_ld + i, v);
+    }
+}
+
+void launch_factored(cudaStream_t s, struct tensor y, const float *sums, const float *x_scale, const float *w_scale,
+                     struct tensor bias, enum act act)
+{
+    with_type(y.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        constexpr int V = 16 / sizeof(T);
+        factored_of<T> p = {(T *)y.data, sums, x_scale, w_scale, row_of(bias), y.ld, y.n[0], y.n[1], act};
+        if (p.n % V == 0 && wide(y, V) && wide(bias, V) && (uintptr_t)w_scale % 16 == 0)
+            factored_kernel<T, V><<<grid_over(p.rows, p.n / V), POINT_THREADS, 0, s>>>(p);
+        else
+            factored_kernel<T, 1><<<grid_over(p.rows, p.n), POINT_THREADS, 0, s>>>(p);
     });
 }

@@ -1,0 +1,156 @@
+// linear.c: the linear layer, in the activation type and in E4M3.
+//
+// E4M3, y = act(x_scale * w_scale * (x w^T) + bias), goes the first of these ways that the library has an algorithm
+// for: everything in its product (Hopper, cuBLAS 12.9 or newer); the product with its factors, then bias and activation
+// in a pass of ours; bare sums in f32, a part of the rows at a time, then all the rest in a pass of ours (GPUs whose
+// library knows one factor a tensor only). Where it has none (GPUs without E4M3, sizes that are no multiple of 16) the
+// sums come from the same numbers in the activation type, which holds them exactly.
+#include "kernels/cuda/device.h"
+
+static const int64_t SUMS_BYTES = 64 << 20; // at a time; more would leave the GPU's cache, and take memory
+static const int64_t SUMS_ROWS = 128;       // of a tile: parts are whole tiles
+
+// A part's weight in the activation type: itself, or a converted copy in scratch memory.
+static struct tensor operand(struct device *d, struct tensor w)
+{
+    if (w.dtype == d->type)
+        return w;
+    struct tensor t = tensor_2d(NULL, d->type, w.n[0], w.n[1]);
+    t.data = cuda_scratch(d, SLOT_OPERAND, tensor_bytes(t));
+    if (t.data)
+        launch_convert(d->stream, t, w);
+    return t;
+}
+
+static struct product product_of(struct tensor y, struct tensor x, struct tensor w, struct tensor bias, enum act act)
+{
+    return (struct product){.m = y.n[0],
+                            .n = y.n[1],
+                            .k = w.n[1],
+                            .batch = 1,
+                            .x = x.data,
+                            .w = w.data,
+                            .y = y.data,
+                            .type = w.dtype,
+                            .y_type = y.dtype,
+                            .x_ld = x.ld,
+                            .w_ld = w.ld,
+                            .y_ld = y.ld,
+                            .bias = bias,
+                            .act = act,
+                            .x_scale = x.scale,
+                            .w_scale = w.scale};
+}
+
+static void linear_parts(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
+{
+    for (int64_t i = 0, column = 0; i < w->parts; column += w->w[i++].n[0]) {
+        struct tensor weight = operand(d, w->w[i]), part = tensor_cols(y, column, w->w[i].n[0]);
+        if (!weight.data)
+            return;
+        const struct product p = product_of(part, x, weight, w->b[i], act);
+        if (p.n > 0)
+            cuda_product(d, &p);
+    }
+}
+
+// ---- E4M3
+
+static size_t padded(int64_t bytes)
+{
+    return ((size_t)bytes + 255) & ~(size_t)255;
+}
+
+// Rows as E4M3 with 16-byte aligned factors: themselves, a copy of their factors, or all made in scratch memory. data
+// NULL: the device has failed.
+static struct tensor quantised(struct device *d, struct tensor x)
+{
+    struct tensor q = x;
+    const int64_t m = x.n[0], k = x.n[1];
+    if (x.dtype == DT_E4M3 && alignment_of(x.scale, 16) == 16)
+        return x;
+    const size_t codes = x.dtype == DT_E4M3 ? 0 : padded(m * k), factors = (size_t)m * sizeof(float);
+    char *room = cuda_scratch(d, SLOT_QUANTISED, codes + factors);
+    if (!room) {
+        q.data = NULL;
+        return q;
+    }
+    if (x.dtype == DT_E4M3) {
+        q.scale = (float *)room;
+        launch_copy(d->stream, tensor_1d(q.scale, DT_F32, m), tensor_1d(x.scale, DT_F32, m));
+        return q;
+    }
+    q = tensor_2d(room, DT_E4M3, m, k);
+    q.scale = (float *)(room + codes);
+    launch_quantise(d->stream, q, x);
+    return q;
+}
+
+static bool in_library(struct device *d, const struct product *p, int64_t epilogue)
+{
+    // Fast sums first, the others where the library has only those.
+    return cuda_product_library(d, p, epilogue, true) || cuda_product_library(d, p, epilogue, false);
+}
+
+// The same numbers in the activation type, then their product.
+static void sums_by_conversion(struct device *d, struct tensor sums, struct tensor x, struct tensor w)
+{
+    struct tensor to_w = tensor_2d(NULL, d->type, w.n[0], w.n[1]), to_x = tensor_2d(NULL, d->type, x.n[0], x.n[1]);
+    char *room = cuda_scratch(d, SLOT_OPERAND, padded((int64_t)tensor_bytes(to_w)) + tensor_bytes(to_x));
+    if (!room)
+        return;
+    to_w.data = room;
+    to_x.data = room + padded((int64_t)tensor_bytes(to_w));
+    launch_codes(d->stream, to_w, w);
+    launch_codes(d->stream, to_x, x);
+    const struct product p = product_of(sums, to_x, to_w, (struct tensor){0}, ACT_NONE);
+    cuda_product(d, &p);
+}
+
+static void linear_by_sums(struct device *d, struct tensor y, struct tensor x, struct tensor w, struct tensor bias,
+                           enum act act)
+{
+    const int64_t m = y.n[0], n = y.n[1];
+    int64_t some = SUMS_BYTES / (n * (int64_t)sizeof(float)) / SUMS_ROWS * SUMS_ROWS;
+    some = min64(m, some > 0 ? some : SUMS_ROWS);
+    float *room = cuda_scratch(d, SLOT_SCORES, (size_t)(some * n) * sizeof(float));
+    for (int64_t i = 0; room && i < m; i += some) {
+        const int64_t rows = min64(some, m - i);
+        struct tensor from = tensor_rows(x, i, rows), sums = tensor_2d(room, DT_F32, rows, n);
+        struct product p = product_of(sums, from, w, (struct tensor){0}, ACT_NONE);
+        p.x_scale = p.w_scale = NULL;
+        if (!in_library(d, &p, CUBLASLT_EPILOGUE_DEFAULT))
+            sums_by_conversion(d, sums, from, w);
+        launch_factored(d->stream, tensor_rows(y, i, rows), room, from.scale, w.scale, bias, act);
+    }
+}
+
+static void linear_e4m3(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
+{
+    const struct tensor q = quantised(d, x), w = l->w[0];
+    if (!q.data)
+        return;
+    const struct product p = product_of(y, q, w, l->b[0], act);
+    const int64_t epilogue = cuda_epilogue(&p);
+    if (alignment_of(w.scale, 16) == 16) {
+        if (epilogue >= 0 && in_library(d, &p, epilogue))
+            return;
+        if (epilogue != CUBLASLT_EPILOGUE_DEFAULT && in_library(d, &p, CUBLASLT_EPILOGUE_DEFAULT)) {
+            cuda_epilogue_after(d, &p);
+            return;
+        }
+    }
+    linear_by_sums(d, y, q, w, l->b[0], act);
+}
+
+void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
+{
+    if (!check_linear(&d->check, y, x, w) || tensor_count(y) == 0)
+        return;
+    cuda_enter(d);
+    if (w->w[0].dtype == DT_E4M3)
+        linear_e4m3(d, y, x, w, act);
+    else
+        linear_parts(d, y, x, w, act);
+    cuda_launched(d, "linear");
+}

@@ -1,0 +1,263 @@
+// tune.c: which of cuBLASLt's algorithms a shape of products gets.
+//
+// A large product is measured on its own operands, once on a machine: the choice is kept on disk (kernels/algo_cache.h)
+// for this GPU, driver and library. The candidates run in turns, round after round with no pause, so that all of them
+// meet the same clock, which the power cap lowers under load; the best few meet once more. Nothing is measured while
+// the stream is being captured; such a shape gets the library's first suggestion, and keeps it, as every shape keeps
+// its algorithm for the device's life: the same operands give the same bits.
+#include "kernels/cuda/product.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { CANDIDATES = 24, SPLIT = 4, ALL = CANDIDATES + SPLIT, ROUNDS = 5, FINALISTS = 3, FINAL_ROUNDS = 10 };
+static const double TIMED_FLOPS = 2e9; // smaller products gain less than the timing costs
+static const float HOPELESS = 1.3F;    // times the best: not run again
+static const float NOISE = 0.99F;      // a later candidate must be better by this, so that choices do not wander
+static const float FEW_WAVES = 1.5F;   // of blocks over the GPU: then splitting the sums may fill it
+static const int SPLITS[] = {2, 3, 4, 6};
+_Static_assert(sizeof SPLITS / sizeof SPLITS[0] == SPLIT, "one candidate a split");
+
+typedef cublasLtMatmulHeuristicResult_t candidate;
+
+// ---- candidates
+
+static int suggested(struct device *d, struct shape *s, candidate *out)
+{
+    cublasLtMatmulPreferenceOpaque_t want;
+    uint64_t bytes = LIBRARY_BYTES;
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // parts of a sum in f32, never in the halves of y
+    uint32_t w = (uint32_t)s->key.w_align, x = (uint32_t)s->key.x_align, y = (uint32_t)s->key.y_align;
+    int found = 0;
+    bool ok =
+        cublasLtMatmulPreferenceInit(&want) == 0 &&
+        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) ==
+            0 &&
+        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction,
+                                             sizeof reduction) == 0 &&
+        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &w, sizeof w) == 0 &&
+        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &x, sizeof x) == 0 &&
+        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &y, sizeof y) == 0 &&
+        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &y, sizeof y) == 0;
+    if (!ok || cublasLtMatmulAlgoGetHeuristic(d->blas, &s->desc, &s->w, &s->x, &s->y, &s->y, &want, CANDIDATES, out,
+                                              &found) != CUBLAS_STATUS_SUCCESS)
+        return 0;
+    return found;
+}
+
+static uint32_t setting(const cublasLtMatmulAlgo_t *algo, cublasLtMatmulAlgoConfigAttributes_t which)
+{
+    uint32_t value = 0;
+    size_t written;
+    return cublasLtMatmulAlgoConfigGetAttribute(algo, which, &value, sizeof value, &written) == 0 ? value : 0;
+}
+
+// Whether an algorithm from elsewhere than the library's suggestions may run, and by the same rules as those.
+static bool allowed(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo)
+{
+    candidate result;
+    memset(&result, 0, sizeof result);
+    const uint32_t reduction = setting(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
+    return (reduction == CUBLASLT_REDUCTION_SCHEME_NONE || reduction == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) &&
+           cublasLtMatmulAlgoCheck(d->blas, &s->desc, &s->w, &s->x, &s->y, &s->y, algo, &result) ==
+               CUBLAS_STATUS_SUCCESS &&
+           result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= LIBRARY_BYTES;
+}
+
+// The first suggestion with its sums in parts, where it leaves much of the GPU idle; returns how many there are now.
+static int with_splits(struct device *d, struct shape *s, candidate *list, int found)
+{
+    if (list[0].wavesCount >= FEW_WAVES || setting(&list[0].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1)
+        return found;
+    for (int i = 0; i < SPLIT; i++) {
+        const int32_t split = SPLITS[i];
+        const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+        candidate *c = &list[found];
+        *c = list[0];
+        if (cublasLtMatmulAlgoConfigSetAttribute(&c->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split, sizeof split) ==
+                0 &&
+            cublasLtMatmulAlgoConfigSetAttribute(&c->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                                                 sizeof reduction) == 0 &&
+            allowed(d, s, &c->algo))
+            found++;
+    }
+    return found;
+}
+
+// ---- measuring
+
+struct race {
+    struct device *d;
+    struct shape *s;
+    const struct product *p;
+    const candidate *list;
+    int count;
+    cudaEvent_t event[ALL + 1];
+    float best[ALL], total[ALL]; // milliseconds
+    bool out[ALL];               // does not run, or is too slow to be run again
+};
+
+// Each candidate that is still in it, once. False: the device has failed.
+static bool run_round(struct race *r, bool timed)
+{
+    struct device *d = r->d;
+    int ran[ALL], n = 0;
+    cudaEventRecord(r->event[0], d->stream);
+    for (int i = 0; i < r->count; i++) {
+        if (r->out[i])
+            continue;
+        if (product_run(d, r->s, &r->list[i].algo, r->p)) {
+            ran[n++] = i;
+            cudaEventRecord(r->event[n], d->stream);
+        } else {
+            r->out[i] = true;
+        }
+    }
+    if (d->check.failure.code || !cuda_ok(d, cudaEventSynchronize(r->event[n]), "linear"))
+        return false;
+    for (int i = 0; timed && i < n; i++) {
+        float ms = 0;
+        if (!cuda_ok(d, cudaEventElapsedTime(&ms, r->event[i], r->event[i + 1]), "linear"))
+            return false;
+        if (r->best[ran[i]] == 0 || ms < r->best[ran[i]])
+            r->best[ran[i]] = ms;
+        r->total[ran[i]] += ms;
+    }
+    return true;
+}
+
+// The candidate of the lowest time; -1: none is left.
+static int leader(const struct race *r, const float *time)
+{
+    int best = -1;
+    for (int i = 0; i < r->count; i++)
+        if (!r->out[i] && (best < 0 || time[i] < time[best] * NOISE))
+            best = i;
+    return best;
+}
+
+static void drop_slow(struct race *r)
+{
+    float best = 0;
+    for (int i = 0; i < r->count; i++)
+        if (!r->out[i] && (best == 0 || r->best[i] < best))
+            best = r->best[i];
+    for (int i = 0; i < r->count; i++)
+        r->out[i] |= r->best[i] > best * HOPELESS;
+}
+
+static void keep_finalists(struct race *r)
+{
+    bool final[ALL] = {0};
+    for (int n = 0; n < FINALISTS; n++) {
+        const int i = leader(r, r->best);
+        if (i < 0)
+            break;
+        final[i] = r->out[i] = true; // out of the way of the next
+    }
+    for (int i = 0; i < r->count; i++) {
+        r->out[i] = !final[i];
+        r->total[i] = 0;
+    }
+}
+
+// The fastest candidate, or 0 when nothing could be measured.
+static int race_of(struct race *r)
+{
+    bool ok = run_round(r, false); // loads the kernels
+    for (int i = 0; ok && i < ROUNDS; i++) {
+        ok = run_round(r, true);
+        drop_slow(r);
+    }
+    if (!ok)
+        return 0;
+    keep_finalists(r);
+    for (int i = 0; ok && i < FINAL_ROUNDS; i++)
+        ok = run_round(r, true);
+    const int best = leader(r, r->total);
+    return ok && best >= 0 ? best : 0;
+}
+
+static int fastest(struct device *d, struct shape *s, const struct product *p, const candidate *list, int found)
+{
+    struct race r = {.d = d, .s = s, .p = p, .list = list, .count = found};
+    int events = 0, best = 0;
+    while (events <= found && cudaEventCreate(&r.event[events]) == cudaSuccess)
+        events++;
+    if (events > found)
+        best = race_of(&r);
+    for (int i = 0; i < events; i++)
+        cudaEventDestroy(r.event[i]);
+    return best;
+}
+
+// ---- the cache on disk
+
+// For this GPU, driver and library; NULL: no memory for it.
+static struct algo_cache *cache_of(struct device *d)
+{
+    char folder[PATH_MAX], words[200];
+    struct cudaDeviceProp gpu;
+    int driver = 0;
+    if (d->products->cache)
+        return d->products->cache;
+    const bool told =
+        cudaGetDeviceProperties(&gpu, d->gpu) == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess;
+    snprintf(words, sizeof words, "%.100s with %d multiprocessors, CUDA driver %d, cuBLASLt %zu", told ? gpu.name : "",
+             d->processors, driver, cublasLtGetVersion());
+    d->products->cache =
+        algo_cache_open(told && algo_cache_folder(folder, sizeof folder) ? folder : NULL, words, KEY_NUMBERS);
+    return d->products->cache;
+}
+
+_Static_assert(sizeof(cublasLtMatmulAlgo_t) == ALGO_WORDS * sizeof(uint64_t), "an algorithm is the cache's words");
+_Static_assert(sizeof(struct key) == KEY_NUMBERS * sizeof(int64_t) && (int)KEY_NUMBERS <= (int)ALGO_KEY_MAX,
+               "a key fits the cache");
+
+static bool remembered(struct device *d, struct shape *s)
+{
+    const struct algo_cache *cache = cache_of(d);
+    uint64_t words[ALGO_WORDS];
+    if (!cache || !algo_cache_find(cache, (const int64_t *)&s->key, words))
+        return false;
+    memcpy(&s->algo, words, sizeof s->algo);
+    return allowed(d, s, &s->algo);
+}
+
+static void remember(struct device *d, const struct shape *s)
+{
+    uint64_t words[ALGO_WORDS];
+    struct algo_cache *cache = cache_of(d);
+    memcpy(words, &s->algo, sizeof words);
+    if (cache)
+        algo_cache_put(cache, (const int64_t *)&s->key, words);
+}
+
+void products_keep(struct products *p)
+{
+    if (p->cache)
+        algo_cache_save(p->cache);
+}
+
+void product_choose(struct device *d, struct shape *s, const struct product *p)
+{
+    candidate list[ALL];
+    const double flops = 2.0 * (double)p->m * (double)p->n * (double)p->k * (double)p->batch;
+    const bool large = flops >= TIMED_FLOPS && p->type != DT_F32, again = s->from_disk;
+    s->from_disk = large && !again && remembered(d, s);
+    s->usable = s->from_disk;
+    if (s->usable)
+        return;
+    int found = suggested(d, s, list), best = 0;
+    if (found == 0)
+        return;
+    if (large && !cuda_capturing(d)) {
+        found = with_splits(d, s, list, found);
+        best = found > 1 ? fastest(d, s, p, list, found) : 0;
+    }
+    s->algo = list[best].algo;
+    s->usable = true;
+    if (large && !cuda_capturing(d) && d->check.failure.code == 0)
+        remember(d, s);
+}
