@@ -100,3 +100,8 @@ size_t arena_peak(const struct arena *a)
 {
     return a->peak;
 }
+
+void arena_peak_restart(struct arena *a)
+{
+    a->peak = a->used[0] + a->used[1];
+}

@@ -25,6 +25,7 @@ void arena_release(struct arena *a, size_t mark);
 // The block holds two stacks that grow towards each other; flip changes over to the other one. A chain of tensors, each
 // made from the one before (a decoder), alternates: the new one on the other stack, then the old one's stack released.
 void arena_flip(struct arena *a);
-size_t arena_peak(const struct arena *a); // bytes, largest since arena_new
+size_t arena_peak(const struct arena *a); // bytes, largest since arena_new or arena_peak_restart
+void arena_peak_restart(struct arena *a);
 
 #endif

@@ -1,5 +1,7 @@
 // encode.c: prompts to embeddings. There are up to four encodings (two encoders, two branches of guidance); each is
-// done by one rank and broadcast, so they run side by side, and every rank holds the same bits.
+// done by one rank and broadcast, so they run side by side, and every rank holds the same bits. A branch whose token
+// ids were encoded lately is taken from the cache.
+#include <openssl/evp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -53,53 +55,105 @@ static void trace_ids(struct run *r, const char *name, const int32_t *ids, int64
     free(wide);
 }
 
-static void encode_and_share(struct run *r, const struct ids ids[BRANCHES], struct prompt prompts[BRANCHES])
+// Whatever the embeddings depend on.
+static struct prompt_key key_of(const struct run *r, const struct ids *ids)
+{
+    const int64_t lengths[] = {clip_positions(r->model->clip), r->text_tokens};
+    struct prompt_key key;
+    EVP_MD_CTX *md = EVP_MD_CTX_new();
+    EVP_DigestInit_ex(md, EVP_sha256(), NULL);
+    EVP_DigestUpdate(md, r->model->hash, sizeof r->model->hash);
+    EVP_DigestUpdate(md, lengths, sizeof lengths);
+    EVP_DigestUpdate(md, ids->clip, (size_t)lengths[0] * sizeof *ids->clip);
+    EVP_DigestUpdate(md, ids->t5, (size_t)lengths[1] * sizeof *ids->t5);
+    EVP_DigestFinal_ex(md, key.sha256, NULL);
+    EVP_MD_CTX_free(md);
+    return key;
+}
+
+// Finds or makes room for every branch's prompt; missing: the branches that are to be encoded. Returns how many.
+static int look_up(struct run *r, const struct ids ids[BRANCHES], struct prompt prompts[BRANCHES],
+                   int missing[BRANCHES])
+{
+    const struct prompt_shape shape = {r->text_tokens, r->model->info.text_dim, r->model->info.pooled_dim};
+    struct prompt_key keys[BRANCHES];
+    int n = 0;
+    for (int b = 0; b < r->branches; b++) {
+        if (!r->cache) {
+            prompts[b].embeds = exec_tensor(&r->world, 2, shape.tokens, shape.text_dim, 1, 1);
+            prompts[b].pooled = exec_tensor(&r->world, 2, 1, shape.pooled_dim, 1, 1);
+        } else {
+            keys[b] = key_of(r, &ids[b]);
+        }
+        if (!r->cache || !prompt_cache_find(r->cache, &keys[b], &shape, &prompts[b]))
+            missing[n++] = b;
+    }
+    for (int i = 0; r->cache && i < n; i++) // after all are found: a claim takes the place of an entry
+        prompt_cache_claim(r->cache, &keys[missing[i]], &shape, &prompts[missing[i]]);
+    r->prompt_cached = n == 0;
+    return n;
+}
+
+// The i-th of 2 * n encodings: T5, the long one, of each branch first. Dealt out in this order, no rank gets two before
+// all have one.
+static bool is_t5(int task, int n)
+{
+    return task < n;
+}
+
+static int encode_and_share(struct run *r, const struct ids ids[BRANCHES], struct prompt prompts[BRANCHES],
+                            const int *missing, int n, struct err *err)
 {
     struct exec alone = r->world; // an encoding is one rank's work
     alone.comm = NULL;
     alone.attention = &attention_local;
     const int me = comm_rank(r->world.comm), ranks = comm_size(r->world.comm);
-    // T5, the long one, of each branch first: dealt out in this order, no rank gets two before all have one.
-    for (int task = 0; task < 2 * r->branches; task++) {
-        const int branch = task % r->branches;
-        if (task % ranks != me)
-            continue;
-        if (task < r->branches)
+    unsigned parts = 0;
+    for (int task = me; task < 2 * n; task += ranks)
+        parts |= 1U << (is_t5(task, n) ? PART_T5 : PART_CLIP);
+    TRY(run_need(r, parts, err));
+    for (int task = me; task < 2 * n; task += ranks) {
+        const int branch = missing[task % n];
+        if (is_t5(task, n))
             t5_encode(r->model->t5, &alone, ids[branch].t5, prompts[branch].embeds);
         else
             clip_encode(r->model->clip, &alone, ids[branch].clip, prompts[branch].pooled);
     }
-    for (int task = 0; task < 2 * r->branches; task++) {
-        const struct prompt *p = &prompts[task % r->branches];
-        struct tensor t = task < r->branches ? p->embeds : p->pooled;
+    for (int task = 0; task < 2 * n; task++) {
+        const struct prompt *p = &prompts[missing[task % n]];
+        struct tensor t = is_t5(task, n) ? p->embeds : p->pooled;
         comm_broadcast(r->world.comm, t.data, (int64_t)tensor_bytes(t), task % ranks);
     }
+    if (r->cache)
+        prompt_cache_keep(r->cache);
+    return 0;
 }
 
-int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], struct err *err)
+static void trace_prompt(struct run *r, int branch, const struct ids *ids, const struct prompt *p)
 {
     static const char *const names[BRANCHES][4] = {
         {"clip_ids", "t5_ids", "prompt_embeds", "pooled_prompt_embeds"},
         {"negative_clip_ids", "negative_t5_ids", "negative_prompt_embeds", "negative_pooled_prompt_embeds"}};
+    trace_ids(r, names[branch][0], ids->clip, clip_positions(r->model->clip));
+    trace_ids(r, names[branch][1], ids->t5, r->text_tokens);
+    run_trace(r, names[branch][2], tensor_reshape(p->embeds, 3, 1, r->text_tokens, r->model->info.text_dim, 1));
+    run_trace(r, names[branch][3], p->pooled);
+}
+
+int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], struct err *err)
+{
     struct ids ids[BRANCHES] = {{0}};
-    const int branches = r->branches;
+    int missing[BRANCHES];
     int rc = run_checkpoint(r, ENGINE_TEXT, 0, err);
-    for (int b = 0; b < branches; b++) {
-        prompts[b].embeds = exec_tensor(&r->world, 2, r->text_tokens, r->model->info.text_dim, 1, 1);
-        prompts[b].pooled = exec_tensor(&r->world, 2, 1, r->model->info.pooled_dim, 1, 1);
-        if (rc == 0)
-            rc = tokenize(r, b, &ids[b], cut, err);
+    for (int b = 0; rc == 0 && b < r->branches; b++)
+        rc = tokenize(r, b, &ids[b], cut, err);
+    if (rc == 0) {
+        const int n = look_up(r, ids, prompts, missing);
+        rc = n ? encode_and_share(r, ids, prompts, missing, n, err) : 0;
     }
-    if (rc == 0)
-        encode_and_share(r, ids, prompts);
-    for (int b = 0; b < branches; b++) {
-        if (rc == 0) {
-            trace_ids(r, names[b][0], ids[b].clip, clip_positions(r->model->clip));
-            trace_ids(r, names[b][1], ids[b].t5, r->text_tokens);
-            run_trace(r, names[b][2],
-                      tensor_reshape(prompts[b].embeds, 3, 1, r->text_tokens, r->model->info.text_dim, 1));
-            run_trace(r, names[b][3], prompts[b].pooled);
-        }
+    for (int b = 0; b < r->branches; b++) {
+        if (rc == 0)
+            trace_prompt(r, b, &ids[b], &prompts[b]);
         free(ids[b].clip);
         free(ids[b].t5);
     }

@@ -8,6 +8,16 @@
 #include "proto/clock.h"
 #include "worker/stages.h"
 
+enum { ESTIMATES = 16 };
+
+// What an estimate depends on. Compared byte by byte: made from zeros.
+struct estimate_key {
+    char model[65];
+    bool fp8;
+    uint32_t width, height, steps, text_tokens, images, branches;
+    struct plan plan;
+};
+
 struct engine {
     const struct kernels *k; // table below
     struct kernels table;    // the backend's, saying the activation type that was asked for
@@ -17,7 +27,29 @@ struct engine {
     struct comm *data, *control;
     int64_t memory_limit;
     bool fp8;
+    struct residency *residency; // NULL: the device computes in the host's memory
+    struct prompt_cache *cache;
+    struct {
+        struct estimate_key key;
+        struct engine_estimate estimate;
+    } estimates[ESTIMATES]; // a ring
+    int next_estimate;
 };
+
+// The budget of a device with memory of its own.
+static int open_residency(struct engine *e, int64_t budget, struct err *err)
+{
+    size_t available = 0, total = 0;
+    if (!e->k->memory)
+        return 0;
+    e->k->memory(e->d, &available, &total);
+    if (budget > (int64_t)total)
+        return err_set(err, ERR_INVALID, "memory budget %.2f GiB: the device has %.2f GiB", (double)budget / (1 << 30),
+                       (double)total / (1 << 30));
+    TRY(residency_new(e->k, e->d, budget ? budget : (int64_t)available, &e->residency, err));
+    residency_reserve(e->residency, ENGINE_LIBRARY_BYTES);
+    return 0;
+}
 
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err)
 {
@@ -33,8 +65,12 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->memory_limit = options->memory_limit;
     e->fp8 = options->fp8;
     int rc = e->k->open(&options->device, &e->d, err);
+    if (rc == 0)
+        rc = open_residency(e, options->memory_budget, err);
+    if (rc == 0)
+        rc = prompt_cache_new(e->k, e->d, &e->cache, err);
     if (rc != 0) {
-        free(e);
+        engine_free(e);
         return rc;
     }
     *out = e;
@@ -45,14 +81,17 @@ void engine_free(struct engine *e)
 {
     if (!e)
         return;
+    prompt_cache_free(e->cache);
     arena_free(e->arena);
-    e->k->close(e->d);
+    residency_free(e->residency);
+    if (e->d)
+        e->k->close(e->d);
     free(e);
 }
 
 struct home engine_home(const struct engine *e)
 {
-    return (struct home){.k = e->k, .d = e->d, .fp8 = e->fp8};
+    return (struct home){.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency};
 }
 
 int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
@@ -91,25 +130,51 @@ void engine_result_free(struct engine_result *r)
 
 // ---- a job
 
-// The path from prompts to pixels, for every backend and number of ranks. noise: of all images, NULL in a dry run.
-static int make_pictures(struct run *r, const float *noise, struct engine_result *out, struct err *err)
+// Remembers what the stage took at most, in a dry run.
+static void note_peak(struct run *r, enum engine_stage stage)
+{
+    const size_t peak = arena_peak(r->world.arena);
+    if (!r->dry)
+        return;
+    if (peak > r->peaks[stage])
+        r->peaks[stage] = peak;
+    arena_peak_restart(r->world.arena);
+}
+
+static int make_picture(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, uint8_t *pixels,
+                        struct err *err)
+{
+    const size_t mark = arena_mark(r->world.arena);
+    struct tensor tokens = exec_tensor(&r->world, 2, r->image_tokens, r->model->info.channels, 1, 1);
+    TRY(run_need(r, 1U << PART_DIT, err));
+    TRY(denoise(r, prompts, noise, tokens, err));
+    note_peak(r, ENGINE_DENOISE);
+    TRY(run_need(r, 1U << PART_VAE, err));
+    TRY(decode(r, tokens, pixels, err));
+    note_peak(r, ENGINE_DECODE);
+    run_enter(r, ENGINE_DENOISE); // of the next one
+    arena_release(r->world.arena, mark);
+    return 0;
+}
+
+// The path from prompts to pixels, for every backend and number of ranks. noise: room for that of all images, NULL in a
+// dry run. It is drawn while the device encodes.
+static int make_pictures(struct run *r, float *noise, struct engine_result *out, struct err *err)
 {
     struct prompt prompts[BRANCHES];
-    const int64_t channels = r->model->info.channels, picture = (int64_t)r->job->width * r->job->height * 3;
-    const double start = monotonic_seconds();
+    const int64_t values = r->image_tokens * r->model->info.channels;
+    const int64_t picture = (int64_t)r->job->width * r->job->height * 3;
     TRY(encode_prompts(r, prompts, out->prompt_cut, err));
-    out->encode_seconds = monotonic_seconds() - start;
-    for (uint32_t i = 0; i < r->job->num_images; i++) {
-        const size_t mark = arena_mark(r->world.arena);
-        struct tensor tokens = exec_tensor(&r->world, 2, r->image_tokens, channels, 1, 1);
-        const double begin = monotonic_seconds();
-        TRY(denoise(r, prompts, noise ? noise + i * r->image_tokens * channels : NULL, tokens, err));
-        const double between = monotonic_seconds();
-        TRY(decode(r, tokens, out->pixels ? out->pixels + i * picture : NULL, err));
-        out->denoise_seconds += between - begin;
-        out->decode_seconds += monotonic_seconds() - between;
-        arena_release(r->world.arena, mark);
-    }
+    note_peak(r, ENGINE_TEXT);
+    if (noise)
+        TRY(noise_tokens(r, noise, err));
+    for (uint32_t i = 0; i < r->job->num_images; i++)
+        TRY(make_picture(r, prompts, noise ? noise + i * values : NULL, out->pixels ? out->pixels + i * picture : NULL,
+                         err));
+    out->prompt_cached = r->prompt_cached;
+    out->encode_seconds = r->seconds[ENGINE_TEXT];
+    out->denoise_seconds = r->seconds[ENGINE_DENOISE];
+    out->decode_seconds = r->seconds[ENGINE_DECODE];
     return 0;
 }
 
@@ -134,10 +199,13 @@ static int predict(struct run *r, int rank, enum dtype activation, struct engine
     }
     if (rc == 0)
         rc = make_pictures(r, NULL, &unused, err);
-    if (rc == 0) {
-        out->activation_bytes = arena_peak(arena);
-        kernels_dry.cost(d, &out->cost);
+    for (int i = 0; rc == 0 && i < ENGINE_STAGES; i++) {
+        out->stage_bytes[i] = r->peaks[i];
+        if (r->peaks[i] > out->activation_bytes)
+            out->activation_bytes = r->peaks[i];
     }
+    if (rc == 0)
+        kernels_dry.cost(d, &out->cost);
     run_leave(r);
     arena_free(arena);
     if (d)
@@ -146,14 +214,38 @@ static int predict(struct run *r, int rank, enum dtype activation, struct engine
     return rc;
 }
 
-int engine_predict(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
-                   struct engine_estimate *out, struct err *err)
+static int predict_anew(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                        const struct plan *plan, struct engine_estimate *out, struct err *err)
 {
     struct run r;
     *out = (struct engine_estimate){0};
     run_init(&r, m, job, plan);
     return predict(&r, comm_rank(e->data), e->k->activation, out, err);
 }
+
+int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
+                   struct engine_estimate *out, struct err *err)
+{
+    struct estimate_key key;
+    memset(&key, 0, sizeof key);
+    memcpy(key.model, m->hash, sizeof key.model);
+    key.fp8 = m->home && m->home->fp8;
+    key.width = job->width, key.height = job->height, key.steps = job->num_inference_steps;
+    key.text_tokens = job->max_sequence_length, key.images = job->num_images, key.branches = job_true_cfg(job) ? 2 : 1;
+    key.plan = *plan;
+    for (int i = 0; i < ESTIMATES; i++)
+        if (memcmp(&e->estimates[i].key, &key, sizeof key) == 0) {
+            *out = e->estimates[i].estimate;
+            return 0;
+        }
+    TRY(predict_anew(e, m, job, plan, out, err));
+    e->estimates[e->next_estimate].key = key;
+    e->estimates[e->next_estimate].estimate = *out;
+    e->next_estimate = (e->next_estimate + 1) % ESTIMATES;
+    return 0;
+}
+
+// ---- memory
 
 // Bytes the host could still give, from the kernel's own estimate.
 static int64_t host_memory_free(void)
@@ -169,21 +261,104 @@ static int64_t host_memory_free(void)
     return kib * 1024;
 }
 
-static int reserve(struct engine *e, const Ditfleet__V1__Job *job, size_t bytes, int ranks, struct err *err)
+// The side of the largest square whose activations take no more than limit bytes; 0: none does.
+static int64_t largest_square(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                              const struct plan *plan, int64_t limit)
 {
-    if (bytes <= e->arena_bytes)
-        return 0;
+    const struct model_limits *l = &m->limits;
+    int64_t low = (l->min_side - 1) / m->side_multiple, high = l->max_side / m->side_multiple + 1; // fits, does not
+    Ditfleet__V1__Job square = *job;
+    const int64_t least = low;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2, side = middle * m->side_multiple;
+        struct engine_estimate estimate;
+        struct err err;
+        square.width = square.height = (uint32_t)side;
+        if (side * side <= l->max_pixels && predict_anew(e, m, &square, plan, &estimate, &err) == 0 &&
+            (int64_t)estimate.activation_bytes <= limit)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low > least ? low * m->side_multiple : 0;
+}
+
+static void print_largest(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                          const struct plan *plan, int64_t limit, char text[96])
+{
+    const int64_t side = largest_square(e, m, job, plan, limit);
+    if (side)
+        snprintf(text, 96, "the largest square that fits is %lld x %lld", (long long)side, (long long)side);
+    else
+        snprintf(text, 96, "no size fits");
+}
+
+static int grow_arena(struct engine *e, size_t bytes, struct err *err)
+{
+    TRY(arena_new(e->k, e->d, bytes, &e->arena, err));
+    e->arena_bytes = bytes;
+    return 0;
+}
+
+static void drop_arena(struct engine *e)
+{
     arena_free(e->arena);
     e->arena = NULL;
     e->arena_bytes = 0;
-    const int64_t limit = e->memory_limit ? e->memory_limit : host_memory_free() / ranks;
-    if ((int64_t)bytes > limit)
+}
+
+// Where weights stay mapped in the host's memory, activations alone are counted; a small cache of prompts is not.
+static int reserve_on_host(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                           const struct plan *plan, size_t bytes, struct err *err)
+{
+    char largest[96];
+    if (bytes <= e->arena_bytes)
+        return 0;
+    drop_arena(e);
+    const int64_t limit = e->memory_limit ? e->memory_limit : host_memory_free() / plan->ranks;
+    if ((int64_t)bytes <= limit)
+        return grow_arena(e, bytes, err);
+    print_largest(e, m, job, plan, limit, largest);
+    return err_set(err, ERR_UNSUPPORTED,
+                   "width %u x height %u needs %.2f GiB of activations on each of %d ranks, but %.2f GiB are free; %s; "
+                   "ask for a smaller picture or use more ranks",
+                   job->width, job->height, (double)bytes / (1 << 30), plan->ranks, (double)limit / (1 << 30), largest);
+}
+
+// What the stage that needs most of the model's weights needs.
+static int64_t most_weights(const struct model *m)
+{
+    const unsigned stages[ENGINE_STAGES] = {1U << PART_CLIP | 1U << PART_T5, 1U << PART_DIT, 1U << PART_VAE};
+    int64_t most = 0;
+    for (int i = 0; i < ENGINE_STAGES; i++)
+        if (model_placed_bytes(m, stages[i]) > most)
+            most = model_placed_bytes(m, stages[i]);
+    return most;
+}
+
+// Every stage has to fit: its weights, and what is there throughout. An arena larger than the job asks for is kept only
+// where nothing has to make way for it.
+static int reserve_on_device(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                             const struct plan *plan, size_t bytes, int64_t fixed, struct err *err)
+{
+    char largest[96];
+    const int64_t budget = residency_budget(e->residency), weights = most_weights(m);
+    const int64_t limit = budget - fixed - weights;
+    if ((int64_t)bytes > limit) {
+        print_largest(e, m, job, plan, limit, largest);
         return err_set(err, ERR_UNSUPPORTED,
-                       "width %u x height %u needs %.2f GiB of activations on each of %d ranks, but %.2f GiB are free; "
-                       "ask for a smaller picture or use more ranks",
-                       job->width, job->height, (double)bytes / (1 << 30), ranks, (double)limit / (1 << 30));
-    TRY(arena_new(e->k, e->d, bytes, &e->arena, err));
-    e->arena_bytes = bytes;
+                       "width %u x height %u needs %.2f GiB of activations, %.2f GiB of weights at a time and %.2f GiB "
+                       "for libraries and prompts on each of %d GPUs, more than the %.2f GiB of the memory budget; %s",
+                       job->width, job->height, (double)bytes / (1 << 30), (double)weights / (1 << 30),
+                       (double)fixed / (1 << 30), plan->ranks, (double)budget / (1 << 30), largest);
+    }
+    const bool roomy = residency_all_bytes(e->residency) + fixed + (int64_t)e->arena_bytes <= budget;
+    if (e->arena_bytes != bytes && !(roomy && bytes < e->arena_bytes)) {
+        drop_arena(e);
+        residency_reserve(e->residency, fixed + (int64_t)bytes);
+        return grow_arena(e, bytes, err);
+    }
+    residency_reserve(e->residency, fixed + (int64_t)e->arena_bytes);
     return 0;
 }
 
@@ -192,6 +367,24 @@ static size_t trace_bytes(const struct engine_hooks *hooks, const Ditfleet__V1__
 {
     return hooks->trace ? (size_t)job->width * job->height * 3 * sizeof(float) * 2 + (1 << 20) : 0;
 }
+
+// The cache comes first: what is in it must not depend on what fails on one rank alone.
+static int reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
+                   size_t extra, struct err *err)
+{
+    const struct prompt_shape shape = {job->max_sequence_length, m->info.text_dim, m->info.pooled_dim};
+    const int64_t fixed = ENGINE_LIBRARY_BYTES + prompt_cache_bytes(e->cache, &shape);
+    struct engine_estimate estimate;
+    if (e->residency)
+        residency_reserve(e->residency, fixed + (int64_t)e->arena_bytes);
+    TRY(prompt_cache_reserve(e->cache, &shape, err));
+    TRY(engine_predict(e, m, job, plan, &estimate, err));
+    const size_t bytes = estimate.activation_bytes + extra;
+    return e->residency ? reserve_on_device(e, m, job, plan, bytes, fixed, err)
+                        : reserve_on_host(e, m, job, plan, bytes, err);
+}
+
+// ---- the job itself
 
 static int run_prepared(struct engine *e, struct run *r, struct engine_result *out, struct err *err)
 {
@@ -204,8 +397,6 @@ static int run_prepared(struct engine *e, struct run *r, struct engine_result *o
     if (!noise || (comm_rank(e->data) == 0 && !out->pixels))
         rc = err_set(err, ERR_NO_MEMORY, "no memory for %u pictures of %u x %u", job->num_images, job->width,
                      job->height);
-    if (rc == 0)
-        rc = noise_tokens(r, noise, err);
     if (rc == 0)
         rc = run_join(r, e->data, err);
     if (rc == 0)
@@ -241,10 +432,8 @@ static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfl
                             const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
                             struct err *err)
 {
-    struct engine_estimate estimate;
     TRY(plan_make(&m->info, comm_size(e->data), job_true_cfg(job), want->cfg, want->ulysses, plan, err));
-    TRY(engine_predict(e, m, job, plan, &estimate, err));
-    return reserve(e, job, estimate.activation_bytes + trace_bytes(hooks, job), comm_size(e->data), err);
+    return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
 }
 
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
@@ -252,14 +441,21 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
 {
     struct run r;
     *out = (struct engine_result){0};
+    if (e->residency)
+        residency_moves(e->residency); // of this job from here on
     TRY(agree(e->control, plan_and_reserve(e, m, job, want, hooks, &out->plan, err), err));
     run_init(&r, m, job, &out->plan);
     r.hooks = hooks;
     r.control = e->control;
+    r.residency = e->residency;
+    r.cache = e->cache;
     run_use(&r, e->k, e->d, e->arena);
     const size_t mark = arena_mark(e->arena);
     int rc = run_prepared(e, &r, out, err);
     arena_release(e->arena, mark);
+    prompt_cache_drop(e->cache);
+    if (e->residency)
+        out->moves = residency_moves(e->residency);
     if (rc != 0) {
         if (!r.agreed) // the other ranks do not know: nobody may wait for this one
             comm_abort(e->control, err->text);

@@ -6,6 +6,7 @@
 #include "worker/exec.h"
 #include "worker/model.h"
 #include "worker/plan.h"
+#include "worker/residency.h"
 #include "worker/weights.h"
 
 struct engine;
@@ -17,12 +18,19 @@ struct engine_options {
     struct device_options device;
     bool fp8; // models placed on this engine offer their linear layers as E4M3 (struct precision)
     struct comm *data, *control;
-    int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free
+    int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free. In the host's memory alone
+    // Of a device with memory of its own: bytes of it that this process may take for everything, context and libraries
+    // included; 0: what is free now.
+    int64_t memory_budget;
 };
 
+// Of a budget, what contexts and the workspaces of libraries take.
+#define ENGINE_LIBRARY_BYTES ((int64_t)1229 << 20)
+
+// ERR_INVALID: a budget beyond the device's memory.
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err);
 void engine_free(struct engine *e);
-// Where models are to be loaded that this engine runs; goes with the engine.
+// Where models are to be loaded that this engine runs. They are freed before the engine.
 struct home engine_home(const struct engine *e);
 
 // What a precision means where it is computed. fp8: the linear layers of blocks are E4M3, and so are their inputs; the
@@ -37,7 +45,7 @@ struct precision {
 int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
                      struct precision *out, struct err *err);
 
-enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE };
+enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE, ENGINE_STAGES };
 
 // Asked at the start of each stage and after each denoising step, on every rank. On rank 0 a nonzero return (an
 // err_code, with *err filled) ends the job on all ranks; elsewhere the return is ignored.
@@ -53,22 +61,27 @@ struct engine_result {
     uint8_t *pixels; // (num_images, height, width, 3) on rank 0, freed by engine_result_free; NULL elsewhere
     struct plan plan;
     double encode_seconds, denoise_seconds, decode_seconds;
+    bool prompt_cached;           // no prompt had to be encoded: all were among the last few
+    struct residency_moves moves; // of weights, on this rank, for this job
     bool prompt_cut[4]; // prompt, prompt_2, negative_prompt, negative_prompt_2 were longer than the encoders take
 };
 void engine_result_free(struct engine_result *r);
 
 // job as model_resolve_job left it. want: degrees, 0 where the engine is to choose (its ranks are ignored).
-// A job that cannot run is refused on all ranks alike, and so is one that progress ended. Any other failure aborts the
-// communicator: comm_check(control) fails from then on, on every rank, and the processes are to exit.
+// A job that cannot run, or that does not fit into memory (the error says what would), is refused on all ranks alike,
+// and so is one that progress ended. Any other failure aborts the communicator: comm_check(control) fails from then on,
+// on every rank, and the processes are to exit.
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                const struct engine_hooks *hooks, struct engine_result *out, struct err *err);
 
-// What engine_run would take on this rank, from the same forward pass over the dry backend.
+// What engine_run would take on this rank, from the same forward pass over the dry backend. The last few are
+// remembered.
 struct engine_estimate {
-    size_t activation_bytes; // the largest live set
-    struct kernel_cost cost; // of this rank, all steps
+    size_t activation_bytes;           // the largest live set
+    size_t stage_bytes[ENGINE_STAGES]; // that of each stage
+    struct kernel_cost cost;           // of this rank, all steps
 };
-int engine_predict(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
+int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
                    struct engine_estimate *out, struct err *err);
 
 #endif

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "worker/config.h"
+#include "worker/residency.h"
 #include "worker/rng.h"
 #include "worker/weights.h"
 
@@ -98,6 +99,20 @@ static const char *part(char path[1024], const char *dir, const char *name)
     return path;
 }
 
+static const struct weights *weights_of(const struct model_parts *parts, enum model_part which)
+{
+    switch (which) {
+    case PART_CLIP:
+        return clip_weights(parts->clip);
+    case PART_T5:
+        return t5_weights(parts->t5);
+    case PART_DIT:
+        return flux_weights(parts->dit);
+    default:
+        return vae_weights(parts->vae);
+    }
+}
+
 // Every file that shapes a picture: the small ones whole, the weights as weights_fingerprint samples them.
 static void fingerprint(struct model *m)
 {
@@ -105,9 +120,7 @@ static void fingerprint(struct model *m)
         "scheduler/scheduler_config.json", "tokenizer/vocab.json",     "tokenizer/merges.txt",
         "tokenizer_2/spiece.model",        "text_encoder/config.json", "text_encoder_2/config.json",
         "transformer/config.json",         "vae/config.json"};
-    enum { PARTS = 4 };
-    const struct weights *parts[PARTS] = {clip_weights(m->clip), t5_weights(m->t5), flux_weights(m->dit),
-                                          vae_weights(m->vae)};
+    const struct model_parts parts = {m->clip, m->t5, m->dit, m->vae};
     uint8_t digest[32], bytes[4096];
     char path[1024];
     EVP_MD_CTX *md = EVP_MD_CTX_new();
@@ -120,8 +133,8 @@ static void fingerprint(struct model *m)
         if (f)
             fclose(f);
     }
-    for (size_t i = 0; i < PARTS; i++) {
-        weights_fingerprint(parts[i], digest);
+    for (enum model_part p = 0; p < PARTS; p++) {
+        weights_fingerprint(weights_of(&parts, p), digest);
         EVP_DigestUpdate(md, digest, sizeof digest);
     }
     EVP_DigestFinal_ex(md, digest, NULL);
@@ -130,23 +143,115 @@ static void fingerprint(struct model *m)
         snprintf(m->hash + 2 * i, 3, "%02x", digest[i]);
 }
 
-static int load_parts(struct model *m, const struct home *home, struct err *err)
+static int load_part(const char *dir, enum model_part which, const struct home *home, struct model_parts *to,
+                     struct err *err)
+{
+    char path[1024];
+    part(path, dir, model_part_name(which));
+    switch (which) {
+    case PART_CLIP:
+        return clip_load(path, home, &to->clip, err);
+    case PART_T5:
+        return t5_load(path, home, &to->t5, err);
+    case PART_DIT:
+        return flux_load(path, home, &to->dit, err);
+    default:
+        return vae_load(path, home, &to->vae, err);
+    }
+}
+
+static void free_part(struct model_parts *of, enum model_part which)
+{
+    switch (which) {
+    case PART_CLIP:
+        clip_free(of->clip);
+        break;
+    case PART_T5:
+        t5_free(of->t5);
+        break;
+    case PART_DIT:
+        if (of->dit)
+            of->dit->ops->free(of->dit);
+        break;
+    default:
+        vae_free(of->vae);
+    }
+}
+
+static struct model_parts parts_of(const struct model *m)
+{
+    return (struct model_parts){m->clip, m->t5, m->dit, m->vae};
+}
+
+static void use(struct model *m, enum model_part which, const struct model_parts *from)
+{
+    if (which == PART_CLIP)
+        m->clip = from->clip;
+    if (which == PART_T5)
+        m->t5 = from->t5;
+    if (which == PART_DIT)
+        m->dit = from->dit;
+    if (which == PART_VAE)
+        m->vae = from->vae;
+}
+
+// A device on which the parts are planned: it computes nothing, and its tensors have the types of the home's.
+static int open_plan(struct model *m, struct home *plan, struct err *err)
+{
+    const struct device_options options = {.threads = 1, .activation = m->home->k->activation};
+    m->plan_kernels = malloc(sizeof *m->plan_kernels);
+    if (!m->plan_kernels)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", m->dir);
+    *m->plan_kernels = kernels_dry;
+    m->plan_kernels->activation = options.activation;
+    TRY(kernels_dry.open(&options, &m->plan_device, err));
+    *plan = *m->home;
+    plan->k = m->plan_kernels;
+    plan->d = m->plan_device;
+    plan->plan = true;
+    return 0;
+}
+
+static int load_parts(struct model *m, struct err *err)
+{
+    struct home plan, *home = m->home;
+    const bool planned = home && home->residency;
+    if (planned) {
+        TRY(open_plan(m, &plan, err));
+        home = &plan;
+    }
+    for (enum model_part p = 0; p < PARTS; p++) {
+        struct model_parts fresh;
+        TRY(load_part(m->dir, p, home, &fresh, err));
+        use(m, p, &fresh);
+        if (planned)
+            m->plans = parts_of(m);
+        else
+            m->here |= 1U << p;
+        m->placed_bytes[p] = weights_placed_bytes(weights_of(&fresh, p));
+    }
+    return 0;
+}
+
+static int load(struct model *m, struct err *err)
 {
     char path[1024];
     TRY(check_pipeline(m->dir, err));
     TRY(sampler_load(part(path, m->dir, "scheduler"), &m->sampler, err));
-    if (!home || !home->invention) { // else token ids are invented as well
+    if (!m->home || !m->home->invention) { // else token ids are invented as well
         TRY(clip_tokenizer_load(part(path, m->dir, "tokenizer"), &m->clip_tokenizer, err));
         TRY(t5_tokenizer_load(part(path, m->dir, "tokenizer_2"), &m->t5_tokenizer, err));
     }
-    TRY(clip_load(part(path, m->dir, "text_encoder"), home, &m->clip, err));
-    TRY(t5_load(part(path, m->dir, "text_encoder_2"), home, &m->t5, err));
-    TRY(flux_load(part(path, m->dir, "transformer"), home, &m->dit, err));
-    TRY(vae_load(part(path, m->dir, "vae"), home, &m->vae, err));
+    TRY(load_parts(m, err));
     m->dit->ops->info(m->dit, &m->info);
     m->side_multiple = 2 * vae_scale(m->vae);
     TRY(check_fit(m, err));
-    return load_limits(m, err);
+    TRY(load_limits(m, err));
+    fingerprint(m);
+    if (!m->home || !m->home->residency)
+        return 0;
+    TRY(residency_join(m->home->residency, m, err));
+    return residency_fill(m->home->residency, m, err);
 }
 
 int model_load(const char *dir, struct model **out, struct err *err)
@@ -160,18 +265,20 @@ int model_load_on(const char *dir, const struct home *home, struct model **out, 
     if (strlen(dir) > MAX_DIR)
         return err_set(err, ERR_INVALID, "model directory %.80s...: path longer than %d bytes", dir, MAX_DIR);
     struct model *m = calloc(1, sizeof *m);
-    if (m)
-        m->dir = strdup(dir);
-    if (!m || !m->dir) {
-        free(m);
+    bool room = m && (m->dir = strdup(dir));
+    if (room && home)
+        room = (m->home = malloc(sizeof *m->home)) != NULL;
+    if (!room) {
+        model_free(m);
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
     }
-    int rc = load_parts(m, home, err);
+    if (home)
+        *m->home = *home;
+    int rc = load(m, err);
     if (rc != 0) {
         model_free(m);
         return rc;
     }
-    fingerprint(m);
     *out = m;
     return 0;
 }
@@ -180,21 +287,62 @@ void model_free(struct model *m)
 {
     if (!m)
         return;
+    if (m->home && m->home->residency)
+        residency_leave(m->home->residency, m);
     clip_tokenizer_free(m->clip_tokenizer);
     t5_tokenizer_free(m->t5_tokenizer);
-    clip_free(m->clip);
-    t5_free(m->t5);
-    if (m->dit)
-        m->dit->ops->free(m->dit);
-    vae_free(m->vae);
+    struct model_parts now = parts_of(m);
+    for (enum model_part p = 0; p < PARTS; p++) {
+        if (!m->plan_kernels || m->here & 1U << p)
+            free_part(&now, p);
+        free_part(&m->plans, p);
+    }
+    if (m->plan_device)
+        kernels_dry.close(m->plan_device);
+    free(m->plan_kernels);
+    free(m->home);
     free(m->dir);
     free(m);
 }
 
+int model_bring(struct model *m, enum model_part which, struct err *err)
+{
+    struct model_parts fresh;
+    TRY(load_part(m->dir, which, m->home, &fresh, err));
+    use(m, which, &fresh);
+    m->here |= 1U << which;
+    return 0;
+}
+
+void model_evict(struct model *m, enum model_part which)
+{
+    struct model_parts now = parts_of(m);
+    use(m, which, &m->plans);
+    m->here &= ~(1U << which);
+    free_part(&now, which);
+}
+
 int64_t model_bytes(const struct model *m)
 {
-    return weights_bytes(clip_weights(m->clip)) + weights_bytes(t5_weights(m->t5)) +
-           weights_bytes(flux_weights(m->dit)) + weights_bytes(vae_weights(m->vae));
+    const struct model_parts now = parts_of(m);
+    int64_t sum = 0;
+    for (enum model_part p = 0; p < PARTS; p++)
+        sum += weights_bytes(weights_of(&now, p));
+    return sum;
+}
+
+int64_t model_placed_bytes(const struct model *m, unsigned parts)
+{
+    int64_t sum = 0;
+    for (enum model_part p = 0; p < PARTS; p++)
+        sum += parts & 1U << p ? m->placed_bytes[p] : 0;
+    return sum;
+}
+
+const char *model_part_name(enum model_part which)
+{
+    static const char *const names[PARTS] = {"text_encoder", "text_encoder_2", "transformer", "vae"};
+    return names[which];
 }
 
 bool job_true_cfg(const Ditfleet__V1__Job *job)

@@ -21,29 +21,56 @@ struct model_limits {
     Ditfleet__V1__Precision precision;
 };
 
+// What a stage of a job computes with: it can be away from its device while other stages run. In the order of stages.
+enum model_part { PART_CLIP, PART_T5, PART_DIT, PART_VAE, PARTS };
+enum { PARTS_ALL = (1 << PARTS) - 1 }; // sets of parts have bit 1 << part
+
+struct model_parts {
+    struct clip *clip;
+    struct t5 *t5;
+    struct dit *dit;
+    struct vae *vae;
+};
+
+struct home;
+
 struct model {
     char *dir;
     char hash[65];                         // fingerprint of configurations and weights, hex
     struct clip_tokenizer *clip_tokenizer; // both NULL when the weights are invented: so are token ids
     struct t5_tokenizer *t5_tokenizer;
+    // The parts as operations use them. Of one that is away, the plan: shapes and types, so that it can be asked and
+    // run dry as ever, but no numbers.
     struct clip *clip;
     struct t5 *t5;
     struct dit *dit;
     struct vae *vae;
+    unsigned here; // the set of parts that are not away
     struct dit_info info;
     struct sampler sampler;
     struct model_limits limits;
     int64_t side_multiple; // width and height are multiples of it
-};
 
-struct home;
+    struct home *home;        // NULL: the weights are where the files are mapped
+    struct model_parts plans; // where the home has a residency
+    struct kernels *plan_kernels;
+    struct device *plan_device;
+    int64_t placed_bytes[PARTS]; // on the device, when they are there
+};
 
 // Maps the weights; nothing is read ahead. Errors name file, key or tensor. Freed by model_free.
 int model_load(const char *dir, struct model **out, struct err *err);
-// The same with the weights on a device (worker/weights.h).
+// The same with the weights on a device (worker/weights.h). Where the home has a residency, as many parts as fit are
+// brought there, the rest when a job needs them: the files must stay. The model goes before the device does.
 int model_load_on(const char *dir, const struct home *home, struct model **out, struct err *err);
 void model_free(struct model *m);
-int64_t model_bytes(const struct model *m); // of all weights
+int64_t model_bytes(const struct model *m);                        // of all weights, in their files
+int64_t model_placed_bytes(const struct model *m, unsigned parts); // of these on the device, 0 where they are mapped
+const char *model_part_name(enum model_part part);                 // the folder's name
+
+// For a residency alone. A part that is away comes to its device; one that is there is freed, when no work reads it.
+int model_bring(struct model *m, enum model_part part, struct err *err);
+void model_evict(struct model *m, enum model_part part);
 
 // Fills in what the job leaves open (sizes, steps, guidance, seed when absent: drawn) and refuses what this model does
 // not do. After this the job says exactly what will run. The error names the field and what is allowed.

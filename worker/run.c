@@ -3,11 +3,13 @@
 
 #include <stdlib.h>
 
+#include "proto/clock.h"
+
 void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan)
 {
     static const struct engine_hooks none = {0};
     const int64_t scale = vae_scale(m->vae);
-    *r = (struct run){.model = m, .job = job, .plan = *plan, .hooks = &none};
+    *r = (struct run){.model = m, .job = job, .plan = *plan, .hooks = &none, .since = monotonic_seconds()};
     r->branches = job_true_cfg(job) ? 2 : 1;
     r->latent_h = job->height / scale;
     r->latent_w = job->width / scale;
@@ -47,6 +49,19 @@ void run_use(struct run *r, const struct kernels *k, struct device *d, struct ar
     r->world.arena = r->branch.arena = arena;
 }
 
+int run_need(struct run *r, unsigned parts, struct err *err)
+{
+    return r->residency && !r->dry ? residency_need(r->residency, r->model, parts, err) : 0;
+}
+
+void run_enter(struct run *r, enum engine_stage stage)
+{
+    const double now = monotonic_seconds();
+    r->seconds[r->stage] += now - r->since;
+    r->stage = (int)stage;
+    r->since = now;
+}
+
 int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err)
 {
     const bool within =
@@ -54,6 +69,8 @@ int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err 
     TRY((within ? exec_pace : exec_check)(&r->world, err));
     if (r->dry)
         return 0;
+    if (!within)
+        run_enter(r, stage);
     TRY(comm_check(r->branch.comm, err));
     struct err stop = {.code = ERR_NONE};
     if (r->hooks->progress)

@@ -3,6 +3,8 @@
 #define DITFLEET_RUN_H
 
 #include "worker/engine.h"
+#include "worker/prompt_cache.h"
+#include "worker/residency.h"
 
 enum { BRANCHES = 2 }; // of guidance: positive, negative
 
@@ -13,9 +15,15 @@ struct run {
     struct plan plan;
     const struct engine_hooks *hooks; // never NULL; its members may be
     struct comm *control;
-    bool dry;           // the stages run over the dry backend: no ids, no noise, no waiting for others
-    struct exec world;  // all ranks: text, decoding
-    struct exec branch; // the ranks of this rank's guidance branch: denoising
+    struct residency *residency; // NULL: the model's parts are where they are computed with
+    struct prompt_cache *cache;  // NULL: every prompt is encoded, into the arena
+    bool prompt_cached;          // no prompt had to be encoded
+    int stage;                   // enum engine_stage in hand, and since when
+    double since, seconds[ENGINE_STAGES];
+    size_t peaks[ENGINE_STAGES]; // bytes of the arena in each stage, in a dry run
+    bool dry;                    // the stages run over the dry backend: no ids, no noise, no waiting for others
+    struct exec world;           // all ranks: text, decoding
+    struct exec branch;          // the ranks of this rank's guidance branch: denoising
     const struct runner *runner;
     struct comm *pair;          // the same rows of the other branch; NULL unless plan.cfg is 2
     bool agreed;                // all ranks know that the job ends here
@@ -31,7 +39,12 @@ void run_use(struct run *r, const struct kernels *k, struct device *d, struct ar
 int run_join(struct run *r, struct comm *world, struct err *err);
 void run_leave(struct run *r);
 
-// Tells progress; agrees with all ranks whether to go on. The first failure of exec ends it as well.
+// The device has these parts of the model (a set: worker/model.h) from here on.
+int run_need(struct run *r, unsigned parts, struct err *err);
+// Time goes to this stage from here on.
+void run_enter(struct run *r, enum engine_stage stage);
+// Enters the stage when its step is 0, when the device is done with the one before. Tells progress; agrees with all
+// ranks whether to go on. The first failure of exec ends it as well.
 int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err);
 // Hands a device tensor to the trace hook of rank 0, in host memory.
 void run_trace(struct run *r, const char *name, struct tensor t);

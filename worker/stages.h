@@ -5,14 +5,8 @@
 
 #include "worker/run.h"
 
-// A prompt, encoded, on every rank.
-struct prompt {
-    struct tensor embeds; // (text_tokens, text_dim)
-    struct tensor pooled; // (1, pooled_dim)
-};
-
-// encode.c: the branches' prompts; the encoders are dealt to the ranks, their outputs broadcast. cut as in
-// engine_result.
+// encode.c: the branches' prompts, from the run's cache or else encoded: the encoders are dealt to the ranks, their
+// outputs broadcast. cut as in engine_result. The device may still be at it on return.
 int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], struct err *err);
 
 // denoise.c: tokens (image_tokens, channels), whole on every rank, from noise (image_tokens, channels) on the host

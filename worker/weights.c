@@ -328,6 +328,18 @@ int64_t weights_bytes(const struct weights *w)
     return sum;
 }
 
+int64_t weights_placed_bytes(const struct weights *w)
+{
+    enum { GRAIN = 512 }; // of a device's allocations
+    int64_t sum = 0;
+    for (size_t i = 0; i < w->n_placed; i++) {
+        const struct tensor t = w->placed[i];
+        const size_t scales = t.dtype == DT_E4M3 ? (size_t)t.n[0] * sizeof *t.scale : 0;
+        sum += (int64_t)((tensor_bytes(t) + scales + GRAIN - 1) & ~(size_t)(GRAIN - 1));
+    }
+    return sum;
+}
+
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32])
 {
     enum { SAMPLES = 64, PAGE = 4096 };
@@ -525,7 +537,8 @@ int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_i
     void *data = own(w, tensor_bytes(t));
     if (!data)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
-    channels_last(data, t.data, c_out, c_in, (int64_t)size * size, dtype_size(t.dtype));
+    if (!w->home.plan) // a plan looks at shapes alone
+        channels_last(data, t.data, c_out, c_in, (int64_t)size * size, dtype_size(t.dtype));
     out->w = tensor_of(data, t.dtype, 4, c_out, size, size, c_in);
     return place(w, &out->w, err);
 }

@@ -10,6 +10,7 @@
 
 struct weights;
 struct invention;
+struct residency;
 
 // Where a model's weights are to be: a device that computes with them. NULL, or k NULL: where the files are mapped.
 struct home {
@@ -17,6 +18,8 @@ struct home {
     struct device *d;                  // outlives the model
     bool fp8;                          // linear layers that the model offers for it become E4M3
     const struct invention *invention; // not NULL: no file is opened, weights are windows into it (worker/invent.h)
+    struct residency *residency;       // not NULL: it says which parts are there, and when (worker/residency.h)
+    bool plan;                         // shapes and types alone are wanted: k computes nothing
 };
 
 // stem: "diffusion_pytorch_model" or "model". What is fetched is placed in the home (NULL: none), and displaced by
@@ -29,7 +32,8 @@ bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.
 int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
     __attribute__((format(printf, 4, 5)));
-int64_t weights_bytes(const struct weights *w); // of all tensors; of invented ones, those fetched so far
+int64_t weights_bytes(const struct weights *w);        // of all tensors; of invented ones, those fetched so far
+int64_t weights_placed_bytes(const struct weights *w); // of what was placed, on its device
 // Fingerprint of names, types, shapes, sizes and 64 sampled pages a file: tells checkpoints apart without reading
 // all of them.
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32]);
