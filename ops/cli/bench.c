@@ -15,6 +15,13 @@ static const char *const whats[BENCH_WHATS] = {[BENCH_STEP] = "step",
                                                [BENCH_VAE] = "vae",
                                                [BENCH_START] = "start"};
 
+const char *bench_precision_name(const struct bench *b)
+{
+    if (b->precision.fp8)
+        return "fp8";
+    return b->precision.activation == DT_F32 ? "fp32" : b->precision.activation == DT_BF16 ? "bf16" : "fp16";
+}
+
 // The model's configurations: an architecture's are written to a directory of their own.
 static int find_model(struct bench *b, Ditfleet__V1__Precision *preferred, struct err *err)
 {

@@ -16,10 +16,10 @@ struct bench_spread {
 };
 struct bench_spread bench_spread_of(double *values, int count); // sorts them
 
-// One run of the engine, seconds. Text goes from the prompt to the first step, modulations included; what was not run
-// is 0.
+// One run of the engine, seconds. plan: until the encoders begin, noise included; text: from there to the first step,
+// modulations included; what was not run is 0.
 struct bench_image {
-    double text, loop, decode, whole;
+    double plan, text, loop, decode, whole;
     struct bench_spread step;
 };
 
@@ -90,10 +90,13 @@ struct bench {
     struct bench_peer peer_result;
 };
 
+const char *bench_precision_name(const struct bench *b); // as jobs spell it
+
 // bench_run.c: through the engine.
 int bench_images(struct bench *b, int count, struct err *err); // appended to images
 int bench_start(struct bench *b, struct err *err);
 int bench_profile(struct bench *b, struct err *err); // ops, where the backend can tell
+void bench_ops_take(struct bench *b);                // ends a profile, adds it to ops
 double bench_process_seconds(void);                  // since this process began
 void bench_memory_seen(struct bench *b);             // raises memory.peak
 

@@ -186,7 +186,7 @@ int bench_ceilings(struct bench *b, struct err *err)
 {
     static int (*const all[])(struct bed *, struct err *) = {product, copy, attention};
     const bool own_memory = b->home.k->memory != NULL;
-    struct bed bed = {.b = b, .k = b->home.k, .d = b->home.d, .budget = own_memory ? 0.5 : 0.1};
+    struct bed bed = {.b = b, .k = b->home.k, .d = b->home.d, .budget = own_memory ? 0.5 : 0.03};
     const int64_t shape[] = {2 * CHUNK};
     struct tensor noise;
     b->ceilings.product_side = own_memory ? 8192 : 512;

@@ -92,6 +92,11 @@ static int time_part(struct bench *b, enum part part, int repeat, struct bench_s
         if (i >= 0)
             ms[i] = (monotonic_seconds() - from) * 1e3;
     }
+    if (rc == 0 && b->what == BENCH_TEXT && b->k->profile_start) {
+        b->k->profile_start(b->home.d);
+        rc = run_part(b, &s, part, err);
+        bench_ops_take(b);
+    }
     leave(&s);
     if (rc == 0)
         *out = bench_spread_of(ms, repeat);

@@ -64,12 +64,8 @@ static void start_python(const struct bench *b, const char *script, int in, int 
     dup2(in, 0);
     dup2(out, 1);
     dup2(errors, 2);
-    const char *precision = b->precision.fp8                     ? "fp8"
-                            : b->precision.activation == DT_F32  ? "fp32"
-                            : b->precision.activation == DT_BF16 ? "bf16"
-                                                                 : "fp16";
     execlp("python3", "python3", script, "--config", config, "--width", width, "--height", height, "--steps", steps,
-           "--text-tokens", text, "--precision", precision, "--device", b->device, (char *)NULL);
+           "--text-tokens", text, "--precision", bench_precision_name(b), "--device", b->device, (char *)NULL);
     dprintf(1, "{\"missing\": \"python3 cannot be started (%s)\"}\n", strerror(errno));
     _exit(CLI_FAILED);
 }

@@ -103,8 +103,9 @@ static void print_images(const struct bench *b)
 {
     for (int i = 0; i < b->n_images; i++) {
         const struct bench_image *m = &b->images[i];
-        printf("%-6s text %.1f ms, loop %.3f s = %.2f ms a step (median %.2f [%.2f-%.2f])", i ? "then" : "first",
-               m->text * 1e3, m->loop, m->loop * 1e3 / m->step.count, m->step.median, m->step.min, m->step.max);
+        printf("%-6s plan and noise %.1f ms, text %.1f ms, loop %.3f s = %.2f ms a step (median %.2f [%.2f-%.2f])",
+               i ? "then" : "first", m->plan * 1e3, m->text * 1e3, m->loop, m->loop * 1e3 / m->step.count,
+               m->step.median, m->step.min, m->step.max);
         if (m->decode > 0)
             printf(", decode %.1f ms", m->decode * 1e3);
         printf(", whole %.3f s\n", m->whole);
@@ -160,8 +161,7 @@ void bench_print(struct bench *b)
 {
     const Ditfleet__V1__Job *j = b->job;
     printf("%s on %s, %s: %u x %u, %u steps, %u text tokens\n", b->architecture ? b->architecture : b->model_dir,
-           b->k->name, b->precision.fp8 ? "fp8" : dtype_name(b->precision.activation), j->width, j->height,
-           j->num_inference_steps, j->max_sequence_length);
+           b->k->name, bench_precision_name(b), j->width, j->height, j->num_inference_steps, j->max_sequence_length);
     printf("%-28s %.2f s after the process began%s\n", "loaded", b->loaded,
            b->architecture ? ", weights made up meanwhile" : "");
     if (b->what == BENCH_START) {
@@ -212,8 +212,9 @@ static json_t *images_json(const struct bench *b)
     json_t *list = json_array();
     for (int i = 0; i < b->n_images; i++) {
         const struct bench_image *m = &b->images[i];
-        json_array_append_new(list, json_pack("{s:f,s:f,s:f,s:f,s:o}", "text_s", m->text, "loop_s", m->loop, "decode_s",
-                                              m->decode, "whole_s", m->whole, "step_ms", spread_json(&m->step)));
+        json_array_append_new(list, json_pack("{s:f,s:f,s:f,s:f,s:f,s:o}", "plan_s", m->plan, "text_s", m->text,
+                                              "loop_s", m->loop, "decode_s", m->decode, "whole_s", m->whole, "step_ms",
+                                              spread_json(&m->step)));
     }
     return list;
 }
@@ -269,9 +270,9 @@ void bench_print_json(struct bench *b)
     const Ditfleet__V1__Job *j = b->job;
     json_t *root =
         json_pack("{s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:f}", "model", b->architecture ? b->architecture : b->model_dir,
-                  "device", b->k->name, "precision", b->precision.fp8 ? "fp8" : dtype_name(b->precision.activation),
-                  "width", (int)j->width, "height", (int)j->height, "num_inference_steps", (int)j->num_inference_steps,
-                  "max_sequence_length", (int)j->max_sequence_length, "loaded_s", b->loaded);
+                  "device", b->k->name, "precision", bench_precision_name(b), "width", (int)j->width, "height",
+                  (int)j->height, "num_inference_steps", (int)j->num_inference_steps, "max_sequence_length",
+                  (int)j->max_sequence_length, "loaded_s", b->loaded);
     json_object_set_new(root, "memory", memory_json(&b->memory));
     if (b->what == BENCH_START)
         json_object_set_new(root, "first_step_s", json_real(b->first_step));

@@ -12,7 +12,7 @@
 // One run under way.
 struct watch {
     struct bench *b;
-    double start, steps, end;         // when the run began, its first step, its decoding
+    double start, text, steps, end;   // when the run began, its encoders, its first step, its decoding
     double after[SAMPLER_MAX_STEPS];  // when progress told of step i + 1
     int told;                         // steps told of
     enum engine_stage stop;           // the run ends before this stage, or, of ENGINE_DENOISE,
@@ -44,15 +44,17 @@ static int longest_first(const void *a, const void *b)
     return (x->ms < y->ms) - (x->ms > y->ms);
 }
 
-static void end_profile(struct watch *w)
+void bench_ops_take(struct bench *b)
 {
-    struct bench *b = w->b;
-    if (!w->on)
-        return;
-    w->on = false;
-    b->ops = (struct bench_ops){0};
     b->k->profile_end(b->home.d, add_op, &b->ops);
     qsort(b->ops.list, (size_t)b->ops.count, sizeof *b->ops.list, longest_first);
+}
+
+static void end_profile(struct watch *w)
+{
+    if (w->on)
+        bench_ops_take(w->b);
+    w->on = false;
 }
 
 static int on_progress(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
@@ -61,6 +63,8 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
     const double now = monotonic_seconds();
     (void)steps;
     end_profile(w);
+    if (stage == ENGINE_TEXT)
+        w->text = now;
     if (stage == ENGINE_DENOISE && step == 0)
         w->steps = now;
     if (stage == ENGINE_DENOISE && step > 0)
@@ -139,7 +143,8 @@ int bench_images(struct bench *b, int count, struct err *err)
         const double done = monotonic_seconds();
         if (rc != 0)
             break;
-        b->images[b->n_images++] = (struct bench_image){.text = w.steps - w.start,
+        b->images[b->n_images++] = (struct bench_image){.plan = w.text - w.start,
+                                                        .text = w.steps - w.text,
                                                         .loop = w.end - w.steps,
                                                         .decode = w.stopped ? 0 : done - w.end,
                                                         .whole = (w.stopped ? w.end : done) - w.start,
@@ -182,7 +187,7 @@ int bench_start(struct bench *b, struct err *err)
 int bench_profile(struct bench *b, struct err *err)
 {
     Ditfleet__V1__Job job = *b->job;
-    if (!b->k->profile_start)
+    if (!b->k->profile_start || b->what == BENCH_TEXT) // text was profiled as it was timed
         return 0;
     const bool decode = b->what == BENCH_VAE;
     job.num_inference_steps = decode ? 1 : job.num_inference_steps < 3 ? job.num_inference_steps : 3;

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# ditfleet bench on the CPU: invented weights and a real model, every part, its JSON, its refusals, the peer's protocol.
+set -euo pipefail
+ditfleet=${DITFLEET_BUILD:?}/ditfleet
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export TMPDIR=$work
+
+fail() {
+  echo "FAILED: $*" >&2
+  exit 1
+}
+
+# expect STATUS TEXT flags...: exit status, and a text that is printed
+expect() {
+  local want=$1 text=$2 got=0
+  shift 2
+  "$ditfleet" bench "$@" >"$work/out" 2>&1 || got=$?
+  [[ $got == "$want" ]] || fail "bench $*: exit status $got, expected $want: $(<"$work/out")"
+  grep -qF -- "$text" "$work/out" || fail "bench $*: \"$text\" is not in: $(<"$work/out")"
+}
+
+# check PYTHON: a condition on the object d that was printed last
+check() {
+  python3 -c "
+import json, sys
+d = json.load(open('$work/out'))
+assert $1, d" || fail "$1"
+}
+
+small=(--width 64 --height 64 --num-inference-steps 4 --max-sequence-length 16 --threads 2)
+demo=(--architecture demo "${small[@]}" --json)
+model=${DITFLEET_SOURCE:?}/ops/demo/model
+
+expect 0 '"bound":' "${demo[@]}" --repeat 2
+check "len(d['images']) == 3 and d['step_ms']['count'] == 2"
+check "all(i['loop_s'] > 0 and i['text_s'] > 0 and i['decode_s'] == 0 and i['step_ms']['count'] == 4 for i in d['images'])"
+check "0 < d['step_ms']['min'] <= d['step_ms']['median'] <= d['step_ms']['max']"
+check "all(v > 0 for v in d['ceilings'].values())"
+check "all(c['flops'] > 0 and c['bytes'] > 0 and c['floor_ms'] > 0 for c in d['cost'].values())"
+check "d['cost']['step']['attention_flops'] == 4 * 32 * 32 * 256 * 6"
+check "d['memory']['weights'] > 1e7 and d['memory']['activations'] > 0 and d['memory']['process_peak'] > 0"
+check "d['device'] == 'cpu' and d['precision'] == 'fp32' and d['verdict']['bound'] in ('compute', 'bandwidth')"
+expect 0 '"t5_ms":{' "${demo[@]}" --what image --repeat 1
+check "all(i['decode_s'] > 0 for i in d['images']) and d['t5_ms']['median'] > 0 and d['clip_ms']['median'] > 0"
+expect 0 '"images":[]' "${demo[@]}" --what text
+check "d['t5_ms']['count'] == 10"
+expect 0 '"decode_s"' "${demo[@]}" --what vae --repeat 1
+check "d['num_inference_steps'] == 1 and d['images'][1]['decode_s'] > 0"
+expect 0 '"first_step_s"' "${demo[@]}" --what start
+check "0 < d['loaded_s'] < d['first_step_s'] < 60"
+expect 0 "verdict" --model "$model" "${small[@]}" --repeat 1
+ls "$work" | grep -q ditfleet-bench && fail "the architecture's directory is still there"
+
+# ---- the peer: a script that answers as the real one does, one that has no PyTorch, one that fails
+cat >"$work/peer.py" <<'PEER'
+import json, sys
+print('a library says hello')
+print(json.dumps({"name": "a peer of " + sys.argv[sys.argv.index("--steps") + 1] + " steps"}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"step_ms": [2.0, 1.0, 3.0], "loop_s": 0.5}), flush=True)
+PEER
+expect 0 '"name":"a peer of 4 steps"' "${demo[@]}" --repeat 1 --compare --peer "$work/peer.py"
+check "d['peer']['step_ms'] == {'median': 2, 'min': 1, 'max': 3, 'count': 6} and d['peer']['loop_s'] == 0.5"
+expect 0 "a peer of 4 steps; loop 0.500 s" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/peer.py"
+echo 'print("{\"missing\": \"python3 has no PyTorch\"}")' >"$work/none.py"
+expect 0 "none: python3 has no PyTorch" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/none.py"
+echo 'raise SystemExit("it broke")' >"$work/broken.py"
+expect 0 "none: it broke" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/broken.py"
+echo 'print("{\"name\": \"mute\"}", flush=True)' >"$work/mute.py"
+expect 3 "the peer gave no times" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/mute.py"
+
+# ---- refusals
+expect 2 "one of --architecture NAME and --model DIR is needed"
+expect 2 "one of --architecture NAME and --model DIR is needed" --architecture demo --model "$model"
+expect 2 "architecture sdxl: it may be flux.1-dev, flux.1-schnell, demo" --architecture sdxl
+expect 1 "model_index.json" --model "$work"
+expect 2 "--what all: it may be step, image, text, vae or start" --architecture demo --what all
+expect 2 "device tpu: it may be cpu or cuda" --architecture demo --device tpu
+expect 2 "--device dry: it may be cpu or cuda" --architecture demo --device dry
+expect 2 "--compare: the peer runs steps" --architecture demo --what text --compare
+expect 2 "--repeat takes a whole number from 1 to" --architecture demo --repeat 0
+expect 2 "use --repeat" --architecture demo --num-images 2
+expect 2 "--peer $work/nowhere: cannot be read" --architecture demo "${small[@]}" --compare --peer "$work/nowhere"
+expect 2 "width 40: this model takes multiples of 16" --architecture demo --width 40
+expect 1 "precision bf16: on cpu there is fp32" --architecture demo --precision bf16
+echo "bench: all passed"
