@@ -702,6 +702,45 @@ static void pictures(void **state)
 
 // ---- errors
 
+// A block's operations, recorded and replayed on new numbers, give the bits that they give when launched.
+static void recordings(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        const int64_t m = 96, dim = 256;
+        struct pair x = ACTIVE(f, 0, 1, m, dim), u = ACTIVE(f, 0, 1, m, dim), y = OUTPUT(f, 0, m, dim),
+                    z = OUTPUT(f, 0, m, dim), v = WEIGHT(f, f->type, dim), w = WEIGHT(f, f->type, dim, dim);
+        struct linear l;
+        struct recording *r = NULL;
+        assert_int_equal(linear_init(&l, 1, &w.g, NULL, NULL), 0);
+        const struct attention_opts opts = {.scale = 0.1f};
+        struct tensor heads = tensor_reshape(z.g, 3, m, 4, 64, 1), of = tensor_reshape(y.g, 3, m, 4, 64, 1);
+        float *launched = malloc((size_t)(m * dim) * sizeof *launched), *replayed = malloc((size_t)(m * dim) * 4);
+        for (int pass = 0; pass < 3; pass++) { // launched, recorded, replayed on other numbers: launched again
+            if (pass == 1)
+                assert_true(G->record(f->d));
+            G->gate_add_modulate(f->d, x.g, v.g, u.g, y.g, v.g, v.g, 1e-6f);
+            G->linear(f->d, z.g, y.g, &l, ACT_GELU_TANH);
+            G->attention(f->d, of, heads, heads, heads, &opts);
+            if (pass == 1) {
+                r = G->recorded(f->d);
+                assert_true(r != NULL);
+                G->copy(f->d, x.g, u.g);
+                assert_true(G->replay(f->d, r));
+                G->download(f->d, replayed, y.g);
+                G->copy(f->d, x.g, u.g);
+            }
+        }
+        G->download(f->d, launched, y.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_true(memcmp(launched, replayed, (size_t)(m * dim) * sizeof *launched) == 0);
+        G->forget(f->d, r);
+        free(launched);
+        free(replayed);
+    }
+}
+
 static void first_failure_stays(void **state)
 {
     struct fix *f = *state;
@@ -770,13 +809,27 @@ int main(void)
     if (code == 0)
         G->close(d);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(transfers),     cmocka_unit_test(copies),         cmocka_unit_test(placing),
-        cmocka_unit_test(pairs),         cmocka_unit_test(activations),    cmocka_unit_test(norms),
-        cmocka_unit_test(modulations),   cmocka_unit_test(qk_norm_rope),   cmocka_unit_test(embed),
-        cmocka_unit_test(relative_bias), cmocka_unit_test(groups),         cmocka_unit_test(pictures),
-        cmocka_unit_test(linear),        cmocka_unit_test(columns_of_one), cmocka_unit_test(placed_linear),
-        cmocka_unit_test(attention),     cmocka_unit_test(conv2d),         cmocka_unit_test(first_failure_stays),
-        cmocka_unit_test(ids_outside),   cmocka_unit_test(bad_devices),
+        cmocka_unit_test(transfers),
+        cmocka_unit_test(copies),
+        cmocka_unit_test(placing),
+        cmocka_unit_test(pairs),
+        cmocka_unit_test(activations),
+        cmocka_unit_test(norms),
+        cmocka_unit_test(modulations),
+        cmocka_unit_test(qk_norm_rope),
+        cmocka_unit_test(embed),
+        cmocka_unit_test(relative_bias),
+        cmocka_unit_test(groups),
+        cmocka_unit_test(pictures),
+        cmocka_unit_test(linear),
+        cmocka_unit_test(columns_of_one),
+        cmocka_unit_test(placed_linear),
+        cmocka_unit_test(attention),
+        cmocka_unit_test(conv2d),
+        cmocka_unit_test(recordings),
+        cmocka_unit_test(first_failure_stays),
+        cmocka_unit_test(ids_outside),
+        cmocka_unit_test(bad_devices),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
