@@ -3,7 +3,10 @@
 // written hold NaN: read, they spoil the result; written, they are found. Without a GPU the program says so and
 // ends with 77, which CTest counts as skipped.
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 
+#include <dirent.h>
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,6 +14,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -500,6 +505,274 @@ static void modulations(void **state)
     }
 }
 
+// ---- E4M3
+
+// The nearest code, ties to the even one; what is larger than all becomes the largest.
+static uint8_t to_e4m3(float v)
+{
+    const uint8_t sign = signbit(v) ? 128 : 0;
+    const double size = fabs((double)v);
+    uint8_t low = 0, high = 126;
+    if (isnan(v))
+        return 127;
+    if (size >= of_e4m3(high))
+        return sign | high;
+    while (high - low > 1) {
+        const uint8_t middle = (uint8_t)((low + high) / 2);
+        if (of_e4m3(middle) <= size)
+            low = middle;
+        else
+            high = middle;
+    }
+    const double below = size - of_e4m3(low), above = of_e4m3(high) - size;
+    return sign | (below < above || (below == above && low % 2 == 0) ? low : high);
+}
+
+static float quantise_row(uint8_t *codes, const float *x, int64_t n)
+{
+    float top = 0;
+    for (int64_t i = 0; i < n; i++)
+        top = fmaxf(top, fabsf(x[i]));
+    const float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
+    for (int64_t i = 0; i < n; i++)
+        codes[i] = to_e4m3(x[i] * inverse);
+    return factor;
+}
+
+// c (m, n) f32 on the host as E4M3 on both sides: codes and factors in f->host blocks, *on_host and the result.
+static struct tensor e4m3_of(struct fix *f, struct tensor c, struct tensor *on_host)
+{
+    const int64_t m = c.n[0], n = c.n[1];
+    struct pair codes = make(f, DT_U8, DT_U8, SHAPE(m, n), 0, 1, 0), scale = make(f, DT_F32, DT_F32, SHAPE(m), 0, 1, 0);
+    for (int64_t r = 0; r < m; r++)
+        ((float *)scale.c.data)[r] = quantise_row((uint8_t *)codes.c.data + r * n, (const float *)c.data + r * c.ld, n);
+    codes.c.dtype = codes.g.dtype = DT_E4M3;
+    codes.c.scale = scale.c.data;
+    codes.g.scale = scale.g.data;
+    G->upload(f->d, codes.g, codes.c.data);
+    G->upload(f->d, scale.g, scale.c.data);
+    *on_host = codes.c;
+    return codes.g;
+}
+
+static void spoil_rows(struct fix *f, struct pair *x) // rows of zeros, with NaN, with infinity, of tiny numbers
+{
+    float *v = x->c.data;
+    const int64_t n = x->c.n[1], ld = x->c.ld;
+    if (x->c.n[0] < 6)
+        return;
+    for (int64_t i = 0; i < n; i++) {
+        v[ld + i] = i % 2 ? -0.0f : 0;
+        v[4 * ld + i] = rounded(v[4 * ld + i] * (f->type == DT_F16 ? 1e-7f : 1e-39f), f->type);
+    }
+    v[2 * ld + n / 2] = NAN;
+    v[3 * ld + n - 1] = -INFINITY;
+    for (int64_t i = 0; i < n; i++) // all codes, as they are: 448 is among them where there is room
+        v[5 * ld + i] = i % 256 % 128 == 127 ? 448 : (float)of_e4m3((uint8_t)(i % 256));
+    G->upload(f->d, x->whole, v);
+}
+
+static void quantise(void **state)
+{
+    struct fix *f = *state;
+    const int64_t rows[] = {1, 9, 300}, columns[] = {1, 7, 64, 256, 1000, 3072, 12288, 15360, 40000, 70000};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 3 * 10; i++) {
+            const int64_t m = rows[i % 3], n = columns[i / 3], gap = i % 4 * 8 + (i % 5 == 4), y_gap = i % 2 * 16;
+            if (m * n > 1000000)
+                continue;
+            struct pair x = ACTIVE(f, gap, 3, m, n), codes = make(f, DT_U8, DT_U8, SHAPE(m, n), y_gap, 1, 0),
+                        scale = make(f, DT_F32, DT_F32, SHAPE(m), 0, 0, 0);
+            spoil_rows(f, &x);
+            for (int64_t r = 0; r < m; r++)
+                ((float *)scale.c.data)[r] =
+                    quantise_row((uint8_t *)codes.c.data + r * codes.c.ld, (const float *)x.c.data + r * x.c.ld, n);
+            struct tensor y = codes.g;
+            y.dtype = DT_E4M3;
+            y.scale = scale.g.data;
+            assert_int_equal(G->sync(f->d, NULL), 0);
+            launch_quantise(0, y, x.g);
+            assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+            const int64_t total = codes.whole.n[0];
+            uint8_t *got = malloc((size_t)total);
+            float *factor = malloc((size_t)m * sizeof *factor);
+            G->download(f->d, got, codes.whole);
+            G->download(f->d, factor, scale.g);
+            assert_int_equal(G->sync(f->d, NULL), 0);
+            for (int64_t j = 0; j < total; j++) { // gaps hold what they held
+                const uint8_t want = ((uint8_t *)codes.c.data)[j];
+                if (got[j] != want && !((want & 127) == 127 && (got[j] & 127) == 127 && j % codes.c.ld < n))
+                    fail_msg("quantise of %s (%lld, %lld): code %lld of row %lld is %02x, not %02x",
+                             dtype_name(f->type), (long long)m, (long long)n, (long long)(j % codes.c.ld),
+                             (long long)(j / codes.c.ld), got[j], want);
+            }
+            for (int64_t r = 0; r < m; r++)
+                assert_true(factor[r] == ((float *)scale.c.data)[r]);
+            free(got);
+            free(factor);
+            release(f);
+        }
+    }
+}
+
+static double acted(double v, enum act act)
+{
+    switch (act) {
+    case ACT_SILU:
+        return v / (1 + exp(-v));
+    case ACT_GELU_TANH:
+        return 0.5 * v * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)));
+    case ACT_GELU_ERF:
+        return 0.5 * v * (1 + erf(v * 0.7071067811865476));
+    case ACT_QUICK_GELU:
+        return v / (1 + exp(-1.702 * v));
+    default:
+        return v;
+    }
+}
+
+// *y = the layer in f64 on E4M3 operands, all on the host; returns the largest of the sums on the way, with factors.
+static double linear_f64(struct tensor y, struct tensor x, struct tensor w, struct tensor b, enum act act)
+{
+    const int64_t m = y.n[0], n = y.n[1], k = w.n[1];
+    double value[256], largest = 0;
+    for (int i = 0; i < 256; i++)
+        value[i] = of_e4m3((uint8_t)i);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            const uint8_t *p = (const uint8_t *)x.data + i * k, *q = (const uint8_t *)w.data + j * k;
+            const double factor = (double)x.scale[i] * (double)w.scale[j];
+            double sum = 0, top = 0;
+            for (int64_t l = 0; l < k; l++) {
+                sum += value[p[l]] * value[q[l]];
+                top = fmax(top, fabs(sum));
+            }
+            largest = fmax(largest, top * factor);
+            ((float *)y.data)[i * y.ld + j] = (float)acted(sum * factor + (tensor_none(b) ? 0 : get(b, j)), act);
+        }
+    return largest;
+}
+
+struct e4m3_case {
+    int64_t m, k, n, gap;
+    bool quantised, bias; // x is E4M3; there is a bias
+    int64_t first;        // x and y are the rows from this one
+    enum act act;
+};
+
+static void linear_e4m3_one(struct fix *f, struct e4m3_case c, enum dtype bias)
+{
+    struct pair x = ACTIVE(f, 0, 1, c.m, c.k), y = OUTPUT(f, c.gap, c.m, c.n),
+                w = make(f, DT_F32, DT_F32, SHAPE(c.n, c.k), 0, sqrt(3.0 / (double)c.k), 0),
+                b = c.bias ? WEIGHT(f, bias, c.n) : none;
+    for (int64_t i = 0; i < c.n * c.k; i++) // rows of different sizes
+        ((float *)w.c.data)[i] *= (float)(1 + i / c.k % 5) / 2;
+    struct tensor hx, hw, gx = e4m3_of(f, x.c, &hx), gw = e4m3_of(f, w.c, &hw);
+    const struct linear l = {.parts = 1, .n = c.n, .k = c.k, .w = {gw}, .b = {b.g}};
+    const double top = linear_f64(y.c, hx, hw, b.c, c.act);
+    for (int64_t i = 0; i < c.first; i++) // rows before the first stay as they were
+        for (int64_t j = 0; j < c.n; j++)
+            ((float *)y.c.data)[i * y.c.ld + j] = NAN;
+    const int64_t rows = c.m - c.first;
+    G->linear(f->d, tensor_rows(y.g, c.first, rows), tensor_rows(c.quantised ? gx : x.g, c.first, rows), &l, c.act);
+    // The result's rounding, before and after the activation; and 13 bits or so of the tensor cores' own sums, which
+    // take 32 products at a time.
+    same(f, "linear of E4M3", y, tolerance(f, 1e-5, 1e-2, 2e-3) + (double)(c.k / 32 + 1) * top / 8192);
+    release(f);
+}
+
+static void linear_e4m3(void **state)
+{
+    struct fix *f = *state;
+    const int64_t shapes[][3] = {{1, 64, 32},  {5, 64, 48}, {77, 256, 64}, {150, 320, 304},  {33, 17, 9},
+                                 {16, 16, 16}, {0, 64, 64}, {9, 48, 20},   {130, 3072, 192}, {3, 100, 64}};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 10 * 4; i++) {
+            const int64_t *n = shapes[i % 10];
+            linear_e4m3_one(f,
+                            (struct e4m3_case){.m = n[0],
+                                               .k = n[1],
+                                               .n = n[2],
+                                               .gap = i % 3 * 8 + (i % 7 == 6),
+                                               .quantised = i / 10 % 2 == 0,
+                                               .bias = i / 20 == 0,
+                                               .first = n[0] > 3 && i % 2 ? 3 : 0,
+                                               .act = (enum act)(i % 5)},
+                            i % 4 == 3 ? DT_F32 : f->type);
+        }
+        for (int act = ACT_NONE; act <= ACT_GELU_TANH; act++)
+            linear_e4m3_one(f, (struct e4m3_case){.m = 333, .k = 512, .n = 256, .bias = true, .act = (enum act)act},
+                            f->type);
+        // Large enough to be timed
+        linear_e4m3_one(f, (struct e4m3_case){.m = 1025, .k = 1024, .n = 1024, .bias = true, .act = ACT_GELU_TANH},
+                        f->type);
+    }
+}
+
+// ---- the cache of algorithms, in main's folder
+
+static void only_file(char *out, size_t size)
+{
+    char folder[256];
+    snprintf(folder, sizeof folder, "%s/ditfleet", getenv("XDG_CACHE_HOME"));
+    DIR *d = opendir(folder);
+    assert_true(d != NULL);
+    out[0] = 0;
+    for (struct dirent *e; (e = readdir(d));)
+        if (e->d_name[0] != '.')
+            snprintf(out, size, "%s/%s", folder, e->d_name);
+    closedir(d);
+    assert_true(strstr(out, "/cublaslt-") != NULL);
+}
+
+// A device of its own does one large product of the numbers in host.
+static void one_product(float *out, const float *host, int64_t n)
+{
+    struct device *d;
+    struct tensor t[3];
+    assert_int_equal(G->open(&(struct device_options){.activation = DT_BF16}, &d, NULL), 0);
+    for (int i = 0; i < 3; i++) {
+        t[i] = tensor_2d(NULL, DT_BF16, n, n);
+        assert_int_equal(G->alloc(d, tensor_bytes(t[i]), &t[i].data, NULL), 0);
+        G->upload(d, t[i], host);
+    }
+    const struct linear l = {.parts = 1, .n = n, .k = n, .w = {t[1]}};
+    G->linear(d, t[2], t[0], &l, ACT_NONE);
+    G->download(d, out, t[2]);
+    assert_int_equal(G->sync(d, NULL), 0);
+    for (int i = 0; i < 3; i++)
+        G->free(d, t[i].data);
+    G->close(d);
+}
+
+static void algorithms_kept(void **state)
+{
+    struct fix *f = *state;
+    enum { N = 1152 }; // 3 GFLOP, of a shape that no other test has
+    struct stat first, second;
+    char path[600];
+    float *host = malloc(sizeof(float) * N * N), *a = malloc(sizeof(float) * N * N), *b = malloc(sizeof(float) * N * N);
+    for (int i = 0; i < N * N; i++)
+        host[i] = (float)uniform(f);
+    one_product(a, host, N);
+    only_file(path, sizeof path);
+    assert_int_equal(stat(path, &first), 0);
+    one_product(b, host, N);
+    assert_int_equal(stat(path, &second), 0);
+    assert_true(first.st_ino == second.st_ino); // nothing was measured that would have to be written
+    assert_true(memcmp(a, b, sizeof(float) * N * N) == 0);
+    FILE *file = fopen(path, "w"); // no cache any more: measured again
+    assert_true(file && fputs("ditfleet-algorithms?\n1 2 3\n", file) > 0 && fclose(file) == 0);
+    one_product(b, host, N);
+    assert_int_equal(stat(path, &second), 0);
+    assert_true(first.st_ino != second.st_ino || second.st_size > 100);
+    free(host);
+    free(a);
+    free(b);
+}
+
 static void qk_norm_rope(void **state)
 {
     struct fix *f = *state;
@@ -830,6 +1103,15 @@ int main(void)
         cmocka_unit_test(first_failure_stays),
         cmocka_unit_test(ids_outside),
         cmocka_unit_test(bad_devices),
+        cmocka_unit_test(quantise),
+        cmocka_unit_test(linear_e4m3),
+        cmocka_unit_test(algorithms_kept),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    // Algorithms are measured by this run, and forgotten after it.
+    char cache[] = "/tmp/ditfleet-cache-XXXXXX", command[64];
+    if (!mkdtemp(cache) || setenv("XDG_CACHE_HOME", cache, 1) != 0)
+        return 1;
+    code = cmocka_run_group_tests(tests, setup, teardown);
+    snprintf(command, sizeof command, "rm -rf '%s'", cache);
+    return system(command) == 0 ? code : 1;
 }
