@@ -60,7 +60,8 @@ static int load(struct bench *b, struct err *err)
         .fp8 = b->precision.fp8,
         .data = b->comm,
         .control = b->comm,
-        .memory_limit = b->k->memory ? INT64_MAX : 0, // the GPU says itself when it is full
+        .memory_limit = b->k->memory ? INT64_MAX : 0,
+        .memory_budget = (int64_t)(b->memory_budget * (1 << 30)),
     };
     TRY(engine_new(&options, &b->engine, err));
     b->home = engine_home(b->engine);
@@ -136,6 +137,8 @@ static int check(struct bench *b, const char *what, struct err *err)
         return err_set(err, ERR_INVALID, "--what %.40s: it may be step, image, text, vae or start", what);
     if (b->compare && b->what != BENCH_STEP && b->what != BENCH_IMAGE)
         return err_set(err, ERR_INVALID, "--compare: the peer runs steps: it goes with --what step or image");
+    if (b->memory_budget > 0 && strcmp(b->device, "cuda") != 0)
+        return err_set(err, ERR_INVALID, "--memory-budget is of a GPU: it goes with --device cuda");
     if (strcmp(b->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
     TRY(job_check_fields(b->job, err));
@@ -189,6 +192,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--threads", "N", "threads of the CPU; default: cores", CLI_INT, &b->threads, 1, 1024},
         {"--repeat", "N", "images, or runs of a part, that count; one more goes before (default 3)", CLI_INT,
          &b->repeat, 1, BENCH_MAX_REPEAT - 1},
+        {"--memory-budget", "GIB", "of the GPU, for everything; parts come and go (default: what is free)", CLI_DOUBLE,
+         &b->memory_budget, 1, 1 << 20},
         {"--compare", NULL, "also run the peer, in turns: a compiled PyTorch transformer of the same sizes", CLI_BOOL,
          &b->compare, 0, 0},
         {"--peer", "SCRIPT", "the peer; default: tests/bench/reference_gpu.py of the source tree", CLI_STRING,

@@ -20,6 +20,8 @@ struct bench_spread bench_spread_of(double *values, int count); // sorts them
 // modulations included; what was not run is 0.
 struct bench_image {
     double plan, text, loop, decode, whole;
+    int64_t loaded; // bytes of weights that came to the device meanwhile, and seconds of it
+    double load;
     struct bench_spread step;
 };
 
@@ -66,6 +68,7 @@ struct bench {
     enum bench_what what;
     int repeat, threads;
     bool compare, json;
+    double memory_budget; // GiB; 0: what is free
     Ditfleet__V1__Job *job;
     // in use
     const struct kernels *k;

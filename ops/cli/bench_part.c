@@ -105,6 +105,8 @@ static int time_part(struct bench *b, enum part part, int repeat, struct bench_s
 
 int bench_text(struct bench *b, int repeat, struct err *err)
 {
+    if (b->home.residency)
+        TRY(residency_need(b->home.residency, b->model, 1U << PART_T5 | 1U << PART_CLIP, err));
     TRY(time_part(b, T5, repeat, &b->t5, err));
     return time_part(b, CLIP, repeat, &b->clip, err);
 }

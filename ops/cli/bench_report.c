@@ -108,7 +108,10 @@ static void print_images(const struct bench *b)
                m->step.median, m->step.min, m->step.max);
         if (m->decode > 0)
             printf(", decode %.1f ms", m->decode * 1e3);
-        printf(", whole %.3f s\n", m->whole);
+        printf(", whole %.3f s", m->whole);
+        if (m->loaded > 0)
+            printf("; %.2f GB of weights came back in %.2f s of it", (double)m->loaded / 1e9, m->load);
+        printf("\n");
     }
 }
 
@@ -212,9 +215,10 @@ static json_t *images_json(const struct bench *b)
     json_t *list = json_array();
     for (int i = 0; i < b->n_images; i++) {
         const struct bench_image *m = &b->images[i];
-        json_array_append_new(list, json_pack("{s:f,s:f,s:f,s:f,s:f,s:o}", "plan_s", m->plan, "text_s", m->text,
-                                              "loop_s", m->loop, "decode_s", m->decode, "whole_s", m->whole, "step_ms",
-                                              spread_json(&m->step)));
+        json_array_append_new(list,
+                              json_pack("{s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:o}", "loaded_bytes", (json_int_t)m->loaded,
+                                        "load_s", m->load, "plan_s", m->plan, "text_s", m->text, "loop_s", m->loop,
+                                        "decode_s", m->decode, "whole_s", m->whole, "step_ms", spread_json(&m->step)));
     }
     return list;
 }

@@ -12,7 +12,8 @@
 // One run under way.
 struct watch {
     struct bench *b;
-    double start, text, steps, end;   // when the run began, its encoders, its first step, its decoding
+    double start, text, steps, end, done; // when the run began, its encoders, first step, decoding, and its end
+    struct residency_moves moves;
     double after[SAMPLER_MAX_STEPS];  // when progress told of step i + 1
     int told;                         // steps told of
     enum engine_stage stop;           // the run ends before this stage, or, of ENGINE_DENOISE,
@@ -106,9 +107,13 @@ static int run(struct watch *w, const Ditfleet__V1__Job *job, struct err *err)
     struct engine_result result;
     w->start = monotonic_seconds();
     int rc = engine_run(w->b->engine, w->b->model, job, &want, &hooks, &result, err);
+    w->done = monotonic_seconds();
     end_profile(w);
+    w->moves = result.moves;
     if (rc != 0 && w->stopped) {
         *err = (struct err){.code = ERR_NONE};
+        if (w->b->home.residency)
+            w->moves = residency_moves(w->b->home.residency);
         return 0;
     }
     if (rc == 0)
@@ -130,25 +135,30 @@ static struct bench_spread step_times(const struct bench *b, const struct watch 
     return bench_spread_of(ms, w->told);
 }
 
+static struct bench_image image_of(const struct bench *b, const struct watch *w)
+{
+    return (struct bench_image){.plan = w->text - w->start,
+                                .text = w->steps - w->text,
+                                .loop = w->end - w->steps,
+                                .decode = w->stopped ? 0 : w->done - w->end,
+                                .whole = (w->stopped ? w->end : w->done) - w->start,
+                                .loaded = w->moves.loaded_bytes,
+                                .load = w->moves.load_seconds,
+                                .step = step_times(b, w, w->end)};
+}
+
 int bench_images(struct bench *b, int count, struct err *err)
 {
     char *const prompt = b->job->prompt;
     int rc = 0;
     for (int i = 0; rc == 0 && i < count && b->n_images < BENCH_MAX_REPEAT; i++) {
-        char text[64]; // another prompt for each: no embedding is remembered from the one before
+        char text[64]; // another prompt for each: the engine remembers those that it encoded
         struct watch w = {.b = b, .stop = ENGINE_DECODE, .stops = b->what == BENCH_STEP};
-        snprintf(text, sizeof text, "measured picture %d", b->n_images);
-        b->job->prompt = prompt && *prompt ? prompt : text;
+        snprintf(text, sizeof text, "%.40s, picture %d", prompt ? prompt : "", b->n_images);
+        b->job->prompt = text;
         rc = run(&w, b->job, err);
-        const double done = monotonic_seconds();
-        if (rc != 0)
-            break;
-        b->images[b->n_images++] = (struct bench_image){.plan = w.text - w.start,
-                                                        .text = w.steps - w.text,
-                                                        .loop = w.end - w.steps,
-                                                        .decode = w.stopped ? 0 : done - w.end,
-                                                        .whole = (w.stopped ? w.end : done) - w.start,
-                                                        .step = step_times(b, &w, w.end)};
+        if (rc == 0)
+            b->images[b->n_images++] = image_of(b, &w);
     }
     b->job->prompt = prompt;
     bench_memory_seen(b);

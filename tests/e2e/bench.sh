@@ -82,6 +82,7 @@ expect 2 "--compare: the peer runs steps" --architecture demo --what text --comp
 expect 2 "--repeat takes a whole number from 1 to" --architecture demo --repeat 0
 expect 2 "use --repeat" --architecture demo --num-images 2
 expect 2 "--peer $work/nowhere: cannot be read" --architecture demo "${small[@]}" --compare --peer "$work/nowhere"
+expect 2 "--memory-budget is of a GPU" --architecture demo --memory-budget 24
 expect 2 "width 40: this model takes multiples of 16" --architecture demo --width 40
 expect 1 "precision bf16: on cpu there is fp32" --architecture demo --precision bf16
 echo "bench: all passed"
