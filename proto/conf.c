@@ -86,6 +86,8 @@ static const struct key keys[] = {
      .doc = "ranks that share attention heads; 0: the planner decides"},
     {"group", "slab", SIZE, IN(slab_bytes), 64 * 1024, 1 << 30, "4M",
      .doc = "each rank's window in the memory that the ranks share"},
+    {"group", "memory_budget", SIZE, IN(memory_budget), 0, CONF_MAX_BYTES, "0",
+     .doc = "of each GPU's memory, what a rank may take for everything; 0: all that is free. Not for device = cpu"},
 };
 #undef AT
 #undef IN
@@ -185,7 +187,7 @@ static void describe(const struct key *k, char *out, size_t n)
         snprintf(out, n, "%gs to %gs, written like 500ms, 30s, 5m, 2h or 1d", k->min, k->max);
         break;
     case SIZE:
-        snprintf(out, n, "%.0fK to %.0fK bytes, written like 64K, 4M or 1G", k->min / 1024, k->max / 1024);
+        snprintf(out, n, "%.0fK to %.0fK bytes, written like 64K, 4M, 1G or 1GiB", k->min / 1024, k->max / 1024);
         break;
     case ENUM:
         n -= (size_t)snprintf(out, n, "one of");
@@ -201,7 +203,8 @@ struct unit {
     double factor;
 };
 static const struct unit seconds_units[] = {{"", 1}, {"ms", 1e-3}, {"s", 1}, {"m", 60}, {"h", 3600}, {"d", 86400}, {0}};
-static const struct unit size_units[] = {{"", 1}, {"K", 1024}, {"M", 1 << 20}, {"G", 1 << 30}, {0}};
+static const struct unit size_units[] = {{"", 1},       {"K", 1024},      {"M", 1 << 20},   {"G", 1 << 30},
+                                         {"KiB", 1024}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {0}};
 static const struct unit no_units[] = {{"", 1}, {0}};
 
 static bool parse_number(const char *v, const struct key *k, const struct unit *units, double *out)
@@ -219,6 +222,16 @@ static bool parse_number(const char *v, const struct key *k, const struct unit *
             return whole && *out >= k->min && *out <= k->max;
         }
     return false;
+}
+
+bool conf_size(const char *text, int64_t *bytes)
+{
+    const struct key any = {.type = SIZE, .min = 0, .max = CONF_MAX_BYTES};
+    double number = 0;
+    if (!parse_number(text, &any, size_units, &number))
+        return false;
+    *bytes = (int64_t)number;
+    return true;
 }
 
 static bool parse_enum(const char *v, const struct key *k, int *out)
@@ -509,8 +522,11 @@ static int finish(struct parser *p)
         return fail_at(p, p->line, ERR_NO_MEMORY, "fleet", "node", "out of memory");
     if (c->restart.backoff_max_s < c->restart.backoff_min_s)
         return fail_at(p, p->line, ERR_INVALID, "restart", "backoff_max", "is below backoff_min");
-    for (int i = 0; i < c->n_groups; i++)
+    for (int i = 0; i < c->n_groups; i++) {
+        if (c->groups[i].device == CONF_DEVICE_CPU && c->groups[i].memory_budget)
+            return fail_at(p, p->line, ERR_INVALID, "group", "memory_budget", "is of a GPU's memory; device is cpu");
         TRY(split_models(p, &c->groups[i]));
+    }
     return 0;
 }
 

@@ -6,6 +6,7 @@
 #ifndef DITFLEET_CONF_H
 #define DITFLEET_CONF_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 
@@ -33,6 +34,7 @@ struct conf_group {
     int threads;               // threads a rank computes with; 0: conf_group_threads decides
     int cfg_degree;            // 0: the planner decides
     int ulysses_degree;        // 0: the planner decides
+    int64_t memory_budget;     // bytes of a GPU that a rank may take; 0: all that is free, and on the CPU
     int64_t slab_bytes;        // each rank's window in the shared-memory region
     struct conf_list model;    // as written: name@version=directory
     struct conf_model *models; // (model.count), the same, taken apart
@@ -81,6 +83,10 @@ int conf_load(const char *path, struct conf **out, struct err *err);
 // The same from memory, NUL-terminated; name stands for the file in errors.
 int conf_parse(const char *text, const char *name, struct conf **out, struct err *err);
 void conf_free(struct conf *c);
+
+// Bytes from a size as the file writes it, "24GiB" or "512M". False: it is none, or above CONF_MAX_BYTES.
+#define CONF_MAX_BYTES ((double)(1LL << 40))
+bool conf_size(const char *text, int64_t *bytes);
 
 // The table, as a commented example file that conf_load accepts.
 void conf_print_doc(FILE *to);

@@ -109,8 +109,11 @@ static int work(struct worker *w, const struct arguments *a, struct err *err)
 {
     TRY(load_models(w, err));
     TRY(comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
-    const struct engine_options options = {
-        .kernels = &kernels_cpu, .device.threads = conf_group_threads(w->group), .data = w->comm, .control = w->comm};
+    const struct engine_options options = {.kernels = &kernels_cpu,
+                                           .device.threads = conf_group_threads(w->group),
+                                           .data = w->comm,
+                                           .control = w->comm,
+                                           .memory_budget = w->group->memory_budget};
     TRY(engine_new(&options, &w->engine, err));
     TRY(worker_warm_up(w, err));
     pulse_report(w->pulse, STAGE_IDLE, 0, 0, "");

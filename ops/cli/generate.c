@@ -20,7 +20,8 @@
 enum { SLAB_BYTES = 4 << 20 };
 
 struct generate {
-    const char *model_dir, *device, *out, *latents;
+    const char *model_dir, *device, *out, *latents, *budget;
+    int64_t memory_budget; // budget in bytes
     const struct kernels *kernels;
     int ranks, threads, cfg_degree, ulysses_degree;
     bool quiet;
@@ -46,6 +47,34 @@ static int show_progress(void *arg, enum engine_stage stage, int step, int steps
     return 0;
 }
 
+// One line on stderr: the plan, seconds, memory, and which weights had to make way.
+static int summarise(const struct generate *g, struct engine *e, const struct model *m, const struct engine_result *out,
+                     struct err *err)
+{
+    struct engine_estimate estimate;
+    struct rusage usage;
+    char plan[PLAN_TEXT], evicted[128] = "";
+    getrusage(RUSAGE_SELF, &usage);
+    TRY(engine_predict(e, m, g->job, &out->plan, &estimate, err));
+    plan_print(&out->plan, plan);
+    for (enum model_part p = 0; p < PARTS; p++)
+        if (out->moves.evicted & 1U << p)
+            snprintf(evicted + strlen(evicted), sizeof evicted - strlen(evicted), "%s%s",
+                     *evicted ? ", " : "; evicted ", model_part_name(p));
+    const int64_t placed = model_placed_bytes(m, PARTS_ALL);
+    const size_t *stage = estimate.stage_bytes;
+    fprintf(stderr,
+            "%s%s: text %.3f s, denoise %.3f s, decode %.3f s; weights %.1f MB, activations %.1f MB, peak %.1f MB, "
+            "%.1f GFLOP",
+            g->terminal ? "\r" : "", plan, out->encode_seconds, out->denoise_seconds, out->decode_seconds,
+            (double)(placed ? placed : model_bytes(m)) / 1e6, (double)estimate.activation_bytes / 1e6,
+            (double)usage.ru_maxrss * 1024 / 1e6, estimate.cost.flops / 1e9);
+    fprintf(stderr, "; activations by stage: text %.1f, denoise %.1f, decode %.1f MB%s\n",
+            (double)stage[ENGINE_TEXT] / 1e6, (double)stage[ENGINE_DENOISE] / 1e6, (double)stage[ENGINE_DECODE] / 1e6,
+            evicted);
+    return 0;
+}
+
 static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
 {
     const bool cuda = g->kernels != &kernels_cpu;
@@ -53,7 +82,7 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
                                      .device.threads = g->threads,
                                      .data = comm,
                                      .control = comm,
-                                     .memory_limit = cuda ? INT64_MAX : 0}; // the GPU says itself when it is full
+                                     .memory_budget = g->memory_budget};
     struct precision precision;
     TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
     options.device.activation = precision.activation;
@@ -71,20 +100,8 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
     int rc = cuda ? model_load_on(g->model_dir, &home, &placed, err) : 0;
     if (rc == 0)
         rc = engine_run(e, placed ? placed : g->model, g->job, &want, &mine, out, err);
-    if (rc == 0 && leader && !g->quiet) {
-        struct engine_estimate estimate;
-        struct rusage usage;
-        getrusage(RUSAGE_SELF, &usage);
-        rc = engine_predict(e, g->model, g->job, &out->plan, &estimate, err);
-        char plan[PLAN_TEXT];
-        plan_print(&out->plan, plan);
-        fprintf(stderr,
-                "%s%s: text %.3f s, denoise %.3f s, decode %.3f s; weights %.1f MB, activations %.1f MB, peak %.1f MB, "
-                "%.1f GFLOP\n",
-                g->terminal ? "\r" : "", plan, out->encode_seconds, out->denoise_seconds, out->decode_seconds,
-                (double)model_bytes(g->model) / 1e6, (double)estimate.activation_bytes / 1e6,
-                (double)usage.ru_maxrss * 1024 / 1e6, estimate.cost.flops / 1e9);
-    }
+    if (rc == 0 && leader && !g->quiet)
+        rc = summarise(g, e, placed ? placed : g->model, out, err);
     model_free(placed);
     engine_free(e);
     return rc;
@@ -227,6 +244,11 @@ static int choose_device(struct generate *g, struct err *err)
 {
     if (strcmp(g->device, "cuda") == 0 && g->ranks > 1)
         return err_set(err, ERR_INVALID, "--device cuda takes --ranks 1: GPUs do not share a picture yet");
+    if (g->budget && strcmp(g->device, "cpu") == 0)
+        return err_set(err, ERR_INVALID, "--memory-budget is of a GPU's memory: --device cpu has none");
+    if (g->budget && !conf_size(g->budget, &g->memory_budget))
+        return err_set(err, ERR_INVALID, "--memory-budget %.40s: bytes up to 1024GiB, written like 24GiB or 512MiB",
+                       g->budget);
     if (strcmp(g->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
     return backend_find(g->device, &g->kernels, err);
@@ -238,6 +260,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
     const struct cli_flag flags[] = {
         {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
         {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &g.device, 0, 0},
+        {"--memory-budget", "BYTES", "of the GPU, for everything: 24GiB; parts make way for each other (default: all)",
+         CLI_STRING, &g.budget, 0, 0},
         {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
         {"--ulysses-degree", "N", "ranks that share one picture's rows; default: chosen", CLI_INT, &g.ulysses_degree, 1,

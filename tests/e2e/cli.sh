@@ -33,6 +33,8 @@ done
 expect 0 "--output-url" "$ditfleet" submit --help
 "$ditfleet" generate --help | grep -q -e --output-url -e --callback-url && fail "generate offers flags of delivery"
 expect 2 "unknown flag --output-url" "$ditfleet" generate --output-url http://h/x
+expect 2 "--device cpu has none" "$ditfleet" generate --model x --memory-budget 24GiB
+expect 2 "written like 24GiB" "$ditfleet" generate --model x --device cuda --memory-budget 24GB
 expect 2 "--prompt needs a value" "$ditfleet" submit --prompt
 expect 2 "--wait takes no value" "$ditfleet" submit --wait=yes
 expect 2 "unexpected argument stray" "$ditfleet" submit stray

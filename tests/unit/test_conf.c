@@ -96,6 +96,8 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group a]\nmodel = f@1=/x\nmodel = f@1=/y", {"[group a] model", "twice"}},
         {"[group a]\nmodel = f@1=/x\nranks = 1\nranks = 2", {"f.ini:4", "[group a] ranks", "first in line 3"}},
         {"[group a]\nslab = 3\nmodel = f@1=/x", {"slab", "64K"}},
+        {"[group a]\nmemory_budget = 24GB\nmodel = f@1=/x", {"memory_budget", "1GiB"}},
+        {"[group a]\nmemory_budget = 24GiB\nmodel = f@1=/x", {"memory_budget", "device is cpu"}},
         {"[upload]\nallow = 10.0.0.1", {"allow", "host:port"}},
         {"[upload]\nallow = h:70000", {"allow", "65535"}},
         {"[upload]\nallow = ::1:80", {"allow", "[address]:port"}},
@@ -155,6 +157,19 @@ static void damaged_files_never_crash(void **state)
             else
                 assert_true(strlen(err.text) > 0);
         }
+}
+
+static void sizes_have_units(void **state)
+{
+    (void)state;
+    static const char *const wrong[] = {"", "GiB", "-1", "1T", "1 GiB", "1.0001K", "1e3", "nan", "1025GiB"};
+    int64_t bytes = 0;
+    assert_true(conf_size("24GiB", &bytes) && bytes == 24LL << 30);
+    assert_true(conf_size("1.5G", &bytes) && bytes == 3LL << 29);
+    assert_true(conf_size("512M", &bytes) && bytes == 512LL << 20);
+    assert_true(conf_size("0", &bytes) && bytes == 0);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        assert_false(conf_size(wrong[i], &bytes));
 }
 
 // The documentation is a file: as printed, and with every default taken in, it gives the defaults.
@@ -231,6 +246,7 @@ int main(void)
         cmocka_unit_test(secrets_stay_out_of_errors),
         cmocka_unit_test(a_line_that_inih_would_cut_is_refused),
         cmocka_unit_test(damaged_files_never_crash),
+        cmocka_unit_test(sizes_have_units),
         cmocka_unit_test(the_documentation_is_an_example_file),
         cmocka_unit_test(fingerprints_tell_what_workers_read),
         cmocka_unit_test(a_relative_model_lies_beside_the_file),
