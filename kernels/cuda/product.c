@@ -125,7 +125,7 @@ static bool point_at(struct shape *s, const struct product *p)
                                                               &p->x_scale, sizeof p->x_scale) == 0);
 }
 
-bool product_run(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p)
+bool cuda_product_run(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p)
 {
     const float one = 1, zero = 0;
     void *space = cuda_scratch(d, SLOT_LIBRARY, LIBRARY_BYTES);
@@ -157,7 +157,7 @@ static struct shape *shape_of(struct device *d, const struct product *p, int64_t
     memset(s, 0, sizeof *s);
     s->key = key;
     if (describe(s) && point_at(s, p)) // the library looks at the addresses' alignment
-        product_choose(d, s, p);
+        cuda_product_choose(d, s, p);
     all->count++;
     return s;
 }
@@ -185,10 +185,10 @@ bool cuda_product_library(struct device *d, const struct product *given, int64_t
     struct shape *s = shape_of(d, &p, epilogue, fast);
     if (!s)
         return true;
-    bool ran = s->usable && product_run(d, s, &s->algo, &p);
+    bool ran = s->usable && cuda_product_run(d, s, &s->algo, &p);
     if (!ran && s->from_disk && !cuda_capturing(d)) { // measured elsewhere, and no good here: chosen afresh, once
-        product_choose(d, s, &p);
-        ran = s->usable && product_run(d, s, &s->algo, &p);
+        cuda_product_choose(d, s, &p);
+        ran = s->usable && cuda_product_run(d, s, &s->algo, &p);
     }
     if (s->usable && !ran)
         cudaGetLastError(); // a launch that was refused: no failure of the device

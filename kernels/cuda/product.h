@@ -33,8 +33,8 @@ struct products {
 };
 
 // Runs p, of this shape; false: the library would not. Sets the addresses in s->desc.
-bool product_run(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p);
+bool cuda_product_run(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo, const struct product *p);
 // Sets s->algo and s->usable, from the disk's cache, by measuring, or as the library suggests. s is described.
-void product_choose(struct device *d, struct shape *s, const struct product *p);
+void cuda_product_choose(struct device *d, struct shape *s, const struct product *p);
 
 #endif

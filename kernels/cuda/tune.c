@@ -107,7 +107,7 @@ static bool run_round(struct race *r, bool timed)
     for (int i = 0; i < r->count; i++) {
         if (r->out[i])
             continue;
-        if (product_run(d, r->s, &r->list[i].algo, r->p)) {
+        if (cuda_product_run(d, r->s, &r->list[i].algo, r->p)) {
             ran[n++] = i;
             cudaEventRecord(r->event[n], d->stream);
         } else {
@@ -240,7 +240,7 @@ void products_keep(struct products *p)
         algo_cache_save(p->cache);
 }
 
-void product_choose(struct device *d, struct shape *s, const struct product *p)
+void cuda_product_choose(struct device *d, struct shape *s, const struct product *p)
 {
     candidate list[ALL];
     const double flops = 2.0 * (double)p->m * (double)p->n * (double)p->k * (double)p->batch;
