@@ -1,7 +1,9 @@
 // cuda_bench.c: the hot operations of a FLUX.1 step at 1024 x 1024 on one GPU: time, rate, and the part of the ceiling
 // that a large product and a large copy reach in the same run. Random data; median and range of single runs.
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/launch.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -63,11 +65,13 @@ static void measure(struct bench *b, const char *name, const struct call *c, dou
         printf("%s: %s\n", name, err.text);
         exit(1);
     }
+    cudaStreamSynchronize(0);
     for (int i = 0; i < RUNS; i++) {
         clock_gettime(CLOCK_MONOTONIC, &from);
         for (int j = 0; j < BATCH; j++)
             c->run(b, c);
         G->sync(b->d, NULL);
+        cudaStreamSynchronize(0);
         clock_gettime(CLOCK_MONOTONIC, &to);
         ms[i] = (float)((double)(to.tv_sec - from.tv_sec) * 1e3 + (double)(to.tv_nsec - from.tv_nsec) / 1e6) / BATCH;
     }
@@ -123,18 +127,23 @@ static void run_attention(struct bench *b, const struct call *c)
                  heads_of(c->x, 2), &opts);
 }
 
-static void linears(struct bench *b, int64_t rows)
+static const struct shape {
+    const char *name;
+    int64_t k, n;
+    enum act act;
+} shapes[] = {{"3072 -> 9216", DIM, 3 * DIM, ACT_NONE},  {"3072 -> 12288 gelu", DIM, 4 * DIM, ACT_GELU_TANH},
+              {"3072 -> 21504", DIM, 7 * DIM, ACT_NONE}, {"12288 -> 3072", 4 * DIM, DIM, ACT_NONE},
+              {"15360 -> 3072", 5 * DIM, DIM, ACT_NONE}, {"3072 -> 3072", DIM, DIM, ACT_NONE}};
+
+// T5-XXL's
+static const struct shape text[] = {{"4096 -> 12288", 4096, 12288, ACT_NONE},
+                                    {"4096 -> 4096", 4096, 4096, ACT_NONE},
+                                    {"4096 -> 20480", 4096, 20480, ACT_NONE},
+                                    {"10240 -> 4096", 10240, 4096, ACT_NONE}};
+
+static void linears(struct bench *b, int64_t rows, const struct shape *shapes, size_t count)
 {
-    static const struct {
-        const char *name;
-        int64_t k, n;
-        enum act act;
-    } shapes[] = {{"3072 -> 9216", DIM, 3 * DIM, ACT_NONE},
-                  {"3072 -> 12288 gelu", DIM, 4 * DIM, ACT_GELU_TANH},
-                  {"12288 -> 3072", 4 * DIM, DIM, ACT_NONE},
-                  {"15360 -> 3072", 5 * DIM, DIM, ACT_NONE},
-                  {"3072 -> 3072", DIM, DIM, ACT_NONE}};
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+    for (size_t i = 0; i < count; i++) {
         int64_t n = shapes[i].n, k = shapes[i].k;
         char name[64];
         struct call c = {.run = run_linear, .y = make(b, rows, n, 1), .x = make(b, rows, k, 1), .act = shapes[i].act};
@@ -159,6 +168,129 @@ static void ceilings(struct bench *b)
     struct tensor all[] = {c.y, c.x, w, copy.y, copy.x};
     for (int i = 0; i < 5; i++)
         G->free(b->d, all[i].data);
+}
+
+// ---- E4M3
+
+static struct tensor e4m3_room(struct bench *b, int64_t m, int64_t n)
+{
+    struct tensor t = tensor_2d(NULL, DT_E4M3, m, n);
+    struct err err = {0};
+    if (G->alloc(b->d, tensor_bytes(t), &t.data, &err) ||
+        G->alloc(b->d, (size_t)m * sizeof(float), (void **)&t.scale, &err)) {
+        printf("%s\n", err.text);
+        exit(1);
+    }
+    return t;
+}
+
+// t as E4M3; t is given back.
+static struct tensor e4m3_of(struct bench *b, struct tensor t)
+{
+    struct tensor q = e4m3_room(b, t.n[0], t.n[1]);
+    G->sync(b->d, NULL);
+    launch_quantise(0, q, t);
+    cudaStreamSynchronize(0);
+    G->free(b->d, t.data);
+    return q;
+}
+
+static void free_e4m3(struct bench *b, struct tensor t)
+{
+    G->free(b->d, t.data);
+    G->free(b->d, t.scale);
+}
+
+// bf16: x is given as such, and quantised on the way.
+static void linear_e4m3(struct bench *b, int64_t rows, const struct shape *s, bool bf16)
+{
+    char name[64];
+    struct tensor w = e4m3_of(b, make(b, s->n, s->k, 1)), x = make(b, rows, s->k, 1);
+    struct tensor bias = tensor_reshape(make(b, 1, s->n, 1), 1, s->n, 1, 1, 1);
+    struct call c = {.run = run_linear, .y = make(b, rows, s->n, 1), .x = bf16 ? x : e4m3_of(b, x), .act = s->act};
+    bias.ld = 1;
+    c.w = (struct linear){.parts = 1, .n = s->n, .k = s->k, .w = {w}, .b = {bias}};
+    snprintf(name, sizeof name, "E4M3 linear %lld x %s%s", (long long)rows, s->name, bf16 ? ", of bf16" : "");
+    measure(b, name, &c, 2.0 * (double)rows * (double)s->n * (double)s->k, 0);
+    free_e4m3(b, w);
+    if (bf16)
+        G->free(b->d, c.x.data);
+    else
+        free_e4m3(b, c.x);
+    G->free(b->d, c.y.data), G->free(b->d, bias.data);
+}
+
+// On the null stream: no operation of the table does it alone.
+static void run_quantise(struct bench *b, const struct call *c)
+{
+    (void)b;
+    launch_quantise(0, c->y, c->x);
+}
+
+static void quantising(struct bench *b, int64_t rows, int64_t n)
+{
+    char name[64];
+    struct call c = {.run = run_quantise, .y = e4m3_room(b, rows, n), .x = make(b, rows, n, 1)};
+    snprintf(name, sizeof name, "quantise %lld x %lld", (long long)rows, (long long)n);
+    measure(b, name, &c, 0, (double)tensor_bytes(c.x) + (double)tensor_bytes(c.y));
+    free_e4m3(b, c.y);
+    G->free(b->d, c.x.data);
+}
+
+// What the sums of an E4M3 product lose against those of the same numbers in f32: relative L2. f: a device of f32.
+static void accuracy(struct bench *b, struct device *f, int64_t k)
+{
+    enum { M = 512, N = 512 };
+    struct tensor x = e4m3_of(b, make(b, M, k, 1)), w = e4m3_of(b, make(b, N, k, 1)), wide[4];
+    float *host[2] = {malloc(sizeof(float) * M * N), malloc(sizeof(float) * M * N)},
+          *factors = malloc(sizeof(float) * (M + N));
+    for (int i = 0; i < 4; i++) { // x, w and two results
+        wide[i] = tensor_2d(NULL, DT_F32, i == 1 ? N : M, i < 2 ? k : N);
+        if (G->alloc(f, tensor_bytes(wide[i]), &wide[i].data, NULL))
+            return;
+    }
+    launch_codes(0, wide[0], x);
+    launch_codes(0, wide[1], w);
+    cudaStreamSynchronize(0);
+    G->linear(f, wide[2], x, &(struct linear){.parts = 1, .n = N, .k = k, .w = {w}}, ACT_NONE);
+    G->linear(f, wide[3], wide[0], &(struct linear){.parts = 1, .n = N, .k = k, .w = {wide[1]}}, ACT_NONE);
+    G->download(f, host[0], wide[2]);
+    G->download(f, host[1], wide[3]);
+    G->download(f, factors, tensor_1d(x.scale, DT_F32, M));
+    G->download(f, factors + M, tensor_1d(w.scale, DT_F32, N));
+    double apart = 0, all = 0;
+    for (int64_t i = 0; i < (int64_t)M * N; i++) {
+        const double want = (double)host[1][i] * (double)factors[i / N] * (double)factors[M + i % N];
+        apart += pow((double)host[0][i] - want, 2);
+        all += want * want;
+    }
+    printf("E4M3 sums over %lld: relative L2 error %.2e\n", (long long)k, sqrt(apart / all));
+    for (int i = 0; i < 4; i++)
+        G->free(f, wide[i].data);
+    free_e4m3(b, x), free_e4m3(b, w);
+    free(host[0]), free(host[1]), free(factors);
+}
+
+static void e4m3(struct bench *b)
+{
+    static const struct shape large = {"8192 -> 8192", 8192, 8192, ACT_NONE};
+    struct device *f;
+    b->flops = 0; // the first product is the ceiling of those that follow
+    linear_e4m3(b, 8192, &large, false);
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        linear_e4m3(b, ROWS, &shapes[i], false);
+        linear_e4m3(b, ROWS, &shapes[i], true);
+    }
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+        linear_e4m3(b, 512, &shapes[i], false);
+    quantising(b, ROWS, DIM);
+    quantising(b, ROWS, 4 * DIM);
+    quantising(b, ROWS, 5 * DIM);
+    if (!strstr("E4M3 sums", b->only) || G->open(&(struct device_options){.activation = DT_F32}, &f, NULL))
+        return;
+    accuracy(b, f, DIM);
+    accuracy(b, f, 5 * DIM);
+    G->close(f);
 }
 
 static void blocks(struct bench *b, int64_t rows)
@@ -196,9 +328,11 @@ int main(int argc, char **argv)
         b.noise[i] = (float)(seed >> 8) / (1 << 23) - 1;
     }
     ceilings(&b);
-    linears(&b, ROWS);
-    linears(&b, 512);
+    linears(&b, ROWS, shapes, sizeof shapes / sizeof shapes[0]);
+    linears(&b, 512, shapes, sizeof shapes / sizeof shapes[0]);
+    linears(&b, 512, text, sizeof text / sizeof text[0]);
     blocks(&b, ROWS);
+    e4m3(&b);
     int code = G->sync(b.d, &err);
     if (code)
         printf("%s\n", err.text);
