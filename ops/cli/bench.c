@@ -22,37 +22,40 @@ const char *bench_precision_name(const struct bench *b)
     return b->precision.activation == DT_F32 ? "fp32" : b->precision.activation == DT_BF16 ? "bf16" : "fp16";
 }
 
-// The model's configurations: an architecture's are written to a directory of their own.
-static int find_model(struct bench *b, Ditfleet__V1__Precision *preferred, struct err *err)
+// An architecture's configurations, in a directory of their own, and its numbers.
+static int invent_model(struct bench *b, struct err *err)
 {
-    size_t room = b->k->memory ? (size_t)128 << 20 : (size_t)32 << 20; // what the ceilings take
-    *preferred = DITFLEET__V1__PRECISION__PRECISION_DEFAULT;
-    if (b->architecture) {
-        const char *temporary = getenv("TMPDIR");
-        size_t largest = 0;
-        snprintf(b->directory, sizeof b->directory, "%.30s/ditfleet-bench-XXXXXX", temporary ? temporary : "/tmp");
-        if (!mkdtemp(b->directory)) {
-            err_set(err, ERR_IO, "%s: cannot be made (%s)", b->directory, strerror(errno));
-            b->directory[0] = '\0';
-            return err->code;
-        }
-        TRY(architecture_write(b->architecture, b->directory, &largest, err));
-        room = largest > room ? largest : room;
-    } else {
+    const char *temporary = getenv("TMPDIR");
+    size_t largest = 0;
+    snprintf(b->directory, sizeof b->directory, "%.400s/ditfleet-bench-XXXXXX", temporary ? temporary : "/tmp");
+    if (!mkdtemp(b->directory)) {
+        err_set(err, ERR_IO, "%s: cannot be made (%s)", b->directory, strerror(errno));
+        b->directory[0] = '\0';
+        return err->code;
+    }
+    TRY(architecture_write(b->architecture, b->directory, &largest, err));
+    return invention_new(largest, b->threads, &b->invention, err);
+}
+
+static int choose_precision(struct bench *b, struct err *err)
+{
+    const Ditfleet__V1__Precision none = DITFLEET__V1__PRECISION__PRECISION_DEFAULT;
+    Ditfleet__V1__Precision preferred = none;
+    if (b->model_dir && b->job->precision == none) { // the model's own, which is known once it is read
         struct model *m;
         TRY(model_load(b->model_dir, &m, err));
-        *preferred = m->limits.precision;
+        preferred = m->limits.precision;
         model_free(m);
     }
-    return invention_new(room, b->threads, &b->invention, err);
+    return engine_precision(b->k, b->job->precision, preferred, &b->precision, err);
 }
 
 static int load(struct bench *b, struct err *err)
 {
-    Ditfleet__V1__Precision preferred;
     size_t available = 0, total = 0;
-    TRY(find_model(b, &preferred, err));
-    TRY(engine_precision(b->k, b->job->precision, preferred, &b->precision, err));
+    TRY(choose_precision(b, err));
+    if (b->architecture)
+        TRY(invent_model(b, err));
     TRY(comm_self_new(&b->comm, err));
     const struct engine_options options = {
         .kernels = b->k,
@@ -65,8 +68,7 @@ static int load(struct bench *b, struct err *err)
     };
     TRY(engine_new(&options, &b->engine, err));
     b->home = engine_home(b->engine);
-    if (b->architecture)
-        b->home.invention = b->invention;
+    b->home.invention = b->invention;
     if (b->k->memory)
         b->k->memory(b->home.d, &available, &total);
     b->memory.before = (int64_t)(total - available);

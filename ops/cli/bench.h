@@ -73,8 +73,8 @@ struct bench {
     // in use
     const struct kernels *k;
     struct precision precision;
-    struct invention *invention;
-    char directory[64]; // of the architecture's configurations; "" when there are none
+    struct invention *invention; // of the architecture's weights; NULL: the model has its own
+    char directory[512];         // of the architecture's configurations; "" when there are none
     struct comm *comm;
     struct engine *engine;
     struct home home;
