@@ -16,7 +16,8 @@ enum { MT_N = 624, MT_M = 397, BLOCK = 16, HALF_BLOCK = 8 };
 
 struct mt {
     uint32_t state[MT_N];
-    int next; // index of the next word; MT_N: the state must be advanced first
+    uint32_t words[MT_N]; // what the state gives
+    int next;             // index of the next word; MT_N: the state must be advanced first
 };
 
 static void mt_seed(struct mt *mt, uint32_t seed)
@@ -27,12 +28,26 @@ static void mt_seed(struct mt *mt, uint32_t seed)
     mt->next = MT_N;
 }
 
+static uint32_t mt_twist(uint32_t a, uint32_t b)
+{
+    const uint32_t y = (a & 0x80000000u) | (b & 0x7fffffffu);
+    return (y >> 1) ^ (0x9908b0dfu & -(y & 1u));
+}
+
 static void mt_advance(struct mt *mt)
 {
     uint32_t *s = mt->state;
+    for (int i = 0; i < MT_N - MT_M; i++)
+        s[i] = s[i + MT_M] ^ mt_twist(s[i], s[i + 1]);
+    for (int i = MT_N - MT_M; i < MT_N - 1; i++)
+        s[i] = s[i + MT_M - MT_N] ^ mt_twist(s[i], s[i + 1]);
+    s[MT_N - 1] = s[MT_M - 1] ^ mt_twist(s[MT_N - 1], s[0]);
     for (int i = 0; i < MT_N; i++) {
-        uint32_t y = (s[i] & 0x80000000u) | (s[(i + 1) % MT_N] & 0x7fffffffu);
-        s[i] = s[(i + MT_M) % MT_N] ^ (y >> 1) ^ (0x9908b0dfu & -(y & 1u));
+        uint32_t y = s[i];
+        y ^= y >> 11;
+        y ^= (y << 7) & 0x9d2c5680u;
+        y ^= (y << 15) & 0xefc60000u;
+        mt->words[i] = y ^ (y >> 18);
     }
     mt->next = 0;
 }
@@ -41,11 +56,7 @@ static uint32_t mt_draw(struct mt *mt)
 {
     if (mt->next == MT_N)
         mt_advance(mt);
-    uint32_t y = mt->state[mt->next++];
-    y ^= y >> 11;
-    y ^= (y << 7) & 0x9d2c5680u;
-    y ^= (y << 15) & 0xefc60000u;
-    return y ^ (y >> 18);
+    return mt->words[mt->next++];
 }
 
 static double mt_uniform53(struct mt *mt)
@@ -83,21 +94,23 @@ static float f32_to_f16(float x) // to nearest, ties to even; |x| < 65504
 
 static float cephes_logf(float x) // x > 0, normal
 {
-    int exponent;
-    x = frexpf(x, &exponent);
-    float e = (float)exponent;
-    if (x < 0.707106781186547524f) {
-        e -= 1;
-        x = x - 1 + x;
-    } else {
-        x -= 1;
-    }
-    static const float p[] = {-1.1514610310E-1f, 1.1676998740E-1f, -1.2420140846E-1f, 1.4249322787E-1f,
-                              -1.6668057665E-1f, 2.0000714765E-1f, -2.4999993993E-1f, 3.3333331174E-1f};
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    float e = (float)((int)(bits >> 23) - 126);
+    bits = (bits & 0x007fffffu) | 0x3f000000u; // as frexpf: x in [1/2, 1)
+    memcpy(&x, &bits, sizeof x);
+    const bool low = x < 0.707106781186547524f;
+    e = low ? e - 1 : e;
+    x = low ? x - 1 + x : x - 1;
     float z = x * x;
-    float y = 7.0376836292E-2f;
-    for (int i = 0; i < 8; i++)
-        y = fmaf(y, x, p[i]);
+    float y = fmaf(7.0376836292E-2f, x, -1.1514610310E-1f);
+    y = fmaf(y, x, 1.1676998740E-1f);
+    y = fmaf(y, x, -1.2420140846E-1f);
+    y = fmaf(y, x, 1.4249322787E-1f);
+    y = fmaf(y, x, -1.6668057665E-1f);
+    y = fmaf(y, x, 2.0000714765E-1f);
+    y = fmaf(y, x, -2.4999993993E-1f);
+    y = fmaf(y, x, 3.3333331174E-1f);
     y = fmaf(y * x, z, e * -2.12194440e-4f);
     y = fmaf(z, -0.5f, y);
     return fmaf(e, 0.693359375f, x + y);
@@ -148,8 +161,18 @@ static void box_muller_rounding(float u[BLOCK], float (*narrow)(float))
 
 static void uniforms(struct mt *mt, int bits, float *out, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++)
-        out[i] = ldexpf((float)(mt_draw(mt) & ((1u << bits) - 1)), -bits);
+    const float unit = ldexpf(1, -bits);
+    const uint32_t mask = (1u << bits) - 1;
+    while (n > 0) {
+        if (mt->next == MT_N)
+            mt_advance(mt);
+        const int64_t left = MT_N - mt->next, some = n < left ? n : left;
+        for (int64_t i = 0; i < some; i++)
+            out[i] = (float)(int32_t)(mt->words[mt->next + i] & mask) * unit; // below 2^24: exact
+        mt->next += (int)some;
+        out += some;
+        n -= some;
+    }
 }
 
 // What tells the CPU kinds apart. rounding is the type of the result, each_step whether every operation rounds to it.
