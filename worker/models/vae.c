@@ -63,11 +63,11 @@ static struct tensor like(struct exec *x, const struct picture *p, int64_t chann
     return exec_tensor(x, 3, p->t.n[0], p->t.n[1], channels, 1);
 }
 
-// Starts the successor: a tensor on the other stack, which is in use from here on.
+// Starts the successor: a tensor on the other stack, which is in use from here on; one that can be convolved in place.
 static struct tensor begin_next(struct exec *x, int64_t h, int64_t w, int64_t c)
 {
     arena_flip(x->arena);
-    return exec_tensor(x, 3, h, w, c, 1);
+    return exec_conv_input(x, h, w, c);
 }
 
 // next replaces the picture, whose stack is emptied.
@@ -80,31 +80,46 @@ static void finish_next(struct exec *x, struct picture *p, struct tensor next)
     p->t = next;
 }
 
+// y = conv(silu(norm(in))); a, which may be in, is a convolution's input of the shape of in.
 static void normed_conv(const struct vae *v, struct exec *x, const struct picture *p, struct tensor y, struct tensor in,
-                        const struct norm *n, const struct conv *conv)
+                        struct tensor a, const struct norm *n, const struct conv *conv)
 {
-    const size_t mark = arena_mark(x->arena);
-    struct tensor a = exec_conv_input(x, in.n[0], in.n[1], in.n[2]);
     exec_group_norm(x, a, in, n->gamma, n->beta, v->groups, EPS, ACT_SILU, &p->rows);
     exec_conv(x, y, a, conv, &p->rows);
+}
+
+// The picture stays and gets the branch added.
+static void resnet_same(const struct vae *v, struct exec *x, const struct resnet *r, struct picture *p)
+{
+    const size_t mark = arena_mark(x->arena);
+    struct tensor b = like(x, p, r->out), a = exec_conv_input(x, b.n[0], b.n[1], b.n[2]);
+    normed_conv(v, x, p, b, p->t, a, &r->norm1, &r->conv1);
+    normed_conv(v, x, p, b, b, a, &r->norm2, &r->conv2);
+    x->k->add(x->d, p->t, b);
     arena_release(x->arena, mark);
+}
+
+// Other channels: the shortcut is the successor's beginning, after which the picture's own memory serves the branch.
+static void resnet_next(const struct vae *v, struct exec *x, const struct resnet *r, struct picture *p)
+{
+    struct tensor next = begin_next(x, p->t.n[0], p->t.n[1], r->out), a;
+    const size_t mark = arena_mark(x->arena);
+    struct tensor b = like(x, p, r->out);
+    exec_conv(x, next, p->t, &r->shortcut, &p->rows);
+    normed_conv(v, x, p, b, p->t, p->t, &r->norm1, &r->conv1);
+    if (r->out <= r->in) // fits where the wider one was
+        a = tensor_of(p->t.data, p->t.dtype, 3, b.n[0], b.n[1], b.n[2], 1);
+    else
+        a = exec_conv_input(x, b.n[0], b.n[1], b.n[2]);
+    normed_conv(v, x, p, b, b, a, &r->norm2, &r->conv2);
+    x->k->add(x->d, next, b);
+    arena_release(x->arena, mark);
+    finish_next(x, p, next);
 }
 
 static void resnet(const struct vae *v, struct exec *x, const struct resnet *r, struct picture *p)
 {
-    const bool same = r->in == r->out;
-    const size_t mark = arena_mark(x->arena);
-    struct tensor next = same ? p->t : begin_next(x, p->t.n[0], p->t.n[1], r->out);
-    const size_t inner = arena_mark(x->arena);
-    struct tensor b = like(x, p, r->out);
-    normed_conv(v, x, p, b, p->t, &r->norm1, &r->conv1);
-    normed_conv(v, x, p, b, b, &r->norm2, &r->conv2);
-    if (!same)
-        exec_conv(x, next, p->t, &r->shortcut, &p->rows);
-    x->k->add(x->d, next, b);
-    arena_release(x->arena, same ? mark : inner);
-    if (!same)
-        finish_next(x, p, next);
+    (r->in == r->out ? resnet_same : resnet_next)(v, x, r, p);
 }
 
 static void mid_attention(const struct vae *v, struct exec *x, struct picture *p)
@@ -176,7 +191,7 @@ void vae_decode(const struct vae *v, struct exec *x, struct tensor latent, const
         if (v->level[i].upsamples)
             upsample(x, &v->level[i].upsample, &p);
     }
-    normed_conv(v, x, &p, pixels, p.t, &v->norm_out, &v->conv_out);
+    normed_conv(v, x, &p, pixels, p.t, p.t, &v->norm_out, &v->conv_out);
 
     arena_release(x->arena, p.base[p.side]);
     if (p.side == 1)
