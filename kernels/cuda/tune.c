@@ -111,6 +111,7 @@ static bool run_round(struct race *r, bool timed)
             ran[n++] = i;
             cudaEventRecord(r->event[n], d->stream);
         } else {
+            cudaGetLastError(); // a launch that was refused: no failure of the device
             r->out[i] = true;
         }
     }
@@ -162,7 +163,7 @@ static void keep_finalists(struct race *r)
     }
 }
 
-// The fastest candidate, or 0 when nothing could be measured.
+// The fastest candidate; -1: nothing could be measured.
 static int race_of(struct race *r)
 {
     bool ok = run_round(r, false); // loads the kernels
@@ -171,18 +172,17 @@ static int race_of(struct race *r)
         drop_slow(r);
     }
     if (!ok)
-        return 0;
+        return -1;
     keep_finalists(r);
     for (int i = 0; ok && i < FINAL_ROUNDS; i++)
         ok = run_round(r, true);
-    const int best = leader(r, r->total);
-    return ok && best >= 0 ? best : 0;
+    return ok ? leader(r, r->total) : -1;
 }
 
 static int fastest(struct device *d, struct shape *s, const struct product *p, const candidate *list, int found)
 {
     struct race r = {.d = d, .s = s, .p = p, .list = list, .count = found};
-    int events = 0, best = 0;
+    int events = 0, best = -1;
     while (events <= found && cudaEventCreate(&r.event[events]) == cudaSuccess)
         events++;
     if (events > found)
@@ -249,15 +249,15 @@ void cuda_product_choose(struct device *d, struct shape *s, const struct product
     s->usable = s->from_disk;
     if (s->usable)
         return;
-    int found = suggested(d, s, list), best = 0;
+    int found = suggested(d, s, list), best = -1;
     if (found == 0)
         return;
     if (large && !cuda_capturing(d)) {
         found = with_splits(d, s, list, found);
         best = found > 1 ? fastest(d, s, p, list, found) : 0;
     }
-    s->algo = list[best].algo;
+    s->algo = list[best < 0 ? 0 : best].algo;
     s->usable = true;
-    if (large && !cuda_capturing(d) && d->check.failure.code == 0)
+    if (best >= 0)
         remember(d, s);
 }
