@@ -86,7 +86,7 @@ struct kernels {
     // copy that the device owns until it is closed (cuda). A copy of two or more dimensions has the activation type.
     int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
     // The same for a linear layer, whose parts may become one part there. type: E4M3, or the activation type.
-    // ERR_UNSUPPORTED: this device has no E4M3.
+    // A layer whose n or k is no multiple of 16 stays in the activation type. ERR_UNSUPPORTED: this device has no E4M3.
     int (*place_linear)(struct device *d, struct linear *w, enum dtype type, struct err *err);
     // Gives back a placed copy before the device is closed, after all work that reads it. Others: nothing to do.
     void (*displace)(struct device *d, struct tensor placed);

@@ -5,7 +5,8 @@
 
 #include <stdlib.h>
 
-enum { OLDEST = 80 }; // compute capability, tens and ones
+enum { OLDEST = 80, E4M3_SINCE = 89 }; // compute capability, tens and ones
+enum { E4M3_MULTIPLE = 16 };           // that the library's products of E4M3 want of n and k
 static const int64_t STAGE_BYTES = 64 << 20;
 
 // ---- errors
@@ -248,6 +249,7 @@ static struct tensor matrix_rows(struct tensor t, int64_t row, int64_t from, int
 {
     struct tensor m = tensor_2d((char *)t.data + from * t.ld * (int64_t)dtype_size(t.dtype), t.dtype, rows, row);
     m.ld = t.dims == 1 ? row : t.ld;
+    m.scale = t.scale ? t.scale + from : NULL;
     return m;
 }
 
@@ -350,7 +352,10 @@ static int bring(struct device *d, struct tensor dst, struct tensor src, struct 
                                        (size_t)(row * size), (size_t)to.n[0], cudaMemcpyDefault, d->stream),
                      "placing a weight"))
             break;
-        launch_convert(d->stream, to, stage);
+        if (to.dtype == DT_E4M3)
+            launch_quantise(d->stream, to, stage);
+        else
+            launch_convert(d->stream, to, stage);
         cuda_launched(d, "placing a weight");
     }
     return check_report(&d->check, err);
@@ -380,24 +385,50 @@ static int cuda_place(struct device *d, struct tensor host, struct tensor *out, 
     return 0;
 }
 
-// All parts in one, in the activation type; rows without a bias get zeros when another part has one.
+// ERR_UNSUPPORTED where the GPU has no E4M3.
+static int check_e4m3(const struct device *d, struct err *err)
+{
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->gpu);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->gpu);
+    if (is_half(d->type) && major * 10 + minor >= E4M3_SINCE)
+        return 0;
+    return err_set(
+        err, ERR_UNSUPPORTED,
+        "fp8 asks for a GPU of compute capability 8.9 (RTX 40, H100) or newer and activations of bf16 or fp16, "
+        "here are %d.%d and %s: use precision bf16",
+        major, minor, dtype_name(d->type));
+}
+
+// Undefined weights of one part; the factors of E4M3 lie behind the numbers, in the same block.
+static int keep_linear(struct device *d, struct linear *one, enum dtype type, bool bias, struct err *err)
+{
+    const size_t numbers = (size_t)(one->n * one->k) * dtype_size(type);
+    one->w[0] = tensor_2d(NULL, type, one->n, one->k);
+    TRY(keep(d, numbers + (type == DT_E4M3 ? (size_t)one->n * sizeof(float) : 0), &one->w[0].data, err));
+    if (type == DT_E4M3)
+        one->w[0].scale = (float *)((char *)one->w[0].data + numbers);
+    if (!bias)
+        return 0;
+    one->b[0] = tensor_1d(NULL, d->type, one->n);
+    TRY(keep(d, tensor_bytes(one->b[0]), &one->b[0].data, err));
+    launch_copy(d->stream, one->b[0], (struct tensor){0});
+    return 0;
+}
+
+// All parts in one; rows without a bias get zeros when another part has one.
 static int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
 {
     TRY(check_report(&d->check, err));
-    if (type != d->type)
-        return err_set(err, ERR_UNSUPPORTED, "linear layers of %s", dtype_name(type));
     cuda_enter(d);
+    if (type == DT_E4M3)
+        TRY(check_e4m3(d, err));
     struct linear one = {.parts = 1, .n = w->n, .k = w->k};
     bool bias = false;
     for (int i = 0; i < w->parts; i++)
         bias |= !tensor_none(w->b[i]);
-    one.w[0] = tensor_2d(NULL, d->type, w->n, w->k);
-    TRY(keep(d, tensor_bytes(one.w[0]), &one.w[0].data, err));
-    if (bias) {
-        one.b[0] = tensor_1d(NULL, d->type, w->n);
-        TRY(keep(d, tensor_bytes(one.b[0]), &one.b[0].data, err));
-        launch_copy(d->stream, one.b[0], (struct tensor){0});
-    }
+    const bool e4m3 = type == DT_E4M3 && w->n % E4M3_MULTIPLE == 0 && w->k % E4M3_MULTIPLE == 0;
+    TRY(keep_linear(d, &one, e4m3 ? DT_E4M3 : d->type, bias, err));
     for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
         TRY(bring(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));
         if (!tensor_none(w->b[i])) {
