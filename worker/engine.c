@@ -18,6 +18,13 @@ struct estimate_key {
     struct plan plan;
 };
 
+// What a job takes of a rank's memory besides weights.
+struct demand {
+    size_t stage[ENGINE_STAGES], most; // bytes of the arena: for each stage, and for the one that takes most
+    int64_t fixed;                     // throughout: libraries, prompts
+    int64_t between;                   // what one stage leaves to the next, where the arena is replaced between them
+};
+
 struct engine {
     const struct kernels *k; // table below
     struct kernels table;    // the backend's, saying the activation type that was asked for
@@ -29,6 +36,8 @@ struct engine {
     bool fp8;
     struct residency *residency; // NULL: the device computes in the host's memory
     struct prompt_cache *cache;
+    struct demand demand; // of the job in hand
+    void *between;        // not NULL: this job's arena is replaced between stages, so that weights can make way for it
     struct {
         struct estimate_key key;
         struct engine_estimate estimate;
@@ -141,15 +150,52 @@ static void note_peak(struct run *r, enum engine_stage stage)
     arena_peak_restart(r->world.arena);
 }
 
+static int grow_arena(struct engine *e, size_t bytes, struct err *err)
+{
+    TRY(arena_new(e->k, e->d, bytes, &e->arena, err));
+    e->arena_bytes = bytes;
+    return 0;
+}
+
+static void drop_arena(struct engine *e)
+{
+    arena_free(e->arena);
+    e->arena = NULL;
+    e->arena_bytes = 0;
+}
+
+// Where memory is so short that stages take turns in it, this stage's arena takes the place of the last one's.
+static int begin_stage(struct run *r, enum engine_stage stage, unsigned parts, struct err *err)
+{
+    struct engine *e = r->engine;
+    if (e && e->between) {
+        TRY(exec_check(&r->world, err));
+        drop_arena(e);
+        residency_reserve(e->residency, e->demand.fixed + e->demand.between + (int64_t)e->demand.stage[stage]);
+        TRY(grow_arena(e, e->demand.stage[stage], err));
+        run_use(r, e->k, e->d, e->arena);
+    }
+    return run_need(r, parts, err);
+}
+
+static struct tensor tokens_of(struct run *r)
+{
+    const int64_t n = r->image_tokens, channels = r->model->info.channels;
+    if (r->engine && r->engine->between)
+        return tensor_2d(r->engine->between, r->world.k->activation, n, channels);
+    return exec_tensor(&r->world, 2, n, channels, 1, 1);
+}
+
 static int make_picture(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, uint8_t *pixels,
                         struct err *err)
 {
-    const size_t mark = arena_mark(r->world.arena);
-    struct tensor tokens = exec_tensor(&r->world, 2, r->image_tokens, r->model->info.channels, 1, 1);
-    TRY(run_need(r, 1U << PART_DIT, err));
+    const size_t mark =
+        arena_mark(r->world.arena); // 0 where the arena is replaced: then it holds nothing between stages
+    struct tensor tokens = tokens_of(r);
+    TRY(begin_stage(r, ENGINE_DENOISE, 1U << PART_DIT, err));
     TRY(denoise(r, prompts, noise, tokens, err));
     note_peak(r, ENGINE_DENOISE);
-    TRY(run_need(r, 1U << PART_VAE, err));
+    TRY(begin_stage(r, ENGINE_DECODE, 1U << PART_VAE, err));
     TRY(decode(r, tokens, pixels, err));
     note_peak(r, ENGINE_DECODE);
     run_enter(r, ENGINE_DENOISE); // of the next one
@@ -261,56 +307,88 @@ static int64_t host_memory_free(void)
     return kib * 1024;
 }
 
-// The side of the largest square whose activations take no more than limit bytes; 0: none does.
-static int64_t largest_square(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
-                              const struct plan *plan, int64_t limit)
+// extra: bytes of activations that no dry run knows of.
+static struct demand demand_of(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                               const struct engine_estimate *estimate, size_t extra)
+{
+    const struct prompt_shape shape = {job->max_sequence_length, m->info.text_dim, m->info.pooled_dim};
+    const int64_t patch = 2 * vae_scale(m->vae), tokens = (job->width / patch) * (job->height / patch);
+    struct demand d = {.most = estimate->activation_bytes + extra};
+    for (int i = 0; i < ENGINE_STAGES; i++)
+        d.stage[i] = estimate->stage_bytes[i] + extra;
+    d.fixed = ENGINE_LIBRARY_BYTES + prompt_cache_bytes(e->cache, &shape);
+    d.between = tokens * m->info.channels * (int64_t)dtype_size(e->k->activation);
+    return d;
+}
+
+static int64_t stage_weights(const struct model *m, int stage)
+{
+    static const unsigned parts[ENGINE_STAGES] = {1U << PART_CLIP | 1U << PART_T5, 1U << PART_DIT, 1U << PART_VAE};
+    return model_placed_bytes(m, parts[stage]);
+}
+
+// Bytes of the device in the stage that takes most of it; turns: the arena is replaced between stages.
+static int64_t device_bytes(const struct model *m, const struct demand *d, bool turns, int *stage)
+{
+    int64_t most = 0;
+    for (int i = 0; i < ENGINE_STAGES; i++) {
+        const int64_t bytes =
+            stage_weights(m, i) + d->fixed + (turns ? d->between + (int64_t)d->stage[i] : (int64_t)d->most);
+        if (bytes > most) {
+            most = bytes;
+            *stage = i;
+        }
+    }
+    return most;
+}
+
+// limit: of activations in the host's memory.
+static bool fits(const struct engine *e, const struct model *m, const struct demand *d, int64_t limit)
+{
+    int stage;
+    if (!e->residency)
+        return (int64_t)d->most <= limit;
+    const int64_t budget = residency_budget(e->residency);
+    return device_bytes(m, d, false, &stage) <= budget || device_bytes(m, d, true, &stage) <= budget;
+}
+
+// Says in text what the largest square is that fits.
+static void print_largest(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                          const struct plan *plan, size_t extra, int64_t limit, char text[96])
 {
     const struct model_limits *l = &m->limits;
-    int64_t low = (l->min_side - 1) / m->side_multiple, high = l->max_side / m->side_multiple + 1; // fits, does not
+    const int64_t least = (l->min_side - 1) / m->side_multiple; // too small
+    int64_t low = least, high = l->max_side / m->side_multiple + 1;
     Ditfleet__V1__Job square = *job;
-    const int64_t least = low;
-    while (high - low > 1) {
+    while (high - low > 1) { // low fits, high does not
         const int64_t middle = low + (high - low) / 2, side = middle * m->side_multiple;
         struct engine_estimate estimate;
         struct err err;
         square.width = square.height = (uint32_t)side;
-        if (side * side <= l->max_pixels && predict_anew(e, m, &square, plan, &estimate, &err) == 0 &&
-            (int64_t)estimate.activation_bytes <= limit)
-            low = middle;
-        else
-            high = middle;
+        bool fine = side * side <= l->max_pixels && predict_anew(e, m, &square, plan, &estimate, &err) == 0;
+        if (fine) {
+            const struct demand d = demand_of(e, m, &square, &estimate, extra);
+            fine = fits(e, m, &d, limit);
+        }
+        *(fine ? &low : &high) = middle;
     }
-    return low > least ? low * m->side_multiple : 0;
-}
-
-static void print_largest(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
-                          const struct plan *plan, int64_t limit, char text[96])
-{
-    const int64_t side = largest_square(e, m, job, plan, limit);
-    if (side)
-        snprintf(text, 96, "the largest square that fits is %lld x %lld", (long long)side, (long long)side);
+    if (low > least)
+        snprintf(text, 96, "the largest square that fits is %lld x %lld", (long long)(low * m->side_multiple),
+                 (long long)(low * m->side_multiple));
     else
         snprintf(text, 96, "no size fits");
 }
 
-static int grow_arena(struct engine *e, size_t bytes, struct err *err)
+static double gib(int64_t bytes)
 {
-    TRY(arena_new(e->k, e->d, bytes, &e->arena, err));
-    e->arena_bytes = bytes;
-    return 0;
-}
-
-static void drop_arena(struct engine *e)
-{
-    arena_free(e->arena);
-    e->arena = NULL;
-    e->arena_bytes = 0;
+    return (double)bytes / (1 << 30);
 }
 
 // Where weights stay mapped in the host's memory, activations alone are counted; a small cache of prompts is not.
 static int reserve_on_host(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
-                           const struct plan *plan, size_t bytes, struct err *err)
+                           const struct plan *plan, size_t extra, struct err *err)
 {
+    const size_t bytes = e->demand.most;
     char largest[96];
     if (bytes <= e->arena_bytes)
         return 0;
@@ -318,48 +396,51 @@ static int reserve_on_host(struct engine *e, const struct model *m, const Ditfle
     const int64_t limit = e->memory_limit ? e->memory_limit : host_memory_free() / plan->ranks;
     if ((int64_t)bytes <= limit)
         return grow_arena(e, bytes, err);
-    print_largest(e, m, job, plan, limit, largest);
+    print_largest(e, m, job, plan, extra, limit, largest);
     return err_set(err, ERR_UNSUPPORTED,
                    "width %u x height %u needs %.2f GiB of activations on each of %d ranks, but %.2f GiB are free; %s; "
                    "ask for a smaller picture or use more ranks",
-                   job->width, job->height, (double)bytes / (1 << 30), plan->ranks, (double)limit / (1 << 30), largest);
+                   job->width, job->height, gib((int64_t)bytes), plan->ranks, gib(limit), largest);
 }
 
-// What the stage that needs most of the model's weights needs.
-static int64_t most_weights(const struct model *m)
+static int refuse_on_device(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                            const struct plan *plan, size_t extra, int stage, struct err *err)
 {
-    const unsigned stages[ENGINE_STAGES] = {1U << PART_CLIP | 1U << PART_T5, 1U << PART_DIT, 1U << PART_VAE};
-    int64_t most = 0;
-    for (int i = 0; i < ENGINE_STAGES; i++)
-        if (model_placed_bytes(m, stages[i]) > most)
-            most = model_placed_bytes(m, stages[i]);
-    return most;
-}
-
-// Every stage has to fit: its weights, and what is there throughout. An arena larger than the job asks for is kept only
-// where nothing has to make way for it.
-static int reserve_on_device(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
-                             const struct plan *plan, size_t bytes, int64_t fixed, struct err *err)
-{
+    static const char *const doing[ENGINE_STAGES] = {"encoding text", "denoising", "decoding"};
+    const struct demand *d = &e->demand;
     char largest[96];
-    const int64_t budget = residency_budget(e->residency), weights = most_weights(m);
-    const int64_t limit = budget - fixed - weights;
-    if ((int64_t)bytes > limit) {
-        print_largest(e, m, job, plan, limit, largest);
-        return err_set(err, ERR_UNSUPPORTED,
-                       "width %u x height %u needs %.2f GiB of activations, %.2f GiB of weights at a time and %.2f GiB "
-                       "for libraries and prompts on each of %d GPUs, more than the %.2f GiB of the memory budget; %s",
-                       job->width, job->height, (double)bytes / (1 << 30), (double)weights / (1 << 30),
-                       (double)fixed / (1 << 30), plan->ranks, (double)budget / (1 << 30), largest);
-    }
-    const bool roomy = residency_all_bytes(e->residency) + fixed + (int64_t)e->arena_bytes <= budget;
-    if (e->arena_bytes != bytes && !(roomy && bytes < e->arena_bytes)) {
+    print_largest(e, m, job, plan, extra, 0, largest);
+    return err_set(err, ERR_UNSUPPORTED,
+                   "width %u x height %u needs %.2f GiB of activations, %.2f GiB of weights and %.2f GiB for libraries "
+                   "and prompts while %s on each of %d GPUs, more than the memory budget of %.2f GiB; %s",
+                   job->width, job->height, gib((int64_t)d->stage[stage] + d->between), gib(stage_weights(m, stage)),
+                   gib(d->fixed), doing[stage], plan->ranks, gib(residency_budget(e->residency)), largest);
+}
+
+// Every stage has to fit: its weights, its activations, and what is there throughout. One arena serves all stages,
+// unless weights have to make way for it. One that is larger than the job asks for is kept where there is room.
+static int reserve_on_device(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                             const struct plan *plan, size_t extra, struct err *err)
+{
+    const struct demand *d = &e->demand;
+    const int64_t budget = residency_budget(e->residency), kept = d->fixed + (int64_t)e->arena_bytes;
+    const bool roomy = residency_all_bytes(e->residency) + kept <= budget;
+    int stage = 0;
+    if (device_bytes(m, d, false, &stage) > budget) {
+        if (device_bytes(m, d, true, &stage) > budget)
+            return refuse_on_device(e, m, job, plan, extra, stage, err);
         drop_arena(e);
-        residency_reserve(e->residency, fixed + (int64_t)bytes);
-        return grow_arena(e, bytes, err);
+        residency_reserve(e->residency, d->fixed + d->between + (int64_t)d->stage[ENGINE_TEXT]);
+        TRY(e->k->alloc(e->d, (size_t)d->between, &e->between, err));
+        return grow_arena(e, d->stage[ENGINE_TEXT], err);
     }
-    residency_reserve(e->residency, fixed + (int64_t)e->arena_bytes);
-    return 0;
+    if (e->arena_bytes == d->most || (roomy && e->arena_bytes > d->most)) {
+        residency_reserve(e->residency, kept);
+        return 0;
+    }
+    drop_arena(e);
+    residency_reserve(e->residency, d->fixed + (int64_t)d->most);
+    return grow_arena(e, d->most, err);
 }
 
 // Two more tensors of the whole picture that only a traced run holds.
@@ -373,15 +454,14 @@ static int reserve(struct engine *e, const struct model *m, const Ditfleet__V1__
                    size_t extra, struct err *err)
 {
     const struct prompt_shape shape = {job->max_sequence_length, m->info.text_dim, m->info.pooled_dim};
-    const int64_t fixed = ENGINE_LIBRARY_BYTES + prompt_cache_bytes(e->cache, &shape);
     struct engine_estimate estimate;
     if (e->residency)
-        residency_reserve(e->residency, fixed + (int64_t)e->arena_bytes);
+        residency_reserve(e->residency,
+                          ENGINE_LIBRARY_BYTES + prompt_cache_bytes(e->cache, &shape) + (int64_t)e->arena_bytes);
     TRY(prompt_cache_reserve(e->cache, &shape, err));
     TRY(engine_predict(e, m, job, plan, &estimate, err));
-    const size_t bytes = estimate.activation_bytes + extra;
-    return e->residency ? reserve_on_device(e, m, job, plan, bytes, fixed, err)
-                        : reserve_on_host(e, m, job, plan, bytes, err);
+    e->demand = demand_of(e, m, job, &estimate, extra);
+    return (e->residency ? reserve_on_device : reserve_on_host)(e, m, job, plan, extra, err);
 }
 
 // ---- the job itself
@@ -436,6 +516,19 @@ static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfl
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
 }
 
+// Between jobs the arena holds nothing.
+static void end_run(struct engine *e, struct engine_result *out)
+{
+    if (e->between)
+        e->k->free(e->d, e->between);
+    e->between = NULL;
+    if (e->arena)
+        arena_release(e->arena, 0);
+    prompt_cache_drop(e->cache);
+    if (e->residency)
+        out->moves = residency_moves(e->residency);
+}
+
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                const struct engine_hooks *hooks, struct engine_result *out, struct err *err)
 {
@@ -443,19 +536,20 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     *out = (struct engine_result){0};
     if (e->residency)
         residency_moves(e->residency); // of this job from here on
-    TRY(agree(e->control, plan_and_reserve(e, m, job, want, hooks, &out->plan, err), err));
+    int rc = agree(e->control, plan_and_reserve(e, m, job, want, hooks, &out->plan, err), err);
+    if (rc != 0) {
+        end_run(e, out);
+        return rc;
+    }
     run_init(&r, m, job, &out->plan);
     r.hooks = hooks;
     r.control = e->control;
+    r.engine = e;
     r.residency = e->residency;
     r.cache = e->cache;
     run_use(&r, e->k, e->d, e->arena);
-    const size_t mark = arena_mark(e->arena);
-    int rc = run_prepared(e, &r, out, err);
-    arena_release(e->arena, mark);
-    prompt_cache_drop(e->cache);
-    if (e->residency)
-        out->moves = residency_moves(e->residency);
+    rc = run_prepared(e, &r, out, err);
+    end_run(e, out);
     if (rc != 0) {
         if (!r.agreed) // the other ranks do not know: nobody may wait for this one
             comm_abort(e->control, err->text);

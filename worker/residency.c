@@ -83,8 +83,9 @@ static int64_t here_bytes(const struct residency *r)
     return sum;
 }
 
-// The part to part with: least recently used, and of those that were needed together the largest.
-static bool choose(const struct residency *r, int model, unsigned keep, int *of, enum model_part *out)
+// The part to part with: of those of at least so many bytes the one least recently used; of those that were needed
+// together the largest.
+static bool choose(const struct residency *r, int64_t least, int model, unsigned keep, int *of, enum model_part *out)
 {
     bool found = false;
     uint64_t used = 0;
@@ -93,7 +94,7 @@ static bool choose(const struct residency *r, int model, unsigned keep, int *of,
         for (enum model_part p = 0; p < PARTS; p++) {
             const struct model *m = r->models[i];
             const int64_t size = model_placed_bytes(m, 1U << p);
-            if (!(m->here & 1U << p) || (i == model && keep & 1U << p))
+            if (!(m->here & 1U << p) || size < least || (i == model && keep & 1U << p))
                 continue;
             if (found && (r->used[i][p] > used || (r->used[i][p] == used && size <= bytes)))
                 continue;
@@ -102,14 +103,18 @@ static bool choose(const struct residency *r, int model, unsigned keep, int *of,
     return found;
 }
 
-// Evicts until there is room for more bytes; keeps these parts of the model.
+// Evicts until there is room for more bytes; keeps these parts of the model. One part that is large enough goes before
+// several small ones do.
 static void make_room(struct residency *r, int64_t more, int model, unsigned keep)
 {
     int of = 0;
     enum model_part p = 0;
     bool idle = false;
-    while (here_bytes(r) + r->reserved + more > r->budget && choose(r, model, keep, &of, &p)) {
+    for (;;) {
+        const int64_t short_of = here_bytes(r) + r->reserved + more - r->budget;
         struct err ignored; // a failed device says so at the next check
+        if (short_of <= 0 || (!choose(r, short_of, model, keep, &of, &p) && !choose(r, 0, model, keep, &of, &p)))
+            return;
         if (!idle)
             r->k->sync(r->d, &ignored);
         idle = true;
@@ -144,7 +149,7 @@ int residency_need(struct residency *r, const struct model *m, unsigned parts, s
         if (parts & 1U << p)
             r->used[i][p] = r->clock;
     const int64_t missing = model_placed_bytes(m, parts & ~m->here);
-    if (missing == 0 && (parts & ~m->here) == 0)
+    if ((parts & ~m->here) == 0)
         return 0;
     make_room(r, missing, i, parts);
     if (here_bytes(r) + r->reserved + missing > r->budget)

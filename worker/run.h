@@ -15,6 +15,7 @@ struct run {
     struct plan plan;
     const struct engine_hooks *hooks; // never NULL; its members may be
     struct comm *control;
+    struct engine *engine;       // whose job it is; NULL in a dry run
     struct residency *residency; // NULL: the model's parts are where they are computed with
     struct prompt_cache *cache;  // NULL: every prompt is encoded, into the arena
     bool prompt_cached;          // no prompt had to be encoded

@@ -291,6 +291,43 @@ static void one_stage_at_a_time(void **state)
     close_bench(&b);
 }
 
+// Neither stage's activations fit beside the other's weights: the arena is replaced between them.
+static void stages_take_turns(void **state)
+{
+    (void)state;
+    struct bench b;
+    size_t size;
+    const char *const *job = FIELDS("prompt", "a red circle", "seed", "3", "max_sequence_length", "24", "width", "256",
+                                    "height", "256", "num_inference_steps", "2", "num_images", "2");
+    uint8_t *pixels = reference(job, &size);
+    open_bench(&b, 0);
+    struct engine_estimate estimate;
+    Ditfleet__V1__Job *resolved = demo_job(b.model, job);
+    assert_int_equal(engine_predict(b.engine, b.model, resolved, &(struct plan){1, 1, 1}, &estimate, &b.err), 0);
+    job_free(resolved);
+    const unsigned parts[ENGINE_STAGES] = {TEXT, DIT, VAE};
+    int64_t most = 0;
+    for (int i = 0; i < ENGINE_STAGES; i++) {
+        const int64_t bytes = placed(&b, parts[i]) + (int64_t)estimate.stage_bytes[i];
+        most = bytes > most ? bytes : most;
+    }
+    most += 1 << 20; // prompts, tokens
+    assert_true(most < placed(&b, DIT) + (int64_t)estimate.activation_bytes);
+    close_bench(&b);
+    open_bench(&b, ENGINE_LIBRARY_BYTES + most);
+    for (int i = 0; i < 2; i++) {
+        expect_run(&b, job);
+        expect_pixels(&b, pixels, size);
+        assert_true(b.result.moves.evicted & DIT);
+    }
+    expect_run(&b, FIELDS("prompt", "a red circle", SMALL)); // an arena for all stages again
+    assert_true(b.result.prompt_cached);
+    expect_run(&b, job);
+    expect_pixels(&b, pixels, size);
+    free(pixels);
+    close_bench(&b);
+}
+
 // Two models, each within the budget, not both.
 static void models_take_turns(void **state)
 {
@@ -472,8 +509,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(everything_fits),   cmocka_unit_test(encoders_make_way), cmocka_unit_test(one_stage_at_a_time),
-        cmocka_unit_test(models_take_turns), cmocka_unit_test(last_prompts),      cmocka_unit_test(stopped_jobs),
-        cmocka_unit_test(too_large),         cmocka_unit_test(no_such_memory),    cmocka_unit_test(fp8_is_planned),
+        cmocka_unit_test(stages_take_turns), cmocka_unit_test(models_take_turns), cmocka_unit_test(last_prompts),
+        cmocka_unit_test(stopped_jobs),      cmocka_unit_test(too_large),         cmocka_unit_test(no_such_memory),
+        cmocka_unit_test(fp8_is_planned),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
