@@ -95,6 +95,13 @@ struct bench {
 
 const char *bench_precision_name(const struct bench *b); // as jobs spell it
 
+// Rows of the joint sequence, text and image.
+static inline int64_t bench_rows(const struct bench *b)
+{
+    const int64_t side = b->model->side_multiple; // pixels of an image token
+    return (int64_t)b->job->max_sequence_length + b->job->width / side * (b->job->height / side);
+}
+
 // bench_run.c: through the engine.
 int bench_images(struct bench *b, int count, struct err *err); // appended to images
 int bench_start(struct bench *b, struct err *err);

@@ -7,13 +7,14 @@
 #include "ops/cli/bench.h"
 #include "proto/clock.h"
 
-enum { MAX_BLOCKS = 16, CHUNK = 1 << 22 }; // CHUNK: numbers uploaded at once
+enum { MAX_BLOCKS = 16 };
 
 struct bed {
     struct bench *b;
     const struct kernels *k;
     struct device *d;
-    float *noise; // (2 * CHUNK), deviation 1
+    int64_t chunk; // numbers uploaded at once
+    float *noise;  // (2 * chunk), deviation 1
     void *blocks[MAX_BLOCKS];
     int n_blocks;
     double budget;               // seconds for one measurement
@@ -45,9 +46,9 @@ static int make(struct bed *bed, int64_t m, int64_t n, struct tensor *out, struc
 {
     struct tensor t = tensor_2d(NULL, bed->k->activation, m, n);
     TRY(block(bed, tensor_bytes(t), &t.data, err));
-    const int64_t rows = CHUNK / n;
+    const int64_t rows = bed->chunk / n;
     for (int64_t i = 0; i < m; i += rows)
-        bed->k->upload(bed->d, tensor_rows(t, i, m - i < rows ? m - i : rows), bed->noise + i * 7919 % CHUNK);
+        bed->k->upload(bed->d, tensor_rows(t, i, m - i < rows ? m - i : rows), bed->noise + i * 7919 % bed->chunk);
     *out = t;
     return 0;
 }
@@ -157,7 +158,7 @@ static int product(struct bed *bed, struct err *err)
 
 static int copy(struct bed *bed, struct err *err)
 {
-    const int64_t bytes = bed->k->memory ? 1 << 30 : 64 << 20, columns = 4096;
+    const int64_t bytes = bed->k->memory ? 1 << 30 : 32 << 20, columns = 4096;
     const int64_t rows = bytes / (columns * (int64_t)dtype_size(bed->k->activation));
     struct call c = {.run = run_copy};
     double seconds;
@@ -172,8 +173,7 @@ static int attention(struct bed *bed, struct err *err)
 {
     const struct bench *b = bed->b;
     const struct dit_info *info = &b->model->info;
-    const int64_t token = b->model->side_multiple * b->model->side_multiple;
-    const int64_t rows = b->job->max_sequence_length + (int64_t)b->job->width * b->job->height / token;
+    const int64_t rows = bench_rows(b);
     struct call c = {.run = run_attention, .heads = info->heads};
     double seconds;
     TRY(make(bed, rows, info->hidden, &c.y, err));
@@ -187,13 +187,13 @@ static int attention(struct bed *bed, struct err *err)
 static int measure_all(struct bed *bed, struct err *err)
 {
     static int (*const all[])(struct bed *, struct err *) = {product, copy, attention};
-    const int64_t shape[] = {2 * CHUNK};
+    const int64_t shape[] = {2 * bed->chunk};
     struct tensor noise;
     TRY(invention_tensor(bed->invention, "noise", 1, shape, &noise, err));
-    bed->noise = malloc(2 * CHUNK * sizeof *bed->noise);
+    bed->noise = malloc((size_t)(2 * bed->chunk) * sizeof *bed->noise);
     if (!bed->noise)
         return err_set(err, ERR_NO_MEMORY, "no memory to measure ceilings with");
-    for (int64_t i = 0; i < 2 * CHUNK; i++)
+    for (int64_t i = 0; i < 2 * bed->chunk; i++)
         bed->noise[i] = 50 * bf16_to_f32(((const uint16_t *)noise.data)[i]);
     for (int i = 0; i < 3; i++) {
         const int rc = all[i](bed, err);
@@ -208,9 +208,13 @@ static int measure_all(struct bed *bed, struct err *err)
 int bench_ceilings(struct bench *b, struct err *err)
 {
     const bool own_memory = b->home.k->memory != NULL;
-    struct bed bed = {.b = b, .k = b->home.k, .d = b->home.d, .budget = own_memory ? 0.5 : 0.03};
+    struct bed bed = {.b = b,
+                      .k = b->home.k,
+                      .d = b->home.d,
+                      .budget = own_memory ? 0.5 : 0.03,
+                      .chunk = own_memory ? 1 << 22 : 1 << 18};
     b->ceilings.product_side = own_memory ? 8192 : 512;
-    TRY(invention_new((size_t)(own_memory ? 128 : 32) << 20, b->threads, &bed.invention, err));
+    TRY(invention_new((size_t)(own_memory ? 128 : 1) << 20, b->threads, &bed.invention, err));
     const int rc = measure_all(&bed, err);
     free(bed.noise);
     invention_free(bed.invention);

@@ -121,8 +121,7 @@ static int step_cost(struct bench *b, struct err *err)
     job.num_inference_steps = 2;
     TRY(engine_predict(b->engine, b->model, &job, &b->plan, &two, err));
     TRY(engine_predict(b->engine, b->model, b->job, &b->plan, &all, err));
-    const double rows = (double)(job.max_sequence_length +
-                                 job.width * job.height / (b->model->side_multiple * b->model->side_multiple));
+    const double rows = (double)bench_rows(b);
     b->memory.activations = (int64_t)all.activation_bytes;
     b->step_cost = (struct bench_cost){.flops = two.cost.flops - one.cost.flops,
                                        .bytes = two.cost.bytes - one.cost.bytes,

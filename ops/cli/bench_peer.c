@@ -52,22 +52,31 @@ static bool find_script(const struct bench *b, char path[PATH_MAX])
     return (n > 0 && look_above(here, path)) || (getcwd(here, sizeof here) && look_above(here, path));
 }
 
-static void start_python(const struct bench *b, const char *script, int in, int out, int errors)
-{
+// What the peer is told of the run, made before the fork: other threads may hold locks of the library at that moment.
+struct told {
     char width[16], height[16], steps[16], text[16], config[PATH_MAX];
+};
+
+static void tell(const struct bench *b, struct told *t)
+{
     const Ditfleet__V1__Job *j = b->job;
-    snprintf(width, sizeof width, "%u", j->width);
-    snprintf(height, sizeof height, "%u", j->height);
-    snprintf(steps, sizeof steps, "%u", j->num_inference_steps);
-    snprintf(text, sizeof text, "%u", j->max_sequence_length);
-    snprintf(config, sizeof config, "%s/transformer/config.json", b->architecture ? b->directory : b->model_dir);
+    snprintf(t->width, sizeof t->width, "%u", j->width);
+    snprintf(t->height, sizeof t->height, "%u", j->height);
+    snprintf(t->steps, sizeof t->steps, "%u", j->num_inference_steps);
+    snprintf(t->text, sizeof t->text, "%u", j->max_sequence_length);
+    snprintf(t->config, sizeof t->config, "%s/transformer/config.json", b->architecture ? b->directory : b->model_dir);
+}
+
+static void start_python(const struct bench *b, const struct told *t, const char *script, int in, int out, int errors)
+{
+    static const char none[] = "{\"missing\": \"there is no python3\"}\n";
     dup2(in, 0);
     dup2(out, 1);
     dup2(errors, 2);
-    execlp("python3", "python3", script, "--config", config, "--width", width, "--height", height, "--steps", steps,
-           "--text-tokens", text, "--precision", bench_precision_name(b), "--device", b->device, (char *)NULL);
-    dprintf(1, "{\"missing\": \"python3 cannot be started (%s)\"}\n", strerror(errno));
-    _exit(CLI_FAILED);
+    execlp("python3", "python3", script, "--config", t->config, "--width", t->width, "--height", t->height, "--steps",
+           t->steps, "--text-tokens", t->text, "--precision", bench_precision_name(b), "--device", b->device,
+           (char *)NULL);
+    _exit(write(1, none, sizeof none - 1) > 0 ? CLI_FAILED : CLI_UNAVAILABLE);
 }
 
 // One line of JSON from the peer; NULL: it ended, or took too long.
@@ -94,30 +103,32 @@ static void last_words(const struct peer *p, char *text, size_t size)
             *c = ' ';
 }
 
+// Pipes and process; what was opened is closed by bench_peer_end.
 static int launch(struct bench *b, const char *script, struct err *err)
 {
-    int in[2], out[2];
+    int in[2] = {-1, -1}, out[2] = {-1, -1};
+    struct told told;
     struct peer *p = calloc(1, sizeof *p);
     if (!p)
         return err_set(err, ERR_NO_MEMORY, "no memory for the peer");
+    b->peer = p;
+    tell(b, &told);
+    p->pid = -1;
     p->errors = memfd_create("peer's errors", MFD_CLOEXEC);
-    if (p->errors < 0 || pipe2(in, O_CLOEXEC) != 0) {
-        free(p);
-        return err_set(err, ERR_IO, "the peer cannot be started (%s)", strerror(errno));
-    }
-    if (pipe2(out, O_CLOEXEC) != 0 || (p->pid = fork()) < 0) {
-        free(p);
-        return err_set(err, ERR_IO, "the peer cannot be started (%s)", strerror(errno));
+    if (p->errors >= 0 && pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0) {
+        p->to = fdopen(in[1], "w");
+        p->from = fdopen(out[0], "r");
+        p->pid = p->to && p->from ? fork() : -1;
     }
     if (p->pid == 0)
-        start_python(b, script, in[0], out[1], p->errors);
+        start_python(b, &told, script, in[0], out[1], p->errors);
+    const int why = errno;
     close(in[0]);
     close(out[1]);
-    p->to = fdopen(in[1], "w");
-    p->from = fdopen(out[0], "r");
+    if (p->pid < 0)
+        return err_set(err, ERR_IO, "the peer cannot be started (%s)", strerror(why));
     setvbuf(p->from, NULL, _IONBF, 0); // so that poll sees all that is there
-    b->peer = p;
-    return p->to && p->from ? 0 : err_set(err, ERR_NO_MEMORY, "no memory for the peer");
+    return 0;
 }
 
 int bench_peer_start(struct bench *b, struct err *err)
@@ -180,9 +191,12 @@ void bench_peer_end(struct bench *b)
         fclose(p->to);
     if (p->from)
         fclose(p->from);
-    kill(p->pid, SIGTERM);
-    waitpid(p->pid, NULL, 0);
-    close(p->errors);
+    if (p->pid > 0) {
+        kill(p->pid, SIGTERM);
+        waitpid(p->pid, NULL, 0);
+    }
+    if (p->errors >= 0)
+        close(p->errors);
     free(p);
     b->peer = NULL;
 }

@@ -72,7 +72,7 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
         w->after[w->told++] = now;
     if (stage == ENGINE_DECODE)
         w->end = now;
-    if (step == 0)
+    if (step == 0 && w->b->n_images == 0) // later images are timed
         bench_memory_seen(w->b);
     if (w->stops && stage == w->stop && step == w->stop_step) {
         w->stopped = true;
