@@ -71,13 +71,13 @@ static struct prompt_key key_of(const struct run *r, const struct ids *ids)
     return key;
 }
 
-// Finds or makes room for every branch's prompt; missing: the branches that are to be encoded. Returns how many.
-static int look_up(struct run *r, const struct ids ids[BRANCHES], struct prompt prompts[BRANCHES],
-                   int missing[BRANCHES])
+// Finds or makes room for every branch's prompt; missing: which of them are to be encoded. False: none.
+static bool look_up(struct run *r, const struct ids ids[BRANCHES], struct prompt prompts[BRANCHES],
+                    bool missing[BRANCHES])
 {
     const struct prompt_shape shape = {r->text_tokens, r->model->info.text_dim, r->model->info.pooled_dim};
     struct prompt_key keys[BRANCHES];
-    int n = 0;
+    bool any = false;
     for (int b = 0; b < r->branches; b++) {
         if (!r->cache) {
             prompts[b].embeds = exec_tensor(&r->world, 2, shape.tokens, shape.text_dim, 1, 1);
@@ -85,44 +85,57 @@ static int look_up(struct run *r, const struct ids ids[BRANCHES], struct prompt 
         } else {
             keys[b] = key_of(r, &ids[b]);
         }
-        if (!r->cache || !prompt_cache_find(r->cache, &keys[b], &shape, &prompts[b]))
-            missing[n++] = b;
+        missing[b] = !r->cache || !prompt_cache_find(r->cache, &keys[b], &shape, &prompts[b]);
+        any |= missing[b];
     }
-    for (int i = 0; r->cache && i < n; i++) // after all are found: a claim takes the place of an entry
-        prompt_cache_claim(r->cache, &keys[missing[i]], &shape, &prompts[missing[i]]);
-    r->prompt_cached = n == 0;
-    return n;
+    for (int b = 0; r->cache && b < r->branches; b++) // after all are found: a claim takes the place of an entry
+        if (missing[b])
+            prompt_cache_claim(r->cache, &keys[b], &shape, &prompts[b]);
+    r->prompt_cached = !any;
+    return any;
 }
 
-// The i-th of 2 * n encodings: T5, the long one, of each branch first. Dealt out in this order, no rank gets two before
-// all have one.
-static bool is_t5(int task, int n)
+// An encoding: T5, the long one, of each branch first. Dealt out in this order, no rank gets two before all have one;
+// whichever are missing, so that a rank's memory is that of the dry run, and its encoder the same from job to job.
+struct task {
+    int branch;
+    bool t5;
+    int rank;
+};
+
+static struct task task_of(const struct run *r, int i)
 {
-    return task < n;
+    return (struct task){i % r->branches, i < r->branches, i % comm_size(r->world.comm)};
 }
 
 static int encode_and_share(struct run *r, const struct ids ids[BRANCHES], struct prompt prompts[BRANCHES],
-                            const int *missing, int n, struct err *err)
+                            const bool missing[BRANCHES], struct err *err)
 {
     struct exec alone = r->world; // an encoding is one rank's work
     alone.comm = NULL;
     alone.attention = &attention_local;
-    const int me = comm_rank(r->world.comm), ranks = comm_size(r->world.comm);
+    const int me = comm_rank(r->world.comm), tasks = 2 * r->branches;
     unsigned parts = 0;
-    for (int task = me; task < 2 * n; task += ranks)
-        parts |= 1U << (is_t5(task, n) ? PART_T5 : PART_CLIP);
-    TRY(run_need(r, parts, err));
-    for (int task = me; task < 2 * n; task += ranks) {
-        const int branch = missing[task % n];
-        if (is_t5(task, n))
-            t5_encode(r->model->t5, &alone, ids[branch].t5, prompts[branch].embeds);
-        else
-            clip_encode(r->model->clip, &alone, ids[branch].clip, prompts[branch].pooled);
+    for (int i = 0; i < tasks; i++) {
+        const struct task t = task_of(r, i);
+        if (t.rank == me && missing[t.branch])
+            parts |= 1U << (t.t5 ? PART_T5 : PART_CLIP);
     }
-    for (int task = 0; task < 2 * n; task++) {
-        const struct prompt *p = &prompts[missing[task % n]];
-        struct tensor t = is_t5(task, n) ? p->embeds : p->pooled;
-        comm_broadcast(r->world.comm, t.data, (int64_t)tensor_bytes(t), task % ranks);
+    TRY(run_need(r, parts, err));
+    for (int i = 0; i < tasks; i++) {
+        const struct task t = task_of(r, i);
+        if (t.rank != me || !missing[t.branch])
+            continue;
+        if (t.t5)
+            t5_encode(r->model->t5, &alone, ids[t.branch].t5, prompts[t.branch].embeds);
+        else
+            clip_encode(r->model->clip, &alone, ids[t.branch].clip, prompts[t.branch].pooled);
+    }
+    for (int i = 0; i < tasks; i++) {
+        const struct task t = task_of(r, i);
+        const struct tensor out = t.t5 ? prompts[t.branch].embeds : prompts[t.branch].pooled;
+        if (missing[t.branch])
+            comm_broadcast(r->world.comm, out.data, (int64_t)tensor_bytes(out), t.rank);
     }
     if (r->cache)
         prompt_cache_keep(r->cache);
@@ -143,14 +156,12 @@ static void trace_prompt(struct run *r, int branch, const struct ids *ids, const
 int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], struct err *err)
 {
     struct ids ids[BRANCHES] = {{0}};
-    int missing[BRANCHES];
+    bool missing[BRANCHES];
     int rc = run_checkpoint(r, ENGINE_TEXT, 0, err);
     for (int b = 0; rc == 0 && b < r->branches; b++)
         rc = tokenize(r, b, &ids[b], cut, err);
-    if (rc == 0) {
-        const int n = look_up(r, ids, prompts, missing);
-        rc = n ? encode_and_share(r, ids, prompts, missing, n, err) : 0;
-    }
+    if (rc == 0 && look_up(r, ids, prompts, missing))
+        rc = encode_and_share(r, ids, prompts, missing, err);
     for (int b = 0; b < r->branches; b++) {
         if (rc == 0)
             trace_prompt(r, b, &ids[b], &prompts[b]);

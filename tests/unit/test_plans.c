@@ -526,6 +526,7 @@ static void endings(void **state)
         {{1, 0, 0}, ERR_CANCELLED, "32", "somebody asked to stop"},
         {{2, 0, 0}, ERR_UNSUPPORTED, "512", "width 512 x height 512 needs 0.07 GiB of activations on each of 2 ranks"},
         {{1, 0, 0}, ERR_UNSUPPORTED, "512", "but 0.01 GiB are free"},
+        {{1, 0, 0}, ERR_UNSUPPORTED, "512", "the largest square that fits is 112 x 112"},
     };
     const struct model *m = *state;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -543,6 +544,50 @@ static void endings(void **state)
         outcome_free(o);
         job_free(job);
     }
+}
+
+// ---- prompts that were encoded before: every rank finds them, or none
+
+static int served_from_cache(const struct group *g, struct comm *comm, struct err *err)
+{
+    static const struct engine_hooks none = {0};
+    static const bool cached[] = {false, true, false, true, true}; // of the jobs below
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
+    const size_t bytes = (size_t)g->job->width * g->job->height * 3;
+    Ditfleet__V1__Job other = *g->job, swapped = *g->job;
+    struct engine_result first, next;
+    struct engine *e;
+    other.negative_prompt = (char *)"a ring"; // one branch of two is new
+    swapped.prompt = g->job->negative_prompt, swapped.negative_prompt = g->job->prompt;
+    const Ditfleet__V1__Job *jobs[] = {g->job, g->job, &other, &swapped, g->job};
+    TRY(engine_new(&options, &e, err));
+    int rc = engine_run(e, g->model, jobs[0], &g->want, &none, &first, err);
+    for (int i = 1; rc == 0 && i < 5; i++) {
+        rc = engine_run(e, g->model, jobs[i], &g->want, &none, &next, err);
+        if (rc == 0 && next.prompt_cached != cached[i])
+            rc = err_set(err, ERR_INTERNAL, "job %d: cached %d", i, next.prompt_cached);
+        if (rc == 0 && jobs[i] == g->job && first.pixels && memcmp(first.pixels, next.pixels, bytes) != 0)
+            rc = err_set(err, ERR_INTERNAL, "job %d: other pixels", i);
+        engine_result_free(&next);
+    }
+    engine_result_free(&first);
+    engine_free(e);
+    return rc;
+}
+
+static void cached_prompts(void **state)
+{
+    const struct model *m = *state;
+    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
+                                                "48", "height", "32", "num_inference_steps", "1"));
+    for (const struct plan *p = guided; p->ranks; p++) {
+        struct outcome *o = outcome_new();
+        struct group g = {.model = m, .job = job, .want = *p, .outcome = o, .work = served_from_cache};
+        run_group(&g);
+        expect_success(o, p->ranks);
+        outcome_free(o);
+    }
+    job_free(job);
 }
 
 static int set_up(void **state)
@@ -564,7 +609,7 @@ int main(void)
         cmocka_unit_test(true_cfg),    cmocka_unit_test(empty_prompt), cmocka_unit_test(long_prompt),
         cmocka_unit_test(little_text), cmocka_unit_test(tiny),         cmocka_unit_test(two_images),
         cmocka_unit_test(refused),     cmocka_unit_test(chosen),       cmocka_unit_test(same_input_each_step),
-        cmocka_unit_test(threads),     cmocka_unit_test(endings),
+        cmocka_unit_test(threads),     cmocka_unit_test(endings),      cmocka_unit_test(cached_prompts),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
