@@ -64,12 +64,18 @@ static struct verdict judge(const struct bench *b)
 {
     static const double IDLE = 0.15;    // of the time: more is worth a word
     static const double LAUNCH = 0.006; // ms that queueing an operation costs the host, about
+    // Shorter ones finish before the next is queued; their times, asked for one by one, then hold the waiting as well.
+    static const double SHORT = 0.010;
     struct verdict v = {0};
     double ms;
     const struct bench_cost *cost = subject(b, &ms);
     const struct floor_ms f = floor_of(b, cost);
     const double idle = ms - b->ops.ms;
-    if (b->ops.count && idle > IDLE * ms) {
+    if (b->ops.count && ms < SHORT * b->ops.calls) {
+        v.bound = "launch";
+        snprintf(v.why, sizeof v.why, "%d operations in %.2f ms, %.1f us each: about what launching one takes",
+                 b->ops.calls, ms, 1e3 * ms / b->ops.calls);
+    } else if (b->ops.count && idle > IDLE * ms) {
         const bool launch = idle < 2 * LAUNCH * b->ops.calls;
         v.bound = launch ? "launch" : "host";
         snprintf(v.why, sizeof v.why, "the device's operations take %.2f of %.2f ms: it waits %s", b->ops.ms, ms,
@@ -182,6 +188,8 @@ void bench_print(struct bench *b)
     printf("%-28s product %lld^3 %.1f TFLOP/s, attention of this shape %.1f TFLOP/s, copy %.3f TB/s\n", "ceilings",
            (long long)b->ceilings.product_side, b->ceilings.product / 1e12, b->ceilings.attention / 1e12,
            b->ceilings.copy / 1e12);
+    if (b->ceilings.product * b->ceilings.attention * b->ceilings.copy == 0)
+        printf("%-28s there was no memory left to measure those of 0\n", "");
     double ms;
     const struct bench_cost *cost = subject(b, &ms);
     print_cost(b,
