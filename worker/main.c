@@ -163,10 +163,10 @@ int main(int argc, char **argv)
         rc = work(&w, &a, &err);
     if (rc != 0)
         log_line(&log, LOG_ERROR, "worker.failed", "code=%s error=\"%s\"", err_name(err.code), err.text);
-    engine_free(w.engine);
-    comm_free(w.comm);
     if (w.group)
         free_models(&w);
+    engine_free(w.engine);
+    comm_free(w.comm);
     pulse_free(w.pulse, rc == 0 ? "drained" : err.text);
     conf_free(conf);
     return exit_status(rc, &w, &err);
