@@ -573,9 +573,7 @@ static void cuda_modulate(struct device *d, struct tensor y, struct tensor x, st
                           float eps)
 {
     if (check_modulate(&d->check, y, x, scale, shift))
-        modulate(d, "modulate",
-                 &(struct modulation){
-                     .x = x, .y = y, .scale = scale, .shift = shift, .eps = eps, .processors = d->processors});
+        modulate(d, "modulate", &(struct modulation){.x = x, .y = y, .scale = scale, .shift = shift, .eps = eps});
 }
 
 static void cuda_gate_add_modulate(struct device *d, struct tensor x, struct tensor gate, struct tensor update,
@@ -583,14 +581,8 @@ static void cuda_gate_add_modulate(struct device *d, struct tensor x, struct ten
 {
     if (check_gate_add_modulate(&d->check, x, gate, update, y, scale, shift))
         modulate(d, "gate_add_modulate",
-                 &(struct modulation){.x = x,
-                                      .gate = gate,
-                                      .update = update,
-                                      .y = y,
-                                      .scale = scale,
-                                      .shift = shift,
-                                      .eps = eps,
-                                      .processors = d->processors});
+                 &(struct modulation){
+                     .x = x, .gate = gate, .update = update, .y = y, .scale = scale, .shift = shift, .eps = eps});
 }
 
 static void cuda_rms_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, float eps)

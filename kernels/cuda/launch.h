@@ -39,7 +39,6 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
 struct modulation {
     struct tensor x, gate, update, y, scale, shift;
     float eps;
-    int processors; // of the GPU
 };
 bool launch_modulate(cudaStream_t s, const struct modulation *m);
 void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
@@ -51,20 +50,6 @@ void launch_group_scales(cudaStream_t s, float *mean, float *scale, struct tenso
 // y = act((x - mean) * scale + beta)
 void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const float *mean, const float *scale,
                         struct tensor beta, enum act act);
-// p (heads, rows, keys) of any activation type, ld keys_ld within a head = softmax(scale * scores + bias), scores f32
-// laid out as p. first: number of the first query (causal), whose bias row is at bias.
-struct softmax {
-    void *p;
-    enum dtype type;
-    const float *scores;
-    int64_t heads, rows, keys, ld;
-    float scale;
-    bool causal;
-    int64_t first;
-    const float *bias;           // of head 0 and query `first`, or NULL
-    int64_t bias_head, bias_row; // elements from one head, and one query, to the next
-};
-void launch_softmax(cudaStream_t s, const struct softmax *p);
 
 // ---- quant.cu
 // y E4M3 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448, or 1 for
@@ -88,5 +73,28 @@ struct plain_product {
 };
 void launch_product(cudaStream_t s, const struct plain_product *p);
 void launch_conv(cudaStream_t s, struct tensor y, struct tensor x, struct tensor w, struct tensor b);
+
+// ---- softmax.cu
+// scores (heads, rows, keys) f32, rows of ld, become softmax(scale * scores + bias) of another activation type in their
+// place: row r of them begins where row r of the scores did. 16-byte aligned, ld a multiple of 4; columns from keys to
+// ld become 0. first: number of the first query (causal), whose bias row is at bias.
+struct softmax {
+    float *scores;
+    enum dtype type; // of the result
+    int64_t heads, rows, keys, ld;
+    float scale;
+    bool causal;
+    int64_t first;
+    const float *bias;           // of head 0 and query `first`, or NULL
+    int64_t bias_head, bias_row; // elements from one head, and one query, to the next
+};
+void launch_softmax(cudaStream_t s, const struct softmax *p);
+
+// ---- flash.cu
+// The table's attention in bf16 or f16, with heads of a multiple of 8 numbers up to 128, one key or more, rows on
+// 16-byte boundaries and a scale from 1e-6 to 1e6. A bias beyond f32's range times the scale counts as infinite. False:
+// other operands, and nothing was done.
+bool launch_flash(cudaStream_t s, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                  const struct attention_opts *opts);
 
 #endif

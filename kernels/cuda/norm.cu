@@ -1,7 +1,8 @@
-// norm.cu: normalisations and the softmax. A row stays in registers between the passes over it; sums are taken in an
+// norm.cu: normalisations. A row stays in registers between the passes over it; sums are taken in an
 // order that depends on the row's length alone, so a row's result does not depend on the rows beside it.
 #include "kernels/cuda/vec.cuh"
 
+#include <cfloat>
 #include <cuda_fp8.h>
 
 enum { WARP = 32, MAX_THREADS = 1024 };
@@ -144,7 +145,7 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
 
 // ---- adaLN: [residual and] norm and modulation in one pass over memory
 
-enum { MOD_THREADS = 256, MOD_BLOCKS = 3, MOD_V = 8 };
+enum { MOD_THREADS = 1024, MOD_V = 8 };
 
 template <typename T> struct mod_of {
     T *x;
@@ -152,7 +153,6 @@ template <typename T> struct mod_of {
     void *y;
     float *y_scale;
     int64_t x_ld, update_ld, y_ld;
-    int rows;
     float eps;
 };
 
@@ -181,113 +181,84 @@ __device__ static moments merge_block(moments m, float own, moments *shared)
     return {mean, m2};
 }
 
-template <int R> __device__ static moments moments_of(const float (&v)[R][MOD_V])
+__device__ static moments moments_of(const float (&v)[MOD_V])
 {
     moments m = {0, 0};
 #pragma unroll
-    for (int k = 0; k < R; k++)
+    for (int j = 0; j < MOD_V; j++)
+        m.mean += v[j];
+    m.mean *= 1.f / MOD_V;
 #pragma unroll
-        for (int j = 0; j < MOD_V; j++)
-            m.mean += v[k][j];
-    m.mean *= 1.f / (R * MOD_V);
-#pragma unroll
-    for (int k = 0; k < R; k++)
-#pragma unroll
-        for (int j = 0; j < MOD_V; j++)
-            m.m2 += (v[k][j] - m.mean) * (v[k][j] - m.mean);
+    for (int j = 0; j < MOD_V; j++)
+        m.m2 += (v[j] - m.mean) * (v[j] - m.mean);
     return m;
 }
 
 // The row's numbers as E4M3, its largest magnitude at the type's largest, 448.
-template <int R> __device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[R][MOD_V], float *shared)
+__device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[MOD_V], float *shared)
 {
     float top = 0;
 #pragma unroll
-    for (int k = 0; k < R; k++)
-#pragma unroll
-        for (int j = 0; j < MOD_V; j++)
-            top = fmaxf(top, fabsf(v[k][j]));
+    for (int j = 0; j < MOD_V; j++)
+        top = fmaxf(top, fabsf(v[j]));
     top = block_reduce<largest>(top, shared);
-    float factor = top > 0 ? top / 448 : 1, inverse = 1 / factor;
+    float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
     if (threadIdx.x == 0)
         *scale = factor;
+    pack<__nv_fp8x2_storage_t, MOD_V / 2> out;
 #pragma unroll
-    for (int k = 0; k < R; k++) {
-        pack<__nv_fp8x2_storage_t, MOD_V / 2> out;
-#pragma unroll
-        for (int j = 0; j < MOD_V; j += 2)
-            out.v[j / 2] = __nv_cvt_float2_to_fp8x2({v[k][j] * inverse, v[k][j + 1] * inverse}, __NV_SATFINITE, __NV_E4M3);
-        *reinterpret_cast<decltype(out) *>(y + (k * (int)blockDim.x + (int)threadIdx.x) * MOD_V) = out;
-    }
+    for (int j = 0; j < MOD_V; j += 2)
+        out.v[j / 2] = __nv_cvt_float2_to_fp8x2({v[j] * inverse, v[j + 1] * inverse}, __NV_SATFINITE, __NV_E4M3);
+    *reinterpret_cast<decltype(out) *>(y) = out;
 }
 
-// A block takes every gridDim.x-th row, R vectors a thread, and asks memory for its next row before it works on the one
-// in hand: between the sums over a row nothing else would be under way.
-template <typename T, int R, bool UPDATE, bool E4M3>
-__global__ void __launch_bounds__(MOD_THREADS, MOD_BLOCKS) mod_kernel(mod_of<T> p)
+// A block a row, a vector a thread. All that a thread reads is asked for before anything is used.
+template <typename T, bool UPDATE, bool E4M3> __global__ void __launch_bounds__(MOD_THREADS) mod_kernel(mod_of<T> p)
 {
-    __shared__ moments shared[2][MOD_THREADS / WARP]; // by turns, so that one barrier a row is enough
+    __shared__ moments shared[MOD_THREADS / WARP];
     __shared__ float tops[MOD_THREADS / WARP];
     typedef pack<T, MOD_V> vector;
-    vector x[R], u[R];
-    const int step = (int)blockDim.x * MOD_V, at = (int)threadIdx.x * MOD_V;
-    auto fetch = [&](int r) {
-#pragma unroll
-        for (int k = 0; k < R; k++) {
-            x[k] = *reinterpret_cast<const vector *>(p.x + r * p.x_ld + k * step + at);
-            if (UPDATE)
-                u[k] = *reinterpret_cast<const vector *>(p.update + r * p.update_ld + k * step + at);
-        }
-    };
-    fetch((int)blockIdx.x);
-    for (int r = (int)blockIdx.x, turn = 0; r < p.rows; r += (int)gridDim.x, turn = !turn) {
-        float v[R][MOD_V];
-#pragma unroll
-        for (int k = 0; k < R; k++) {
-            float g[MOD_V];
-            if (UPDATE)
-                load(g, p.gate + k * step + at);
-#pragma unroll
-            for (int j = 0; j < MOD_V; j++) {
-                if (UPDATE) // rounded as the residual is kept
-                    x[k].v[j] = from_f32<T>(to_f32(x[k].v[j]) + g[j] * to_f32(u[k].v[j]));
-                v[k][j] = to_f32(x[k].v[j]);
-            }
-            if (UPDATE)
-                *reinterpret_cast<vector *>(p.x + r * p.x_ld + k * step + at) = x[k];
-        }
-        if (r + (int)gridDim.x < p.rows)
-            fetch(r + (int)gridDim.x);
-        moments m = merge_block(moments_of(v), R * MOD_V, shared[turn]);
-        float rstd = 1 / sqrtf(m.m2 / (float)(R * step) + p.eps);
-#pragma unroll
-        for (int k = 0; k < R; k++) {
-            float scale[MOD_V], shift[MOD_V];
-            load(scale, p.scale + k * step + at);
-            load(shift, p.shift + k * step + at);
-#pragma unroll
-            for (int j = 0; j < MOD_V; j++)
-                v[k][j] = (v[k][j] - m.mean) * rstd * (1 + scale[j]) + shift[j];
-            if (!E4M3)
-                store((T *)p.y + r * p.y_ld + k * step + at, v[k]);
-        }
-        if (E4M3)
-            store_e4m3((uint8_t *)p.y + r * p.y_ld, p.y_scale + r, v, tops);
+    const int64_t r = blockIdx.x;
+    const int at = (int)threadIdx.x * MOD_V;
+    vector x = *reinterpret_cast<const vector *>(p.x + r * p.x_ld + at), u, g;
+    if (UPDATE) {
+        u = *reinterpret_cast<const vector *>(p.update + r * p.update_ld + at);
+        g = *reinterpret_cast<const vector *>(p.gate + at);
     }
+    const vector scale = *reinterpret_cast<const vector *>(p.scale + at),
+                 shift = *reinterpret_cast<const vector *>(p.shift + at);
+    float v[MOD_V];
+#pragma unroll
+    for (int j = 0; j < MOD_V; j++) {
+        if (UPDATE) // rounded as the residual is kept
+            x.v[j] = from_f32<T>(to_f32(x.v[j]) + to_f32(g.v[j]) * to_f32(u.v[j]));
+        v[j] = to_f32(x.v[j]);
+    }
+    if (UPDATE)
+        *reinterpret_cast<vector *>(p.x + r * p.x_ld + at) = x;
+    moments m = merge_block(moments_of(v), MOD_V, shared);
+    float rstd = rsqrtf(m.m2 / (float)(blockDim.x * MOD_V) + p.eps);
+#pragma unroll
+    for (int j = 0; j < MOD_V; j++)
+        v[j] = (v[j] - m.mean) * rstd * (1 + to_f32(scale.v[j])) + to_f32(shift.v[j]);
+    if (E4M3)
+        store_e4m3((uint8_t *)p.y + r * p.y_ld + at, p.y_scale + r, v, tops);
+    else
+        store((T *)p.y + r * p.y_ld + at, v);
 }
 
-template <typename T, int R>
-static void mod_rows(cudaStream_t s, const mod_of<T> &p, int threads, bool e4m3, int processors)
+template <typename T>
+static void mod_rows(cudaStream_t s, const mod_of<T> &p, int64_t rows, int64_t n, bool residual, bool e4m3)
 {
-    int room = processors * (MOD_THREADS * MOD_BLOCKS / threads), blocks = p.rows < room ? p.rows : room;
-    if (p.update && e4m3)
-        mod_kernel<T, R, true, true><<<blocks, threads, 0, s>>>(p);
-    else if (p.update)
-        mod_kernel<T, R, true, false><<<blocks, threads, 0, s>>>(p);
+    unsigned blocks = (unsigned)rows, threads = (unsigned)(n / MOD_V);
+    if (residual && e4m3)
+        mod_kernel<T, true, true><<<blocks, threads, 0, s>>>(p);
+    else if (residual)
+        mod_kernel<T, true, false><<<blocks, threads, 0, s>>>(p);
     else if (e4m3)
-        mod_kernel<T, R, false, true><<<blocks, threads, 0, s>>>(p);
+        mod_kernel<T, false, true><<<blocks, threads, 0, s>>>(p);
     else
-        mod_kernel<T, R, false, false><<<blocks, threads, 0, s>>>(p);
+        mod_kernel<T, false, false><<<blocks, threads, 0, s>>>(p);
 }
 
 // Rows that whole warps share out evenly, and vectors of the rows' own type.
@@ -297,10 +268,8 @@ static bool mod_takes(const struct modulation *m)
     for (struct tensor t : all)
         if (!tensor_none(t) && (t.dtype != m->x.dtype || !wide(t, MOD_V)))
             return false;
-    int64_t threads = m->x.n[1] / MOD_V;
-    return m->x.dtype != DT_F32 && m->x.n[1] % (MOD_V * WARP) == 0 &&
-           (threads <= MOD_THREADS || (threads % (2 * WARP) == 0 && threads <= 2 * MOD_THREADS)) &&
-           m->x.n[0] < INT32_MAX / 2 && wide(m->y, MOD_V);
+    return m->x.dtype != DT_F32 && m->x.n[1] % (MOD_V * WARP) == 0 && m->x.n[1] <= MOD_THREADS * MOD_V &&
+           wide(m->y, MOD_V);
 }
 
 bool launch_modulate(cudaStream_t s, const struct modulation *m)
@@ -310,8 +279,7 @@ bool launch_modulate(cudaStream_t s, const struct modulation *m)
     with_type(m->x.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
-            bool e4m3 = m->y.dtype == DT_E4M3, residual = !tensor_none(m->update);
-            int threads = (int)(m->x.n[1] / MOD_V);
+            bool residual = !tensor_none(m->update);
             mod_of<T> p = {(T *)m->x.data,
                            residual ? (const T *)m->update.data : nullptr,
                            residual ? (const T *)m->gate.data : nullptr,
@@ -322,12 +290,8 @@ bool launch_modulate(cudaStream_t s, const struct modulation *m)
                            m->x.ld,
                            m->update.ld,
                            m->y.ld,
-                           (int)m->x.n[0],
                            m->eps};
-            if (threads > MOD_THREADS)
-                mod_rows<T, 2>(s, p, threads / 2, e4m3, m->processors);
-            else
-                mod_rows<T, 1>(s, p, threads, e4m3, m->processors);
+            mod_rows<T>(s, p, m->x.n[0], m->x.n[1], residual, m->y.dtype == DT_E4M3);
         }
     });
     return true;
@@ -356,14 +320,9 @@ template <typename T, int V> __device__ static void load_pairs(float (&v)[V], co
 
 // V numbers of a head, normalised and turned, go back to where they came from.
 template <typename T, int V>
-__device__ static void turn_pairs(T *x, const float (&v)[V], float rstd, row gamma, int i, const float (&turn)[V])
+__device__ static void turn_pairs(T *x, const float (&v)[V], float rstd, const float (&g)[V], const float (&turn)[V])
 {
-    float g[V], out[V];
-    if constexpr (V > 2)
-        load_row(g, gamma, i);
-    else
-        for (int j = 0; j < V; j++)
-            g[j] = load_any(gamma.p, gamma.type, i + j);
+    float out[V];
 #pragma unroll
     for (int j = 0; j < V; j += 2) {
         float a = v[j] * rstd * g[j], b = v[j + 1] * rstd * g[j + 1];
@@ -371,10 +330,19 @@ __device__ static void turn_pairs(T *x, const float (&v)[V], float rstd, row gam
         out[j + 1] = b * turn[j] + a * turn[j + 1];
     }
     if constexpr (V > 2)
-        store(x + i, out);
+        store(x, out);
     else
         for (int j = 0; j < V; j++)
-            x[i + j] = from_f32<T>(out[j]);
+            x[j] = from_f32<T>(out[j]);
+}
+
+template <int V> __device__ static void load_gamma(float (&g)[V], row gamma, int i)
+{
+    if constexpr (V > 2)
+        load_row(g, gamma, i);
+    else
+        for (int j = 0; j < V; j++)
+            g[j] = load_any(gamma.p, gamma.type, i + j);
 }
 
 // L lanes take a head of a row, its query and its key together: twice the loads under way, and one look at the angles.
@@ -385,11 +353,13 @@ template <typename T, int V> __global__ void __launch_bounds__(256) qk_kernel(qk
     int64_t r = blockIdx.x, at = here ? (int64_t)head * p.dim : 0;
     T *q = p.x[0] + (here ? r * p.ld[0] : 0) + at, *k = p.x[1] + (here ? r * p.ld[1] : 0) + at;
     const float *rope = p.rope + r * p.rope_ld;
-    float vq[V], vk[V], turn[V], q2 = 0, k2 = 0;
+    float vq[V], vk[V], turn[V], gq[V], gk[V], q2 = 0, k2 = 0;
     for (int i = lane * V; here && i < p.dim; i += L * V) {
         load_pairs(vq, q + i);
         load_pairs(vk, k + i);
         load_pairs(turn, rope + i);
+        load_gamma(gq, p.gamma[0], i);
+        load_gamma(gk, p.gamma[1], i);
 #pragma unroll
         for (int j = 0; j < V; j++) {
             q2 += vq[j] * vq[j];
@@ -406,9 +376,11 @@ template <typename T, int V> __global__ void __launch_bounds__(256) qk_kernel(qk
             load_pairs(vq, q + i);
             load_pairs(vk, k + i);
             load_pairs(turn, rope + i);
+            load_gamma(gq, p.gamma[0], i);
+            load_gamma(gk, p.gamma[1], i);
         }
-        turn_pairs(q, vq, q_rstd, p.gamma[0], i, turn);
-        turn_pairs(k, vk, k_rstd, p.gamma[1], i, turn);
+        turn_pairs(q + i, vq, q_rstd, gq, turn);
+        turn_pairs(k + i, vk, k_rstd, gk, turn);
     }
 }
 
@@ -603,32 +575,4 @@ void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const 
         else
             group_apply_kernel<T, 1><<<grid, GROUP_THREADS, 0, s>>>(p);
     });
-}
-
-// ---- softmax
-
-// A block a query of a head. Keys that the query does not see get weight 0.
-__global__ void __launch_bounds__(GROUP_THREADS) softmax_kernel(struct softmax p)
-{
-    __shared__ float shared[GROUP_THREADS / WARP];
-    int64_t q = blockIdx.x % p.rows, head = blockIdx.x / p.rows, at = (head * p.rows + q) * p.ld;
-    int64_t seen = p.causal && p.first + q + 1 < p.keys ? p.first + q + 1 : p.keys;
-    const float *scores = p.scores + at, *bias = p.bias ? p.bias + head * p.bias_head + q * p.bias_row : nullptr;
-    float top = -INFINITY, sum = 0;
-    for (int64_t i = threadIdx.x; i < seen; i += GROUP_THREADS)
-        top = fmaxf(top, p.scale * scores[i] + (bias ? bias[i] : 0));
-    top = block_reduce<largest>(top, shared);
-    float base = top == -INFINITY ? 0 : top; // every key hidden: all weights are 0
-    for (int64_t i = threadIdx.x; i < seen; i += GROUP_THREADS)
-        sum += expf(p.scale * scores[i] + (bias ? bias[i] : 0) - base);
-    sum = block_reduce<add>(sum, shared);
-    float factor = sum == 0 ? 0 : 1 / sum;
-    for (int64_t i = threadIdx.x; i < p.ld; i += GROUP_THREADS)
-        store_any(p.p, p.type, at + i,
-                  i < seen ? expf(p.scale * scores[i] + (bias ? bias[i] : 0) - base) * factor : 0);
-}
-
-void launch_softmax(cudaStream_t s, const struct softmax *p)
-{
-    softmax_kernel<<<(unsigned)(p->heads * p->rows), GROUP_THREADS, 0, s>>>(*p);
 }
