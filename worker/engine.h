@@ -60,9 +60,9 @@ struct engine_hooks {
 struct engine_result {
     uint8_t *pixels; // (num_images, height, width, 3) on rank 0, freed by engine_result_free; NULL elsewhere
     struct plan plan;
-    double encode_seconds, denoise_seconds, decode_seconds;
-    bool prompt_cached;           // no prompt had to be encoded: all were among the last few
-    struct residency_moves moves; // of weights, on this rank, for this job
+    double encode_seconds, denoise_seconds, decode_seconds; // loading of weights included
+    bool prompt_cached;                                     // no prompt had to be encoded: all were among the last few
+    struct residency_moves moves;                           // of weights, on this rank, for this job
     bool prompt_cut[4]; // prompt, prompt_2, negative_prompt, negative_prompt_2 were longer than the encoders take
 };
 void engine_result_free(struct engine_result *r);

@@ -311,6 +311,7 @@ int model_bring(struct model *m, enum model_part which, struct err *err)
     TRY(load_part(m->dir, which, m->home, &fresh, err));
     use(m, which, &fresh);
     m->here |= 1U << which;
+    m->placed_bytes[which] = weights_placed_bytes(weights_of(&fresh, which)); // as planned, or what became of the plan
     return 0;
 }
 

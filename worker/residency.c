@@ -83,8 +83,8 @@ static int64_t here_bytes(const struct residency *r)
     return sum;
 }
 
-// The part to part with: of those of at least so many bytes the one least recently used; of those that were needed
-// together the largest.
+// The part to part with: the one least recently used; of those that were needed together the smallest of at least so
+// many bytes, or, where least is 0, the largest.
 static bool choose(const struct residency *r, int64_t least, int model, unsigned keep, int *of, enum model_part *out)
 {
     bool found = false;
@@ -96,7 +96,8 @@ static bool choose(const struct residency *r, int64_t least, int model, unsigned
             const int64_t size = model_placed_bytes(m, 1U << p);
             if (!(m->here & 1U << p) || size < least || (i == model && keep & 1U << p))
                 continue;
-            if (found && (r->used[i][p] > used || (r->used[i][p] == used && size <= bytes)))
+            const bool better = least ? size < bytes : size > bytes;
+            if (found && (r->used[i][p] > used || (r->used[i][p] == used && !better)))
                 continue;
             found = true, used = r->used[i][p], bytes = size, *of = i, *out = p;
         }

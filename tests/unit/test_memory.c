@@ -388,6 +388,44 @@ static void last_prompts(void **state)
     close_bench(&b);
 }
 
+struct recorded {
+    int n;
+    size_t bytes;
+    uint8_t data[1 << 16];
+};
+
+static void record_text(void *arg, const char *name, struct tensor t)
+{
+    struct recorded *r = arg;
+    if (!strstr(name, "_ids") && !strstr(name, "prompt_embeds"))
+        return;
+    assert_true(r->bytes + tensor_bytes(t) <= sizeof r->data);
+    memcpy(r->data + r->bytes, t.data, tensor_bytes(t));
+    r->bytes += tensor_bytes(t);
+    r->n++;
+}
+
+// Who watches sees the same ids and embeddings, encoded or found.
+static void traces_are_whole(void **state)
+{
+    (void)state;
+    struct bench b;
+    static struct recorded seen[2];
+    open_bench(&b, 0);
+    Ditfleet__V1__Job *job = demo_job(b.model, FIELDS("prompt", "a red circle", SMALL));
+    for (int i = 0; i < 2; i++) {
+        const struct engine_hooks hooks = {.trace = record_text, .arg = &seen[i]};
+        if (engine_run(b.engine, b.model, job, &(struct plan){0}, &hooks, &b.result, &b.err) != 0)
+            fail_msg("%s", b.err.text);
+        assert_int_equal(b.result.prompt_cached, i);
+        engine_result_free(&b.result);
+    }
+    assert_int_equal(seen[0].n, 4);
+    assert_memory_equal(&seen[0], &seen[1], sizeof *seen);
+    job_free(job);
+    close_bench(&b);
+}
+
 static int stop_at_text(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
 {
     (void)step, (void)steps;
@@ -510,8 +548,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(everything_fits),   cmocka_unit_test(encoders_make_way), cmocka_unit_test(one_stage_at_a_time),
         cmocka_unit_test(stages_take_turns), cmocka_unit_test(models_take_turns), cmocka_unit_test(last_prompts),
-        cmocka_unit_test(stopped_jobs),      cmocka_unit_test(too_large),         cmocka_unit_test(no_such_memory),
-        cmocka_unit_test(fp8_is_planned),
+        cmocka_unit_test(stopped_jobs),      cmocka_unit_test(traces_are_whole),  cmocka_unit_test(too_large),
+        cmocka_unit_test(no_such_memory),    cmocka_unit_test(fp8_is_planned),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
