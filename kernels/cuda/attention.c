@@ -1,9 +1,9 @@
 // attention.c: attention through cuDNN's fused engine where it has one (halves, head sizes it knows, no mask, no bias);
-// else as two products with a softmax between, on as many queries at a time as fit the scratch memory: any size, bias
-// or type.
+// else through our own (flash.cu); what that does not take either (f32, large or odd heads, rows at any address), as
+// two products with a softmax between, on as many queries at a time as fit the scratch memory.
 #include "kernels/cuda/graph.h"
 
-static const int64_t SCORE_BYTES = 256 << 20; // of scores and weights together, about
+static const int64_t SCORE_BYTES = 256 << 20; // of scores, which their weights take the place of
 
 // ---- fused
 
@@ -47,15 +47,15 @@ struct parts {
     struct device *d;
     struct tensor out, q, k, v;
     const struct attention_opts *opts;
-    int64_t ld; // of the scores: keys, rounded up to a whole 16 bytes
+    int64_t ld; // of the scores: keys, rounded up to a whole 16 bytes of halves
     float *scores;
-    void *weights;
 };
 
 static void some_queries(const struct parts *a, int64_t first, int64_t rows)
 {
     struct device *d = a->d;
     int64_t heads = a->q.n[1], dim = a->q.n[2], keys = a->k.n[0], size = (int64_t)dtype_size(d->type);
+    int64_t weights_ld = a->ld * 4 / size; // a row of weights begins where its scores did
     const struct tensor *bias = &a->opts->bias;
     struct product scores = {.m = rows,
                              .n = keys,
@@ -76,23 +76,22 @@ static void some_queries(const struct parts *a, int64_t first, int64_t rows)
                              .n = dim,
                              .k = keys,
                              .batch = heads,
-                             .x = a->weights,
+                             .x = a->scores,
                              .w = a->v.data,
                              .y = (char *)a->out.data + first * a->out.ld * size,
                              .type = d->type,
                              .y_type = d->type,
                              .w_rows = true,
-                             .x_ld = a->ld,
+                             .x_ld = weights_ld,
                              .w_ld = a->v.ld,
                              .y_ld = a->out.ld,
-                             .x_stride = rows * a->ld,
+                             .x_stride = rows * weights_ld,
                              .w_stride = dim,
                              .y_stride = dim};
     cuda_product(d, &scores);
     launch_softmax(d->stream,
-                   &(struct softmax){.p = a->weights,
+                   &(struct softmax){.scores = a->scores,
                                      .type = d->type,
-                                     .scores = a->scores,
                                      .heads = heads,
                                      .rows = rows,
                                      .keys = keys,
@@ -106,17 +105,23 @@ static void some_queries(const struct parts *a, int64_t first, int64_t rows)
     cuda_product(d, &values);
 }
 
+// Queries of one pass, `fit` at most: as even as whole tiles of the products allow, so that few shapes are made.
+static int64_t even_share(int64_t queries, int64_t fit)
+{
+    const int64_t tile = 128, passes = (queries + fit - 1) / fit, share = (queries + passes - 1) / passes;
+    return min64(fit, (share + tile - 1) / tile * tile);
+}
+
 static void in_products(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                         const struct attention_opts *opts)
 {
     struct parts a = {.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts, .ld = (k.n[0] + 7) & ~(int64_t)7};
     a.q.ld = ld_of(q), a.k.ld = ld_of(k), a.v.ld = ld_of(v), a.out.ld = ld_of(out);
-    int64_t query = q.n[1] * a.ld, bytes = query * (4 + (int64_t)dtype_size(d->type));
-    int64_t rows = min64(q.n[0], SCORE_BYTES / bytes > 0 ? SCORE_BYTES / bytes : 1);
-    a.scores = cuda_scratch(d, SLOT_SCORES, (size_t)(rows * bytes));
+    int64_t query = q.n[1] * a.ld * 4, fit = SCORE_BYTES / query > 0 ? SCORE_BYTES / query : 1;
+    int64_t rows = min64(q.n[0], even_share(q.n[0], fit));
+    a.scores = cuda_scratch(d, SLOT_SCORES, (size_t)(rows * query));
     if (!a.scores)
         return;
-    a.weights = a.scores + rows * query;
     for (int64_t first = 0; first < q.n[0] && d->check.failure.code == 0; first += rows)
         some_queries(&a, first, min64(rows, q.n[0] - first));
 }
@@ -129,7 +134,7 @@ void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct
     cuda_enter(d);
     if (k.n[0] == 0)
         launch_copy(d->stream, out, (struct tensor){0});
-    else if (!fused(d, out, q, k, v, opts))
+    else if (!fused(d, out, q, k, v, opts) && !launch_flash(d->stream, out, q, k, v, opts))
         in_products(d, out, q, k, v, opts);
     cuda_launched(d, "attention");
 }
