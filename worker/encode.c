@@ -156,13 +156,14 @@ static void trace_prompt(struct run *r, int branch, const struct ids *ids, const
 int encode_prompts(struct run *r, struct prompt prompts[BRANCHES], bool cut[4], struct err *err)
 {
     struct ids ids[BRANCHES] = {{0}};
-    bool missing[BRANCHES];
+    bool missing[BRANCHES] = {false};
+    const int branches = r->branches;
     int rc = run_checkpoint(r, ENGINE_TEXT, 0, err);
-    for (int b = 0; rc == 0 && b < r->branches; b++)
+    for (int b = 0; rc == 0 && b < branches; b++)
         rc = tokenize(r, b, &ids[b], cut, err);
     if (rc == 0 && look_up(r, ids, prompts, missing))
         rc = encode_and_share(r, ids, prompts, missing, err);
-    for (int b = 0; b < r->branches; b++) {
+    for (int b = 0; b < branches; b++) {
         if (rc == 0)
             trace_prompt(r, b, &ids[b], &prompts[b]);
         free(ids[b].clip);

@@ -8,15 +8,7 @@
 #include "proto/clock.h"
 #include "worker/stages.h"
 
-enum { ESTIMATES = 16 };
-
-// What an estimate depends on. Compared byte by byte: made from zeros.
-struct estimate_key {
-    char model[65];
-    bool fp8;
-    uint32_t width, height, steps, text_tokens, images, branches;
-    struct plan plan;
-};
+enum { ESTIMATES = 16, KEY = 192 };
 
 // What a job takes of a rank's memory besides weights.
 struct demand {
@@ -39,7 +31,7 @@ struct engine {
     struct demand demand; // of the job in hand
     void *between;        // not NULL: this job's arena is replaced between stages, so that weights can make way for it
     struct {
-        struct estimate_key key;
+        char key[KEY]; // what the estimate depends on, as text
         struct engine_estimate estimate;
     } estimates[ESTIMATES]; // a ring
     int next_estimate;
@@ -272,20 +264,18 @@ static int predict_anew(const struct engine *e, const struct model *m, const Dit
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
                    struct engine_estimate *out, struct err *err)
 {
-    struct estimate_key key;
-    memset(&key, 0, sizeof key);
-    memcpy(key.model, m->hash, sizeof key.model);
-    key.fp8 = m->home && m->home->fp8;
-    key.width = job->width, key.height = job->height, key.steps = job->num_inference_steps;
-    key.text_tokens = job->max_sequence_length, key.images = job->num_images, key.branches = job_true_cfg(job) ? 2 : 1;
-    key.plan = *plan;
+    char key[KEY], plan_text[PLAN_TEXT];
+    plan_print(plan, plan_text);
+    snprintf(key, sizeof key, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d %s", m->hash,
+             m->home && m->home->fp8, job->width, job->height, job->num_inference_steps, job->max_sequence_length,
+             job->num_images, job_true_cfg(job) ? 2 : 1, plan_text);
     for (int i = 0; i < ESTIMATES; i++)
-        if (memcmp(&e->estimates[i].key, &key, sizeof key) == 0) {
+        if (strcmp(e->estimates[i].key, key) == 0) {
             *out = e->estimates[i].estimate;
             return 0;
         }
     TRY(predict_anew(e, m, job, plan, out, err));
-    e->estimates[e->next_estimate].key = key;
+    memcpy(e->estimates[e->next_estimate].key, key, sizeof key);
     e->estimates[e->next_estimate].estimate = *out;
     e->next_estimate = (e->next_estimate + 1) % ESTIMATES;
     return 0;
@@ -372,9 +362,9 @@ static void print_largest(const struct engine *e, const struct model *m, const D
         }
         *(fine ? &low : &high) = middle;
     }
+    const long long side = low * m->side_multiple;
     if (low > least)
-        snprintf(text, 96, "the largest square that fits is %lld x %lld", (long long)(low * m->side_multiple),
-                 (long long)(low * m->side_multiple));
+        snprintf(text, 96, "the largest square that fits is %lld x %lld", side, side);
     else
         snprintf(text, 96, "no size fits");
 }

@@ -34,8 +34,10 @@ static float number(struct tensor t, int64_t i)
 static int card_take(struct tensor *t, struct err *err)
 {
     t->data = card.full ? NULL : malloc(tensor_bytes(*t) + 1);
-    if (!t->data)
-        return err_set(err, ERR_NO_MEMORY, "the card is full");
+    if (!t->data) {
+        err_set(err, ERR_NO_MEMORY, "the card is full");
+        return ERR_NO_MEMORY;
+    }
     card.n++;
     card.placed += (int64_t)bytes_of(*t);
     card.largest = card.placed > card.largest ? card.placed : card.largest;
