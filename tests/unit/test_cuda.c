@@ -846,20 +846,32 @@ static void hide(struct pair *bias, struct fix *f)
     G->upload(f->d, bias->whole, bias->c.data);
 }
 
-static void attention_one(struct fix *f, struct attention_case c)
+// own: through launch_flash, whatever else may take it.
+static void attention_way(struct fix *f, struct attention_case c, bool own)
 {
     struct pair q = ACTIVE(f, c.gap, 1.5, c.m, c.heads, c.dim), k = ACTIVE(f, 2 * c.gap, 1.5, c.s, c.heads, c.dim),
                 v = ACTIVE(f, 0, 1, c.s, c.heads, c.dim), out = OUTPUT(f, c.gap, c.m, c.heads, c.dim), bias = none;
     if (c.bias)
-        bias = make(f, DT_F32, DT_F32, SHAPE(c.heads, c.m, c.s), 7, 2, 0);
+        bias = make(f, DT_F32, DT_F32, SHAPE(c.heads, c.m, c.s), c.gap ? 7 : 0, 2, 0);
     if (c.hidden)
         hide(&bias, f);
     struct attention_opts oc = {.scale = 0.5f, .causal = c.causal, .bias = bias.c}, og = oc;
     og.bias = bias.g;
     C->attention(f->cpu, out.c, q.c, k.c, v.c, &oc);
-    G->attention(f->d, out.g, q.g, k.g, v.g, &og);
+    if (own) {
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_true(launch_flash(0, out.g, q.g, k.g, v.g, &og));
+        assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+    } else {
+        G->attention(f->d, out.g, q.g, k.g, v.g, &og);
+    }
     // Scores up to 0.5 * 2.25 * dim carry that many units of 2^-24. Halves round the weights, too.
-    same(f, "attention", out, tolerance(f, 2e-6 + 4e-7 * (double)c.dim, 1.5e-2, 2e-3));
+    same(f, own ? "flash attention" : "attention", out, tolerance(f, 2e-6 + 4e-7 * (double)c.dim, 1.5e-2, 2e-3));
+}
+
+static void attention_one(struct fix *f, struct attention_case c)
+{
+    attention_way(f, c, false);
 }
 
 static void attention(void **state)
@@ -884,8 +896,90 @@ static void attention(void **state)
             attention_one(f, fused[i]);
         attention_one(f, (struct attention_case){30, 1100, 2, 16, false, true, true, 0});
         attention_one(f, (struct attention_case){200, 200, 8, 64, false, true, false, 0});
-        attention_one(f, (struct attention_case){20, 300, 1, 512, false, false, false, 0});
         attention_one(f, (struct attention_case){9, 0, 2, 8, false, false, false, 0}); // no keys: zeros
+    }
+}
+
+// Heads for which nobody has a fused engine: rows kept in registers and rows that are not, one pass and two.
+static void attention_in_products(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        attention_one(f, (struct attention_case){20, 300, 1, 512, false, false, false, 0});
+        attention_one(f, (struct attention_case){300, 20, 2, 512, false, true, true, 8});
+        attention_one(f, (struct attention_case){150, 150, 1, 512, true, true, false, 0});
+        attention_one(f, (struct attention_case){5, 32768, 1, 512, false, false, false, 0});
+        attention_one(f, (struct attention_case){3, 32775, 2, 264, false, true, true, 0});
+        attention_one(f, (struct attention_case){2, 70001, 1, 264, false, false, false, 0});
+        attention_one(f, (struct attention_case){1000, 9000, 8, 7, false, false, false, 0});
+        attention_one(f, (struct attention_case){3000, 3000, 8, 7, true, false, false, 0});
+    }
+}
+
+// Our own kernel: every head size with bias, causal, both and neither, over whole, partial and many tiles.
+static void flash_attention(void **state)
+{
+    struct fix *f = *state;
+    const int64_t dims[] = {8, 16, 24, 40, 64, 72, 96, 104, 128};
+    const int64_t counts[] = {1, 2, 7, 31, 63, 64, 65, 77, 100, 127, 128, 129, 150, 199, 200};
+    enum { DIMS = sizeof dims / sizeof dims[0], COUNTS = sizeof counts / sizeof counts[0] };
+    EACH_TYPE(f)
+    {
+        for (int i = 0; f->type != DT_F32 && i < 8 * DIMS; i++) {
+            const int way = i / DIMS; // bits: causal, bias, hidden keys or other counts
+            struct attention_case c = {.m = counts[i * 4 % COUNTS], .s = counts[i * 7 % COUNTS], .heads = 1 + i % 4};
+            c.dim = dims[i % DIMS];
+            c.causal = way & 1;
+            c.bias = way & 2;
+            c.hidden = way >= 6;
+            c.gap = (i + way) % 3 * 8;
+            if (c.causal)
+                c.s = c.m;
+            attention_way(f, c, true);
+            attention_way(f, c, false);
+        }
+        if (f->type == DT_F32)
+            continue;
+        attention_way(f, (struct attention_case){77, 77, 12, 64, true, false, false, 0}, true);
+        attention_way(f, (struct attention_case){512, 512, 8, 64, false, true, false, 0}, true);
+        attention_way(f, (struct attention_case){1000, 1030, 2, 128, false, false, false, 8}, true);
+        attention_way(f, (struct attention_case){1, 1030, 3, 128, false, true, true, 8}, true);
+    }
+}
+
+// Queries by themselves get the bits that they get among others, out of rows that hold q, k and v side by side; what
+// flash does not take is refused.
+static void flash_rows(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        const int64_t m = 200, heads = 3, dim = 64, n = heads * dim;
+        struct pair rows = ACTIVE(f, 0, 1.5, m, 3 * n), whole = OUTPUT(f, 0, m, heads, dim),
+                    some = OUTPUT(f, 0, m, heads, dim);
+        struct tensor t[3];
+        float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
+        for (int i = 0; i < 3; i++)
+            t[i] = tensor_reshape(tensor_cols(rows.g, i * n, n), 3, m, heads, dim, 1);
+        struct attention_opts opts = {.scale = 0.1f};
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_int_equal(launch_flash(0, whole.g, t[0], t[1], t[2], &opts), f->type != DT_F32);
+        for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1)
+            launch_flash(0, tensor_rows(some.g, first, count < m - first ? count : m - first),
+                         tensor_rows(t[0], first, count < m - first ? count : m - first), t[1], t[2], &opts);
+        opts.scale = -1;
+        assert_false(launch_flash(0, whole.g, t[0], t[1], t[2], &opts));
+        assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+        if (f->type != DT_F32) {
+            G->download(f->d, a, whole.g);
+            G->download(f->d, b, some.g);
+            assert_int_equal(G->sync(f->d, NULL), 0);
+            for (int64_t i = 0; i < m * n; i++)
+                assert_true(a[i] == b[i]);
+        }
+        free(a);
+        free(b);
     }
 }
 
@@ -1098,6 +1192,9 @@ int main(void)
         cmocka_unit_test(columns_of_one),
         cmocka_unit_test(placed_linear),
         cmocka_unit_test(attention),
+        cmocka_unit_test(attention_in_products),
+        cmocka_unit_test(flash_attention),
+        cmocka_unit_test(flash_rows),
         cmocka_unit_test(conv2d),
         cmocka_unit_test(recordings),
         cmocka_unit_test(first_failure_stays),
