@@ -48,10 +48,20 @@ __device__ static line line_of(const softmax &p)
             p.causal && p.first + q + 1 < p.keys ? p.first + q + 1 : p.keys};
 }
 
-// Numbers i.. scaled and biased; -inf where no key is seen, which leaves memory's number out.
-__device__ static void load_scores(float (&v)[V], const softmax &p, const line &l, int64_t i)
+// Numbers i.. as they are in memory, where columns from keys on may never have been written.
+__device__ static void load_scores(float (&v)[V], const line &l, int64_t i, int64_t keys)
 {
-    load(v, l.scores + i);
+    if (i + V <= keys)
+        load(v, l.scores + i);
+    else
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            v[j] = i + j < keys ? l.scores[i + j] : 0;
+}
+
+// The same scaled and biased; -inf where no key is seen.
+__device__ static void scale_scores(float (&v)[V], const softmax &p, const line &l, int64_t i)
+{
 #pragma unroll
     for (int j = 0; j < V; j++)
         v[j] = i + j < l.seen ? p.scale * v[j] + (l.bias ? l.bias[i + j] : 0) : -INFINITY;
@@ -76,11 +86,13 @@ template <typename T> __global__ void __launch_bounds__(MAX_THREADS) softmax_ker
 #pragma unroll
     for (int r = 0; r < R; r++)
         if (r * step + at < n)
-            load_scores(v[r], p, l, r * step + at);
+            load_scores(v[r], l, r * step + at, p.keys);
 #pragma unroll
     for (int r = 0; r < R; r++)
-        if (r * step + at < n)
+        if (r * step + at < n) {
+            scale_scores(v[r], p, l, r * step + at);
             own.top = top_of(own.top, v[r]);
+        }
     const float from = own.top == -INFINITY ? 0 : own.top;
 #pragma unroll
     for (int r = 0; r < R; r++)
@@ -116,11 +128,10 @@ template <typename T> __global__ void __launch_bounds__(MAX_THREADS) long_softma
 #pragma unroll
         for (int r = 0; r < LONG_R; r++)
             if (first + r * step + at < p.ld)
-                load_scores(v[r], p, l, first + r * step + at);
-            else
+                load_scores(v[r], l, first + r * step + at, p.keys);
 #pragma unroll
-                for (int j = 0; j < V; j++)
-                    v[r][j] = -INFINITY;
+        for (int r = 0; r < LONG_R; r++)
+            scale_scores(v[r], p, l, first + r * step + at);
     };
     for (int64_t first = 0; first < p.ld; first += round) {
         load_round(first);
