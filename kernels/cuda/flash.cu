@@ -1,10 +1,11 @@
-// flash.cu: attention in one pass over keys and values (FlashAttention-2, Dao 2023), for what the library has no engine:
-// a bias, causal attention, GPUs it does not know. Heads of up to 128 numbers, on the tensor cores of sm_80 and newer.
+// flash.cu: attention in one pass over keys and values (FlashAttention-2, Dao 2023), for what the library has no engine
+// for: a bias, causal attention, GPUs it does not know. Heads of up to 128 numbers, on the tensor cores of sm_80 and
+// newer.
 //
-// A block takes TILE queries of a head, a warp ROWS of them. Keys and values come by in tiles of TILE, from key 0 on and
-// never split, so that a query's row depends on no other query. Scores, weights and sums stay in registers, in the
-// tensor cores' own layout: of a matrix (ROWS, 8) a lane holds rows lane / 4 and lane / 4 + 8, columns
-// lane % 4 * 2 and the next.
+// A block takes TILE queries of a head, a warp ROWS of them. Keys and values come by in tiles of TILE, from key 0 on
+// and never split, so that a query's row depends on no other query. Scores, weights and sums stay in registers, in the
+// tensor cores' own layout: of a matrix (ROWS, 8) a lane holds rows lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and
+// the next.
 #include "kernels/cuda/vec.cuh"
 
 #include <cmath>
