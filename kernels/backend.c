@@ -23,12 +23,15 @@ static int load_cuda(const struct kernels **out, struct err *err)
     module_path(path);
     if (access(path, F_OK) != 0)
         return err_set(
-            err, ERR_UNSUPPORTED,
+            err, ERR_NOT_FOUND,
             "no CUDA backend: %s is not there; build where nvcc, cuBLAS and cuDNN 9 are installed, or use cpu", path);
     void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     const struct kernels *k = module ? dlsym(module, "kernels_cuda") : NULL;
     if (!k)
-        return err_set(err, ERR_UNSUPPORTED, "the CUDA backend cannot be loaded: %s", dlerror());
+        return err_set(err, ERR_UNSUPPORTED,
+                       "the CUDA backend cannot be loaded: %s; ldd %s lists the libraries that it misses: install "
+                       "those of the CUDA toolkit and cuDNN 9, or name their folder in /etc/ld.so.conf.d",
+                       dlerror(), path);
     *out = k;
     return 0;
 }

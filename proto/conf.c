@@ -14,6 +14,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "proto/job.h"
+
 enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 
 // NULL when value is fine, else what is allowed.
@@ -31,7 +33,8 @@ struct key {
     const char *doc;
 };
 
-static const char *const devices[] = {"cpu", NULL};
+static const char *const devices[] = {"cpu", "cuda", NULL};
+static const char *const precisions[] = {"default", "fp32", "bf16", "fp16", "fp8", NULL};
 static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 
 #define AT(field) offsetof(struct conf, field)
@@ -76,7 +79,13 @@ static const struct key keys[] = {
      .doc = "how long workers may take to finish or release their jobs when told to stop"},
     {"log", "level", ENUM, AT(log.level), .initial = "info", .choices = levels, .doc = "least level that is logged"},
     {"group", "device", ENUM, IN(device), .initial = "cpu", .choices = devices, .doc = "what a rank computes on"},
-    {"group", "ranks", INT, IN(ranks), 1, 64, "1", .doc = "processes that make one image together"},
+    {"group", "gpu", INT, IN(gpu), 0, 63, "0",
+     .doc = "with device = cuda: which one, as nvidia-smi counts; a GPU serves one group"},
+    {"group", "precision", ENUM, IN(precision), .initial = "default", .choices = precisions,
+     .doc = "with device = cuda: what all jobs of the group compute in; default: as the model's ditfleet.json says, "
+            "else bf16"},
+    {"group", "ranks", INT, IN(ranks), 1, 64, "1",
+     .doc = "processes that make one image together; with device = cuda 1, a group for each GPU"},
     {"group", "threads", INT, IN(threads), 0, 1024, "0",
      .doc = "threads that a rank computes with; 0: cores / ranks, at least 1"},
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
@@ -485,10 +494,15 @@ static char *beside_file(const char *file, const char *path)
     return asprintf(&out, "%.*s/%s", (int)(slash - file), file, path) >= 0 ? out : NULL;
 }
 
+static void name_section(const struct conf_group *g, char section[80])
+{
+    snprintf(section, 80, "group %s", g->name);
+}
+
 static int split_models(struct parser *p, struct conf_group *g)
 {
     char section[80];
-    snprintf(section, sizeof section, "group %s", g->name);
+    name_section(g, section);
     if (g->model.count == 0)
         return fail_at(p, p->line, ERR_INVALID, section, "model", "is missing: name@version=directory, at least one");
     g->models = calloc((size_t)g->model.count, sizeof *g->models);
@@ -508,6 +522,37 @@ static int split_models(struct parser *p, struct conf_group *g)
     return 0;
 }
 
+// What a device allows. p->line is the file's last: the values are known only now.
+static int check_device(struct parser *p, const struct conf_group *g)
+{
+    char section[80], what[200];
+    name_section(g, section);
+    if (g->device == CONF_DEVICE_CPU) {
+        if (g->memory_budget)
+            return fail_at(p, p->line, ERR_INVALID, section, "memory_budget", "is of a GPU's memory; device is cpu");
+        if (g->gpu)
+            return fail_at(p, p->line, ERR_INVALID, section, "gpu", "is for device = cuda; device is cpu");
+        if (g->precision > DITFLEET__V1__PRECISION__PRECISION_FP32)
+            return fail_at(p, p->line, ERR_INVALID, section, "precision",
+                           "is for device = cuda; device is cpu, which computes in fp32");
+        return 0;
+    }
+    if (g->ranks != 1) {
+        snprintf(what, sizeof what,
+                 "is %d; with device = cuda it must be 1: several GPUs do not share a picture yet; make a group for "
+                 "each GPU",
+                 g->ranks);
+        return fail_at(p, p->line, ERR_INVALID, section, "ranks", what);
+    }
+    for (const struct conf_group *other = p->conf->groups; other < g; other++)
+        if (other->device == CONF_DEVICE_CUDA && other->gpu == g->gpu) {
+            snprintf(what, sizeof what, "= %d is [group %s]'s already; give each group a GPU of its own", g->gpu,
+                     other->name);
+            return fail_at(p, p->line, ERR_INVALID, section, "gpu", what);
+        }
+    return 0;
+}
+
 static int finish(struct parser *p)
 {
     struct conf *c = p->conf;
@@ -523,8 +568,7 @@ static int finish(struct parser *p)
     if (c->restart.backoff_max_s < c->restart.backoff_min_s)
         return fail_at(p, p->line, ERR_INVALID, "restart", "backoff_max", "is below backoff_min");
     for (int i = 0; i < c->n_groups; i++) {
-        if (c->groups[i].device == CONF_DEVICE_CPU && c->groups[i].memory_budget)
-            return fail_at(p, p->line, ERR_INVALID, "group", "memory_budget", "is of a GPU's memory; device is cpu");
+        TRY(check_device(p, &c->groups[i]));
         TRY(split_models(p, &c->groups[i]));
     }
     return 0;
@@ -533,6 +577,8 @@ static int finish(struct parser *p)
 int conf_parse(const char *text, const char *name, struct conf **out, struct err *err)
 {
     static_assert(LOG_DEBUG == 0 && LOG_ERROR == 3, "levels[] is in the order of enum log_level");
+    static_assert(DITFLEET__V1__PRECISION__PRECISION_DEFAULT == 0 && DITFLEET__V1__PRECISION__PRECISION_FP8 == 4,
+                  "precisions[] is in the order of the job's");
     struct parser p = {.name = name, .text = text, .err = err};
     p.conf = calloc(1, sizeof *p.conf);
     p.lines = calloc(1, sizeof *p.lines);

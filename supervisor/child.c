@@ -17,16 +17,20 @@ enum { NUMBER = 16 };
 struct arguments {
     char rank[NUMBER], ranks[NUMBER], control_fd[NUMBER], shm_fd[NUMBER];
     const char *argv[20];
+    char visible[64];
     const char **envp; // malloc
 };
 
 // The supervisor's own notification and socket activation are not its workers' business.
-static bool is_dropped(const char *variable)
+static const char *const own[] = {
+    "NOTIFY_SOCKET=", "WATCHDOG_", "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "MAINPID=", NULL};
+// Said anew to a rank that has a GPU.
+static const char *const of_gpus[] = {"CUDA_VISIBLE_DEVICES=", "CUDA_DEVICE_ORDER=", NULL};
+
+static bool is_one_of(const char *variable, const char *const *names)
 {
-    static const char *const names[] = {
-        "NOTIFY_SOCKET=", "WATCHDOG_", "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "MAINPID="};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strncmp(variable, names[i], strlen(names[i])) == 0)
+    for (; *names; names++)
+        if (strncmp(variable, *names, strlen(*names)) == 0)
             return true;
     return false;
 }
@@ -44,12 +48,17 @@ static int make_arguments(const struct child *c, struct arguments *a, struct err
     size_t n = 0, kept = 0;
     while (environ[n])
         n++;
-    a->envp = malloc((n + 1) * sizeof *a->envp);
+    a->envp = malloc((n + 3) * sizeof *a->envp);
     if (!a->envp)
         return err_set(err, ERR_NO_MEMORY, "cannot start rank %d of group %s: out of memory", c->rank, c->group);
     for (size_t i = 0; i < n; i++)
-        if (!is_dropped(environ[i]))
+        if (!is_one_of(environ[i], own) && !(c->gpu >= 0 && is_one_of(environ[i], of_gpus)))
             a->envp[kept++] = environ[i];
+    if (c->gpu >= 0) {
+        snprintf(a->visible, sizeof a->visible, "CUDA_VISIBLE_DEVICES=%d", c->gpu);
+        a->envp[kept++] = a->visible;
+        a->envp[kept++] = "CUDA_DEVICE_ORDER=PCI_BUS_ID"; // as nvidia-smi counts
+    }
     a->envp[kept] = NULL;
     return 0;
 }

@@ -16,6 +16,7 @@ struct child {
     const char *group;
     const char *incarnation;
     int rank, ranks;
+    int gpu;    // the one GPU that it sees, as nvidia-smi counts; -1: what this process sees
     int shm_fd; // stays the caller's
 };
 

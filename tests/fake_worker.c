@@ -105,8 +105,12 @@ static const char *check_surroundings(const struct fake *f)
         return "started with signals blocked";
     if (prctl(PR_GET_PDEATHSIG, &death) != 0 || death != SIGKILL)
         return "would outlive its supervisor";
+    const char *gpus = getenv("CUDA_VISIBLE_DEVICES"), *order = getenv("CUDA_DEVICE_ORDER");
+    const bool has_gpu = strncmp(f->group, "gpu", 3) == 0; // "gpu3"
     if (getenv("NOTIFY_SOCKET"))
         return "has the wrong environment";
+    if (has_gpu && (!gpus || strcmp(gpus, f->group + 3) != 0 || !order || strcmp(order, "PCI_BUS_ID") != 0))
+        return "does not see its GPU";
     return NULL;
 }
 

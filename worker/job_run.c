@@ -83,25 +83,48 @@ static uint32_t warm_up_side(const struct model *m)
     return (uint32_t)(side > least ? side : least);
 }
 
+static int make_one(struct worker *w, int model, Ditfleet__V1__Job *job, struct err *err)
+{
+    struct engine_result result;
+    struct watch watch = {.w = w};
+    job->prompt = (char *)"warm up";
+    job->seed__case = DITFLEET__V1__JOB__SEED__SEED;
+    TRY(model_resolve_job(w->models[model], job, err));
+    TRY(run_job(w, model, job, &watch, &result, err));
+    engine_result_free(&result);
+    return 0;
+}
+
+static int warm_up_small(struct worker *w, int model, struct err *err)
+{
+    Ditfleet__V1__Job job = DITFLEET__V1__JOB__INIT;
+    job.width = job.height = warm_up_side(w->models[model]);
+    job.num_inference_steps = 1;
+    job.max_sequence_length = 64;
+    return make_one(w, model, &job, err);
+}
+
+// The loop records its second step. What does not fit is no reason not to serve smaller pictures.
+static int warm_up_gpu(struct worker *w, int model, struct err *err)
+{
+    Ditfleet__V1__Job job = DITFLEET__V1__JOB__INIT;
+    job.num_inference_steps = 2;
+    int rc = make_one(w, model, &job, err);
+    if (rc != ERR_UNSUPPORTED || comm_check(w->comm, NULL) != 0)
+        return rc;
+    log_line(w->log, LOG_WARN, "model.default_size", "model=%s@%s error=\"%s\"", w->group->models[model].name,
+             w->group->models[model].version, err->text);
+    return warm_up_small(w, model, err);
+}
+
 int worker_warm_up(struct worker *w, struct err *err)
 {
     // Ranks that load longer are waited for as long as loading may take, not as long as a step.
     comm_set_timeout(w->comm, (int)(w->conf->deadline.load_s * 1000));
     comm_barrier(w->comm);
     TRY(comm_check(w->comm, err));
-    for (int i = 0; i < w->group->model.count; i++) {
-        struct engine_result result;
-        struct watch watch = {.w = w};
-        Ditfleet__V1__Job job = DITFLEET__V1__JOB__INIT;
-        job.prompt = (char *)"warm up";
-        job.width = job.height = warm_up_side(w->models[i]);
-        job.num_inference_steps = 1;
-        job.max_sequence_length = 64;
-        job.seed__case = DITFLEET__V1__JOB__SEED__SEED;
-        TRY(model_resolve_job(w->models[i], &job, err));
-        TRY(run_job(w, i, &job, &watch, &result, err));
-        engine_result_free(&result);
-    }
+    for (int i = 0; i < w->group->model.count; i++)
+        TRY((w->group->device == CONF_DEVICE_CUDA ? warm_up_gpu : warm_up_small)(w, i, err));
     return 0;
 }
 
@@ -169,6 +192,27 @@ static int share_order(struct leader *l, int model, const Ditfleet__V1__Job *job
     return comm_check(l->w->comm, err);
 }
 
+const char *worker_precision_name(const struct worker *w)
+{
+    const enum dtype type = w->precision.activation;
+    return w->precision.fp8 ? "fp8" : type == DT_F32 ? "fp32" : type == DT_BF16 ? "bf16" : "fp16";
+}
+
+// A group computes in one precision: its weights lie on the device in it.
+static int check_precision(const struct worker *w, Ditfleet__V1__Precision wanted, struct err *err)
+{
+    struct precision p;
+    if (wanted == DITFLEET__V1__PRECISION__PRECISION_DEFAULT)
+        return 0;
+    TRY(engine_precision(w->kernels, wanted, wanted, &p, err));
+    if (p.activation == w->precision.activation && p.fp8 == w->precision.fp8)
+        return 0;
+    return err_set(err, ERR_UNSUPPORTED,
+                   "precision %s: group %s, which took the job, computes in %s; leave precision at default, or ask for "
+                   "a model of a group with precision = %s",
+                   job_precision_name(wanted), w->group->name, worker_precision_name(w), job_precision_name(wanted));
+}
+
 // Everything about a claimed job that can be judged before a GPU is touched. *model: index into worker.models.
 static int examine(struct leader *l, struct held *h, int *model, struct err *err)
 {
@@ -179,9 +223,8 @@ static int examine(struct leader *l, struct held *h, int *model, struct err *err
             break;
     if (*model == w->group->model.count)
         return err_set(err, ERR_INTERNAL, "claimed a job of pool %s, which this group does not serve", h->claim.pool);
-    struct precision precision;
     h->model = w->models[*model];
-    TRY(engine_precision(&kernels_cpu, h->job->precision, h->model->limits.precision, &precision, err));
+    TRY(check_precision(w, h->job->precision, err));
     TRY(uploader_check(l->uploader, h->job->output, h->claim.fence.id, err));
     return model_resolve_job(h->model, h->job, err);
 }
@@ -193,6 +236,12 @@ static uint64_t wall_ms(void)
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
+static void let_go(struct leader *l, struct held *h)
+{
+    herald_drop(l->herald, h);
+    held_free(h);
+}
+
 // A job that ends here: refused, stopped, or given back. The leader's own queue connection says so.
 static void settle(struct leader *l, struct held *h, const struct err *why, bool release)
 {
@@ -200,8 +249,14 @@ static void settle(struct leader *l, struct held *h, const struct err *why, bool
         settle_release(&l->options, &l->queue, h);
     else
         settle_failure(&l->options, &l->queue, h, why, QUEUE_CAUSE_APP);
-    herald_drop(l->herald, h);
-    held_free(h);
+    let_go(l, h);
+}
+
+// A GPU that failed stays so for the process, and memory that another program took does not come back by waiting: what
+// might go well another time needs another process.
+static bool gpu_failed(const struct watch *watch, int rc, const struct err *why)
+{
+    return rc != 0 && watch->w->group->device == CONF_DEVICE_CUDA && why->retryable && !watch->release;
 }
 
 // Tells the others and runs. An error: the group is broken; else *rc is the job's.
@@ -215,6 +270,10 @@ static int run_shared(struct leader *l, struct watch *watch, int model, int *rc,
     pulse_report(l->w->pulse, STAGE_TEXT, 0, 0, h->claim.fence.id);
     TRY(share_order(l, model, h->job, err));
     *rc = run_job(l->w, model, h->job, watch, &h->result, why);
+    if (gpu_failed(watch, *rc, why)) {
+        *err = *why; // what comm_check has to say of it
+        return err->code;
+    }
     return comm_check(l->w->comm, err);
 }
 
@@ -224,7 +283,7 @@ static int run_claimed(struct leader *l, struct held *h, struct err *err)
     struct worker *w = l->w;
     struct watch watch = {.w = w, .herald = l->herald, .held = h};
     struct err why = {.code = ERR_NONE};
-    int model, rc;
+    int model, rc = 0;
     h->claimed_at = monotonic_seconds();
     h->claimed_ms = wall_ms();
     log_line(w->log, LOG_INFO, "job.claimed", "tenant=%s job=%s epoch=%llu", h->claim.fence.tenant, h->claim.fence.id,
@@ -234,9 +293,10 @@ static int run_claimed(struct leader *l, struct held *h, struct err *err)
         settle(l, h, &why, false);
         return 0;
     }
-    if (run_shared(l, &watch, model, &rc, &why, err) != 0) { // the supervisor gives the lease back
-        herald_drop(l->herald, h);
-        held_free(h);
+    if (run_shared(l, &watch, model, &rc, &why, err) != 0) { // else the supervisor gives the lease back
+        if (gpu_failed(&watch, rc, &why))
+            settle_failure(&l->options, &l->queue, h, &why, QUEUE_CAUSE_INFRA);
+        let_go(l, h);
         return err->code;
     }
     h->denoised_at = monotonic_seconds();

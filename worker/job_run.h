@@ -14,6 +14,8 @@ struct worker {
     const struct log *log;
     struct pulse *pulse;
     struct comm *comm;
+    const struct kernels *kernels;
+    struct precision precision; // of every job
     struct engine *engine;
     struct model **models;   // (group->model.count), beside group->models
     const char *incarnation; // new at each start of the group
@@ -21,7 +23,11 @@ struct worker {
     bool serving; // it was ready: what goes wrong from here on need not go wrong again
 };
 
-// One step of a small picture through every model, on all ranks: pages, threads and buffers are there afterwards.
+// "fp32", "bf16", "fp16" or "fp8".
+const char *worker_precision_name(const struct worker *w);
+
+// A picture through every model, on all ranks: pages, threads and buffers are there afterwards. On a GPU it has the
+// model's default size, where that fits: then algorithms are chosen and memory is taken before the first job.
 int worker_warm_up(struct worker *w, struct err *err);
 
 // Until drained: 0. Anything else: the process is to exit, and the supervisor to start the group anew.

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/backend.h"
 #include "worker/job_run.h"
 
 struct arguments {
@@ -84,16 +85,61 @@ static void set_signals(void)
     signal(SIGPIPE, SIG_IGN);
 }
 
+// As the group says, else as its models prefer, who have to agree: all of them share an engine.
+static int choose_precision(struct worker *w, struct err *err)
+{
+    const struct conf_group *g = w->group;
+    Ditfleet__V1__Precision wanted = (Ditfleet__V1__Precision)g->precision, preferred = wanted;
+    const bool asked = wanted == DITFLEET__V1__PRECISION__PRECISION_DEFAULT && g->device == CONF_DEVICE_CUDA;
+    for (int i = 0; asked && i < g->model.count; i++) {
+        struct model *m; // what it says of itself; its weights stay unread
+        TRY(model_load(g->models[i].directory, &m, err));
+        const Ditfleet__V1__Precision prefers = m->limits.precision;
+        model_free(m);
+        if (i > 0 && prefers != preferred)
+            return err_set(err, ERR_INVALID,
+                           "[group %s] %s@%s asks for precision %s and %s@%s for %s; say precision = in the group, or "
+                           "give each a group",
+                           g->name, g->models[0].name, g->models[0].version, job_precision_name(preferred),
+                           g->models[i].name, g->models[i].version, job_precision_name(prefers));
+        preferred = prefers;
+    }
+    return engine_precision(w->kernels, wanted, preferred, &w->precision, err);
+}
+
+// A GPU belongs to one rank, which sees no other (CUDA_VISIBLE_DEVICES, from the supervisor).
+static int open_engine(struct worker *w, const struct arguments *a, struct err *err)
+{
+    const bool cuda = w->group->device == CONF_DEVICE_CUDA;
+    TRY(backend_find(cuda ? "cuda" : "cpu", &w->kernels, err));
+    TRY(cuda ? comm_self_new(&w->comm, err) : comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
+    TRY(choose_precision(w, err));
+    const struct engine_options options = {
+        .kernels = w->kernels,
+        .device = {.threads = conf_group_threads(w->group), .gpu = 0, .activation = w->precision.activation},
+        .fp8 = w->precision.fp8,
+        .data = w->comm,
+        .control = w->comm,
+        .memory_budget = w->group->memory_budget};
+    const int rc = engine_new(&options, &w->engine, err);
+    if (rc != 0 && cuda)
+        err_context(err, "gpu %d of group %s", w->group->gpu, w->group->name);
+    return rc;
+}
+
 static int load_models(struct worker *w, struct err *err)
 {
+    const struct home home = engine_home(w->engine);
+    const bool mapped = w->group->device == CONF_DEVICE_CPU; // ranks share the files' pages
     w->models = calloc((size_t)w->group->model.count + 1, sizeof(struct model *));
     if (!w->models)
         return err_set(err, ERR_NO_MEMORY, "no memory for models");
     for (int i = 0; i < w->group->model.count; i++) {
         pulse_report(w->pulse, STAGE_LOADING, (uint32_t)i, (uint32_t)w->group->model.count, "");
-        TRY(model_load(w->group->models[i].directory, &w->models[i], err));
-        log_line(w->log, LOG_INFO, "model.loaded", "model=%s@%s hash=%.16s", w->group->models[i].name,
-                 w->group->models[i].version, w->models[i]->hash);
+        TRY(model_load_on(w->group->models[i].directory, mapped ? NULL : &home, &w->models[i], err));
+        log_line(w->log, LOG_INFO, "model.loaded", "model=%s@%s hash=%.16s device=%s precision=%s",
+                 w->group->models[i].name, w->group->models[i].version, w->models[i]->hash, w->kernels->name,
+                 worker_precision_name(w));
     }
     return 0;
 }
@@ -107,21 +153,16 @@ static void free_models(struct worker *w)
 
 static int work(struct worker *w, const struct arguments *a, struct err *err)
 {
+    TRY(open_engine(w, a, err));
     TRY(load_models(w, err));
-    TRY(comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
-    const struct engine_options options = {.kernels = &kernels_cpu,
-                                           .device.threads = conf_group_threads(w->group),
-                                           .data = w->comm,
-                                           .control = w->comm,
-                                           .memory_budget = w->group->memory_budget};
-    TRY(engine_new(&options, &w->engine, err));
     TRY(worker_warm_up(w, err));
     pulse_report(w->pulse, STAGE_IDLE, 0, 0, "");
     pulse_ready(w->pulse);
     return a->rank == 0 ? worker_lead(w, err) : worker_follow(w, err);
 }
 
-// Failures that the next start would meet again: configuration and checkpoint. The rest may pass.
+// Failures that the next start would meet again: configuration, checkpoint, a library or a GPU that is not there. The
+// rest may pass.
 static int exit_status(int rc, const struct worker *w, const struct err *err)
 {
     if (rc == 0)

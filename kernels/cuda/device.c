@@ -11,23 +11,42 @@ static const int64_t STAGE_BYTES = 64 << 20;
 
 // ---- errors
 
-// The one sentence about a failed call; what: the operation.
+// The one sentence about a failed call; what: the operation. ERR_UNSUPPORTED: this host will answer so the next time
+// too, ERR_UNAVAILABLE: it may not.
 static int explain(struct err *err, cudaError_t e, const char *what)
 {
+    const char *why = cudaGetErrorString(e);
     switch (e) {
     case cudaErrorMemoryAllocation:
-        return err_set(err, ERR_NO_MEMORY, "%s: the GPU has no memory left for it: %s", what, cudaGetErrorString(e));
+        return err_set(err, ERR_NO_MEMORY,
+                       "%s: the GPU has no memory left for it: %s; nvidia-smi lists what else uses it, and a smaller "
+                       "memory budget leaves it room",
+                       what, why);
     case cudaErrorNoDevice:
     case cudaErrorInsufficientDriver:
-    case cudaErrorInitializationError:
     case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice:
+        return err_set(
+            err, ERR_UNSUPPORTED,
+            "%s: %s: nvidia-smi on this host tells whether it has this GPU and a driver of CUDA %d or newer; "
+            "after an update of the driver it has to be loaded anew, or the host restarted",
+            what, why, CUDART_VERSION / 1000);
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+        return err_set(err, ERR_UNSUPPORTED, "%s: %s: build with this GPU's architecture in CMAKE_CUDA_ARCHITECTURES",
+                       what, why);
+    case cudaErrorInitializationError:
+    case cudaErrorSystemNotReady:
+    case cudaErrorDevicesUnavailable:
         return err_set(err, ERR_UNAVAILABLE,
-                       "%s: %s: nvidia-smi on this host tells whether it has a GPU and a driver of "
-                       "CUDA %d or newer",
-                       what, cudaGetErrorString(e), CUDART_VERSION / 1000);
+                       "%s: %s: nvidia-smi on this host tells its GPUs' state; those of an NVSwitch need "
+                       "nvidia-fabricmanager",
+                       what, why);
     default:
-        return err_set(err, ERR_INTERNAL, "%s: the GPU failed: %s (%s)", what, cudaGetErrorString(e),
-                       cudaGetErrorName(e));
+        return err_set(
+            err, ERR_INTERNAL,
+            "%s: the GPU failed: %s (%s); a line with Xid in the kernel's log tells when it is the GPU's fault", what,
+            why, cudaGetErrorName(e));
     }
 }
 
@@ -210,8 +229,10 @@ static int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *er
     cudaGetLastError();
     if (e != cudaErrorMemoryAllocation || cudaMemGetInfo(&available, &total) != cudaSuccess)
         return explain(err, e, "allocating");
-    return err_set(err, ERR_NO_MEMORY, "no memory for %zu bytes on GPU %d: %zu of its %zu are free", bytes, d->gpu,
-                   available, total);
+    return err_set(err, ERR_NO_MEMORY,
+                   "no memory for %zu bytes on GPU %d: %zu of its %zu are free; nvidia-smi lists "
+                   "what else uses it, and a smaller memory budget leaves it room",
+                   bytes, d->gpu, available, total);
 }
 
 static void cuda_free(struct device *d, void *p)

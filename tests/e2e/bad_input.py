@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 from google.protobuf import text_format
-from private_fleet import MODEL, PrivateFleet, alive, job_pb2, until
+from private_fleet import BUILD, MODEL, PrivateFleet, alive, job_pb2, until
 
 PROMPT, SECRET = "prompt-nobody-may-log", "secret-nobody-may-log"
 OK, DEAD, EXPIRED = job_pb2.STATE_SUCCEEDED, job_pb2.STATE_DEAD, job_pb2.STATE_EXPIRED
@@ -203,7 +203,7 @@ def replace(folder, path, change):
 
 
 def bad_models(fleet):
-    """Group name -> words of the reason in status."""
+    """Group name -> words of the reason in status. Models that cannot be loaded, and one for a device that is not there."""
     weights = "vae/diffusion_pytorch_model.safetensors"
     replace(copy_model(fleet, "short"), weights, lambda b: b[:-1000])
     replace(copy_model(fleet, "corrupt"), weights, lambda b: b"\xff" * 8 + b[8:])
@@ -212,7 +212,15 @@ def bad_models(fleet):
     replace(copy_model(fleet, "garbled"), "vae/config.json", lambda b: b[:40])
     os.unlink(copy_model(fleet, "lacking") + "/text_encoder/model.safetensors")
     return {"missing": ["missing"], "short": [weights], "corrupt": [weights], "wide": ["context_embedder.weight has shape"],
-            "garbled": ["vae/config.json"], "lacking": ["text_encoder"]}
+            "garbled": ["vae/config.json"], "lacking": ["text_encoder"],
+            # a good model for a GPU that no host has, by a backend that may not have been built
+            "gpu": ["gpu 63 of group gpu"] if os.path.exists(BUILD + "/libditfleet_cuda.so") else ["no CUDA backend"]}
+
+
+def bad_group(fleet, name):
+    if name == "gpu":
+        return "[group gpu]\ndevice = cuda\ngpu = 63\nmodel = demo@bad=%s\n" % MODEL
+    return "[group %s]\nmodel = demo@bad=%s/%s\n" % (name, fleet.folder, name)
 
 
 def check_bad_models(fleet, reasons):
@@ -223,7 +231,7 @@ def check_bad_models(fleet, reasons):
             assert word in group["last_failure"], group
         spawned = [line for line in fleet.lines("supervisor") if "event=rank.spawned group=%s " % name in line]
         assert len(spawned) == len(group["ranks"]), "a restart storm: %s" % spawned
-    text = subprocess.run([os.environ["DITFLEET_BUILD"] + "/ditfleet", "status", "--config", fleet.folder + "/ditfleet.conf"],
+    text = subprocess.run([BUILD + "/ditfleet", "status", "--config", fleet.folder + "/ditfleet.conf"],
                           stdout=subprocess.PIPE, text=True).stdout
     assert "last failure: rank 0 exited with status 125" in text, text
 
@@ -241,7 +249,7 @@ def main():
         os.symlink("/tmp", hosts["FILES"] + "/link")
         open(hosts["FILES"] + "/blocked", "w").close()
         reasons = bad_models(fleet)
-        bad_groups = "".join("[group %s]\nmodel = demo@bad=%s/%s\n" % (name, fleet.folder, name) for name in reasons)
+        bad_groups = "".join(bad_group(fleet, name) for name in reasons)
         fleet.configure("[group g]\nranks = 2\nmodel = demo@1=%s\n%s" % (MODEL, bad_groups),
                         "file_roots = %s\nretries = 2\ntimeout = 500ms" % hosts["FILES"])
         fleet.supervisor()

@@ -9,6 +9,8 @@
 
 #include <cmocka.h>
 
+#include "proto/job.h"
+
 static struct conf *parse(const char *text)
 {
     struct conf *c = NULL;
@@ -97,7 +99,15 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group a]\nmodel = f@1=/x\nranks = 1\nranks = 2", {"f.ini:4", "[group a] ranks", "first in line 3"}},
         {"[group a]\nslab = 3\nmodel = f@1=/x", {"slab", "64K"}},
         {"[group a]\nmemory_budget = 24GB\nmodel = f@1=/x", {"memory_budget", "1GiB"}},
-        {"[group a]\nmemory_budget = 24GiB\nmodel = f@1=/x", {"memory_budget", "device is cpu"}},
+        {"[group a]\nmemory_budget = 24GiB\nmodel = f@1=/x", {"[group a] memory_budget", "device is cpu"}},
+        {"[group a]\ndevice = gpu\nmodel = f@1=/x", {"f.ini:2", "[group a] device", "one of cpu cuda"}},
+        {"[group a]\ngpu = 1\nmodel = f@1=/x", {"[group a] gpu", "device is cpu"}},
+        {"[group a]\nprecision = bf16\nmodel = f@1=/x", {"[group a] precision", "computes in fp32"}},
+        {"[group a]\nprecision = int8\nmodel = f@1=/x", {"precision", "one of default fp32 bf16 fp16 fp8"}},
+        {"[group a]\ndevice = cuda\nranks = 2\nmodel = f@1=/x", {"[group a] ranks", "is 2", "a group for each GPU"}},
+        {"[group a]\ndevice = cuda\ngpu = 64\nmodel = f@1=/x", {"[group a] gpu", "0 to 63"}},
+        {"[group a]\ndevice = cuda\ngpu = 1\nmodel = f@1=/x\n[group b]\nmodel = f@1=/x\ngpu=1\ndevice=cuda",
+         {"[group b] gpu", "[group a]'s already"}},
         {"[upload]\nallow = 10.0.0.1", {"allow", "host:port"}},
         {"[upload]\nallow = h:70000", {"allow", "65535"}},
         {"[upload]\nallow = ::1:80", {"allow", "[address]:port"}},
@@ -227,6 +237,21 @@ static void a_relative_model_lies_beside_the_file(void **state)
     conf_free(c);
 }
 
+static void gpu_groups_name_their_gpu(void **state)
+{
+    (void)state;
+    struct conf *c = parse("[group a]\ndevice = cuda\nmodel = f@1=/x\nmemory_budget = 24GiB\nprecision = fp8\n"
+                           "[group b]\ndevice = cuda\ngpu = 1\nmodel = f@1=/x\n"
+                           "[group c]\nmodel = f@1=/x\nranks = 2\nprecision = fp32\n");
+    assert_int_equal(c->groups[0].device, CONF_DEVICE_CUDA);
+    assert_int_equal(c->groups[0].gpu, 0);
+    assert_int_equal(c->groups[0].precision, DITFLEET__V1__PRECISION__PRECISION_FP8);
+    assert_int_equal(c->groups[1].gpu, 1);
+    assert_int_equal(c->groups[1].precision, DITFLEET__V1__PRECISION__PRECISION_DEFAULT);
+    assert_int_equal(c->groups[2].device, CONF_DEVICE_CPU);
+    conf_free(c);
+}
+
 static void a_missing_file_is_named(void **state)
 {
     (void)state;
@@ -250,6 +275,7 @@ int main(void)
         cmocka_unit_test(the_documentation_is_an_example_file),
         cmocka_unit_test(fingerprints_tell_what_workers_read),
         cmocka_unit_test(a_relative_model_lies_beside_the_file),
+        cmocka_unit_test(gpu_groups_name_their_gpu),
         cmocka_unit_test(a_missing_file_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
