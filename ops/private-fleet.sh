@@ -6,6 +6,8 @@
 #   fleet_start NAME program args...   anything else; its output is $fleet/NAME.log, its process id ${fleet_pids[NAME]}
 #   fleet_supervisor CONFIG_TAIL       the supervisor, with the groups of CONFIG_TAIL
 #   fleet_wait_ready GROUPS            until so many groups are ready
+#   fleet_has_redis                    whether there is a Redis server to start
+#   fleet_has_gpu                      whether a picture can be made on a GPU; else $fleet/gpu.log says why not
 #   fleet_end                          stops everything in the reverse order of its start; also on every exit
 #
 # Everything runs in a session of its own, so that Ctrl-C reaches only the script, which then ends the rest in order;
@@ -67,9 +69,21 @@ fleet_wait() {
 }
 
 # The program that redis-tools ships acts by its name.
+fleet_has_redis() {
+  command -v redis-server || command -v redis-check-rdb || command -v redis-check-aof
+}
+
+# A small picture says more than any list of devices: driver, libraries, architecture and memory are all in order.
+fleet_has_gpu() {
+  local demo
+  demo=$(cd "$(dirname "${BASH_SOURCE[0]}")/demo/model" && pwd)
+  "$fleet_build/ditfleet" generate --device cuda --model "$demo" --width 64 --height 64 --num-inference-steps 1 \
+    --max-sequence-length 16 --quiet -o "$fleet/gpu.png" >"$fleet/gpu.log" 2>&1
+}
+
 fleet_redis() {
   local program
-  program=$(command -v redis-server || command -v redis-check-rdb || command -v redis-check-aof) ||
+  program=$(fleet_has_redis) ||
     fleet_die "there is no Redis server here; ops/install-deps installs it"
   ln -s "$program" "$fleet/redis-server"
   fleet_redis_url=unix://$fleet/redis.sock

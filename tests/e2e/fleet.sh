@@ -1,11 +1,25 @@
 #!/usr/bin/env bash
-# The whole fleet: Redis, an upload host, the supervisor, two CPU ranks. A picture is the one that `generate` makes,
-# byte for byte; bad jobs end in an error that says why; a killed worker costs no job.
+# The whole fleet: Redis, an upload host, the supervisor, two CPU ranks; or, told "cuda", one GPU. A picture is the one
+# that `generate` makes, byte for byte; bad jobs end in an error that says why; a killed worker costs no job.
 set -euo pipefail
 source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
 unset DITFLEET_REDIS
 export no_proxy=127.0.0.1
 fleet_begin "${DITFLEET_BUILD:?}"
+export XDG_CACHE_HOME=$fleet/cache
+case ${1:-cpu} in
+  cpu)
+    group="ranks = 2" own=(--ranks 2) plan="cfg=1 ulysses=2" guided_plan="cfg=2 ulysses=1"
+    last_rank=1 long=(--width 64 --height 64 --num-inference-steps 300)
+    ;;
+  cuda)
+    group="device = cuda" own=(--device cuda) plan="cfg=1 ulysses=1" guided_plan=$plan
+    last_rank=0 long=(--width 512 --height 512 --num-inference-steps 1000)
+    fleet_has_redis >/dev/null || { echo "skipped: no Redis server here" && exit 77; }
+    fleet_has_gpu || { echo "skipped: no GPU here: $(<"$fleet/gpu.log")" && exit 77; }
+    ;;
+  *) echo "usage: fleet.sh [cpu|cuda]" >&2 && exit 2 ;;
+esac
 model=$DITFLEET_SOURCE/ops/demo/model
 small=(--width 64 --height 48 --num-inference-steps 2 --max-sequence-length 64 --seed 11)
 
@@ -28,7 +42,7 @@ submit() {
 same() {
   local id=$1
   shift
-  "$fleet_build/ditfleet" generate --model "$model" --ranks 2 --quiet "${small[@]}" "$@" -o "$fleet/own.png" >/dev/null
+  "$fleet_build/ditfleet" generate --model "$model" "${own[@]}" --quiet "${small[@]}" "$@" -o "$fleet/own.png" >/dev/null
   cmp "$fleet/own.png" "$fleet/$id.png" || fail "$id: not the picture that generate makes"
 }
 
@@ -43,14 +57,14 @@ fleet_supervisor "[upload]
 allow = $bad_sink
 file_roots = $fleet/files
 [group demo]
-ranks = 2
+$group
 model = demo@1=$model"
 fleet_wait_ready 1
 
 # ---- pictures
 url=(--output-url "$fleet_sink_url/{id}.png")
 submit plain 0 "state    SUCCEEDED" "${url[@]}" --prompt "a red circle" -o "$fleet/plain.png"
-grep -q "^plan     cfg=1 ulysses=2$" "$fleet/out" || fail "not the plan of two ranks: $(<"$fleet/out")"
+grep -q "^plan     $plan$" "$fleet/out" || fail "not the plan of these ranks: $(<"$fleet/out")"
 grep -q "^3 plain.png$" "$fleet/counts" || fail "the upload was not tried three times: $(<"$fleet/counts")"
 cmp "$fleet/plain.png" "$fleet/sink/plain.png" || fail "the saved picture is not the uploaded one"
 same plain --prompt "a red circle"
@@ -60,12 +74,12 @@ if script -qec true /dev/null >/dev/null 2>&1; then # a build chroot may have no
     /dev/null >"$fleet/out" </dev/null
   grep -qE 'denoise  \[#+ *\] [1-4]/4' "$fleet/out" || fail "no bar on a terminal: $(<"$fleet/out")"
 fi
-submit guided 0 "cfg=2 ulysses=1" --output-file "$fleet/files/{id}.png" --prompt "a red circle" \
+submit guided 0 "$guided_plan" --output-file "$fleet/files/{id}.png" --prompt "a red circle" \
   --negative-prompt "" --true-cfg-scale 2.5 -o "$fleet/guided.png"
 same guided --prompt "a red circle" --negative-prompt "" --true-cfg-scale 2.5
 submit pair 0 "saved    $fleet/pair-1.png" --output-url "$fleet_sink_url/{id}-{index}.png" --num-images 2 \
   -o "$fleet/pair.png"
-"$fleet_build/ditfleet" generate --model "$model" --ranks 2 --quiet "${small[@]}" --num-images 2 -o "$fleet/own.png" >"$fleet/out"
+"$fleet_build/ditfleet" generate --model "$model" "${own[@]}" --quiet "${small[@]}" --num-images 2 -o "$fleet/own.png" >"$fleet/out"
 cmp "$fleet/own-0.png" "$fleet/pair-0.png" && cmp "$fleet/own-1.png" "$fleet/pair-1.png" || fail "the pair differs"
 submit plain 0 "state    SUCCEEDED" "${url[@]}" --prompt "a red circle" # the same job again: its old result
 submit cut 0 "warning" "${url[@]}" --prompt "$(printf 'red %.0s' {1..400})"
@@ -78,20 +92,24 @@ submit private 1 "is DEAD: refused" --output-url "http://127.0.0.1:1/x.png"
 submit forbidden 1 "is DEAD: upload" --output-url "http://$bad_sink/x.png"
 submit outside 1 "is DEAD: refused" --output-file "$fleet/elsewhere.png"
 submit plain 1 "is DEAD: conflict" "${url[@]}" --prompt "another"
-redis-cli -s "$fleet/redis.sock" XADD 'dit:{default}:in:default' '*' job rubbish >/dev/null
+if command -v redis-cli >/dev/null; then
+  redis-cli -s "$fleet/redis.sock" XADD 'dit:{default}:in:default' '*' job rubbish >/dev/null
+fi
+if [[ ${1:-cpu} == cuda ]]; then
+  submit other 1 "group demo, which took the job, computes in bf16" "${url[@]}" --precision fp16
+fi
 submit after 0 "state    SUCCEEDED" "${url[@]}"
 fleet_cli status --json | grep -q '"dead_letter":[1-9]' || fail "the rubbish is in no dead-letter stream"
 grep -qE "a red circle|rubbish" "$fleet/supervisor.log" && fail "a prompt is in the log"
 
 # ---- a rank dies in the middle: the job comes back and is done
-fleet_cli submit --id survivor --model demo --wait --width 64 --height 64 --num-inference-steps 300 \
-  --max-sequence-length 16 "${url[@]}" >"$fleet/survivor" 2>&1 &
+fleet_cli submit --id survivor --model demo --wait "${long[@]}" --max-sequence-length 16 "${url[@]}" >"$fleet/survivor" 2>&1 &
 waiting=$!
 denoising() {
   fleet_cli show survivor 2>/dev/null | grep -q "^stage    denoise"
 }
 fleet_wait supervisor 60 denoising
-pid=$(fleet_cli status --json | grep -o '"rank":1,"pid":[0-9]*' | grep -o '[0-9]*$')
+pid=$(fleet_cli status --json | grep -o "\"rank\":$last_rank,\"pid\":[0-9]*" | grep -o '[0-9]*$')
 kill -9 "$pid"
 wait $waiting || fail "a job was lost with a worker: $(<"$fleet/survivor")"
 fleet_cli show survivor | grep -q "0 failed by its own error, 1 by the fleet's" || fail "$(fleet_cli show survivor)"

@@ -1170,7 +1170,7 @@ int main(void)
     struct err err = {0};
     int code = G->open(&(struct device_options){.activation = DT_BF16}, &d, &err);
     if (code == ERR_UNAVAILABLE || code == ERR_UNSUPPORTED) {
-        printf("skipped: %s\n", err.text);
+        printf("skipped: no GPU here: %s\n", err.text);
         return SKIPPED;
     }
     if (code == 0)
