@@ -1,5 +1,6 @@
 // architectures.c: the configurations of the models that `ditfleet bench` knows by name: what the published
 // checkpoints' configuration files say, as far as it is read here.
+#include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -8,7 +9,7 @@
 
 #include "worker/invent.h"
 
-enum { FILES = 7, MAX_PATH = 1024 };
+enum { FILES = 7, MAX_PATH = 1024, MAX_DIR = 900 };
 
 static const char *const paths[FILES] = {
     "model_index.json",
@@ -94,33 +95,46 @@ static int find(const char *name, const struct architecture **out, struct err *e
 static int write_text(const char *dir, const char *file, const char *text, struct err *err)
 {
     char path[MAX_PATH];
-    FILE *f = snprintf(path, sizeof path, "%s/%s", dir, file) < (int)sizeof path ? fopen(path, "we") : NULL;
+    snprintf(path, sizeof path, "%s/%s", dir, file);
+    FILE *f = fopen(path, "wxe");
+    if (!f && errno == EEXIST)
+        return err_set(err, ERR_INVALID, "%.300s: is there already; nothing is overwritten: name another directory",
+                       path);
     bool ok = f && fputs(text, f) >= 0;
     if (f)
         ok = fclose(f) == 0 && ok;
-    return ok ? 0 : err_set(err, ERR_IO, "%.200s/%s: cannot be written (%s)", dir, file, strerror(errno));
+    if (ok)
+        return 0;
+    err_set(err, ERR_IO, "%.300s: cannot be written (%s)", path, strerror(errno));
+    if (f)
+        unlink(path);
+    return ERR_IO;
 }
 
-int architecture_write(const char *name, const char *dir, size_t *largest, struct err *err)
+// A folder that holds nothing: what is there would be taken for a part of the model.
+static int make_folder(const char *dir, const char *name, struct err *err)
 {
-    const struct architecture *a = NULL;
-    char path[MAX_PATH];
-    TRY(find(name, &a, err));
-    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
-        snprintf(path, sizeof path, "%s/%s", dir, folders[i]);
-        if (mkdir(path, 0700) != 0 && errno != EEXIST)
-            return err_set(err, ERR_IO, "%.500s: cannot be made (%s)", path, strerror(errno));
-    }
-    for (int i = 0; i < FILES; i++)
-        TRY(write_text(dir, paths[i], a->files[i], err));
-    *largest = a->largest;
-    return 0;
+    char path[MAX_PATH], found[64] = "";
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (mkdir(path, 0777) == 0)
+        return 0;
+    DIR *there = errno == EEXIST ? opendir(path) : NULL;
+    if (!there)
+        return err_set(err, ERR_IO, "%.300s: cannot be made (%s)", path, strerror(errno));
+    for (const struct dirent *e; !found[0] && (e = readdir(there));)
+        if (strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0)
+            snprintf(found, sizeof found, "%.60s", e->d_name);
+    closedir(there);
+    return found[0] ? err_set(err, ERR_INVALID,
+                              "%.300s: holds %s already; nothing is overwritten: name another directory", path, found)
+                    : 0;
 }
 
-void architecture_remove(const char *dir)
+// The first n files, and the folders that are empty then.
+static void clear(const char *dir, int n)
 {
     char path[MAX_PATH];
-    for (int i = 0; i < FILES; i++) {
+    for (int i = 0; i < n; i++) {
         snprintf(path, sizeof path, "%s/%s", dir, paths[i]);
         unlink(path);
     }
@@ -128,5 +142,28 @@ void architecture_remove(const char *dir)
         snprintf(path, sizeof path, "%s/%s", dir, folders[i]);
         rmdir(path);
     }
-    rmdir(dir);
+}
+
+int architecture_write(const char *name, const char *dir, size_t *largest, struct err *err)
+{
+    const struct architecture *a = NULL;
+    int rc = 0, written = 0;
+    TRY(find(name, &a, err));
+    if (strlen(dir) > MAX_DIR)
+        return err_set(err, ERR_INVALID, "%.80s...: path longer than %d bytes", dir, MAX_DIR);
+    for (size_t i = 0; rc == 0 && i < sizeof folders / sizeof *folders; i++)
+        rc = make_folder(dir, folders[i], err);
+    while (rc == 0 && written < FILES) {
+        rc = write_text(dir, paths[written], a->files[written], err);
+        written += rc == 0;
+    }
+    if (rc != 0)
+        clear(dir, written);
+    *largest = a->largest;
+    return rc;
+}
+
+void architecture_remove(const char *dir)
+{
+    clear(dir, FILES);
 }

@@ -27,9 +27,10 @@ void invent_ids(const char *text, int64_t vocabulary, int32_t *ids, int64_t n);
 // The names, NULL at the end.
 extern const char *const architecture_names[];
 // Writes the architecture's configuration files, laid out as in a diffusers directory, into dir, which exists.
-// *largest: bytes of its largest tensor. ERR_INVALID: no such name, and which there are.
+// *largest: bytes of its largest tensor. ERR_INVALID: no such name, and which there are; or what is there already,
+// which stays. On failure nothing is left.
 int architecture_write(const char *name, const char *dir, size_t *largest, struct err *err);
-// Removes what architecture_write put there, and dir.
+// Removes what architecture_write put there; dir stays.
 void architecture_remove(const char *dir);
 
 #endif

@@ -305,6 +305,28 @@ void model_free(struct model *m)
     free(m);
 }
 
+int model_save(const struct model *m, const char *dir, struct err *err)
+{
+    static const char *const stems[PARTS] = {"model", "model", "diffusion_pytorch_model", "diffusion_pytorch_model"};
+    const struct model_parts parts = parts_of(m);
+    char path[1024], file[1024 + 64];
+    int rc = 0, done = 0;
+    if (strlen(dir) > MAX_DIR)
+        return err_set(err, ERR_INVALID, "model directory %.80s...: path longer than %d bytes", dir, MAX_DIR);
+    for (; done < PARTS; done++) {
+        const enum model_part p = (enum model_part)done;
+        rc = weights_save(weights_of(&parts, p), part(path, dir, model_part_name(p)), stems[p], err);
+        if (rc != 0)
+            break;
+    }
+    while (rc != 0 && done-- > 0) { // half a model would be in the way of the next try
+        part(path, dir, model_part_name((enum model_part)done));
+        snprintf(file, sizeof file, "%s/%s.safetensors", path, stems[done]);
+        unlink(file);
+    }
+    return rc;
+}
+
 int model_bring(struct model *m, enum model_part which, struct err *err)
 {
     struct model_parts fresh;

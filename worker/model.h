@@ -64,6 +64,9 @@ int model_load(const char *dir, struct model **out, struct err *err);
 // brought there, the rest when a job needs them: the files must stay. The model goes before the device does.
 int model_load_on(const char *dir, const struct home *home, struct model **out, struct err *err);
 void model_free(struct model *m);
+// Writes the weights of all parts into dir, where the parts' folders are (worker/invent.h makes them): model_load's, as
+// soon as the tokenizers are beside them. No file is overwritten; on failure none of them is left.
+int model_save(const struct model *m, const char *dir, struct err *err);
 int64_t model_bytes(const struct model *m);                        // of all weights, in their files
 int64_t model_placed_bytes(const struct model *m, unsigned parts); // of these on the device, 0 where they are mapped
 const char *model_part_name(enum model_part part);                 // the folder's name

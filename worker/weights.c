@@ -25,8 +25,8 @@ struct shard {
 struct entry {
     char *name;
     struct tensor tensor;
-    const struct shard *shard;
-    int64_t start; // where its bytes begin in the shard's data
+    const struct shard *shard; // NULL: invented
+    int64_t start;             // where its bytes begin in the shard's data
 };
 
 struct weights {
@@ -36,11 +36,10 @@ struct weights {
     size_t n_placed, room_placed;
     struct shard *shards;
     int n_shards;
-    struct entry *entries; // sorted by name
+    struct entry *entries; // as files have them; sorted by name, or invented: in the order they were fetched
     size_t n_entries;
     void **owned; // re-laid, re-aligned and invented ones
     size_t n_owned;
-    int64_t invented_bytes;
 };
 
 void weights_free(struct weights *w)
@@ -312,7 +311,12 @@ int weights_open(const char *dir, const char *stem, const struct home *home, str
 static const struct entry *find(const struct weights *w, const char *name)
 {
     const struct entry key = {.name = (char *)name};
-    return w->n_entries ? bsearch(&key, w->entries, w->n_entries, sizeof key, by_name) : NULL;
+    if (!w->home.invention)
+        return w->n_entries ? bsearch(&key, w->entries, w->n_entries, sizeof key, by_name) : NULL;
+    for (size_t i = 0; i < w->n_entries; i++)
+        if (by_name(&key, &w->entries[i]) == 0)
+            return &w->entries[i];
+    return NULL;
 }
 
 bool weights_has(const struct weights *w, const char *name)
@@ -322,7 +326,7 @@ bool weights_has(const struct weights *w, const char *name)
 
 int64_t weights_bytes(const struct weights *w)
 {
-    int64_t sum = w->invented_bytes;
+    int64_t sum = 0;
     for (size_t i = 0; i < w->n_entries; i++)
         sum += (int64_t)tensor_bytes(w->entries[i].tensor);
     return sum;
@@ -368,14 +372,27 @@ static void print_shape(char *text, size_t size, int dims, const int64_t *n)
     snprintf(text + at, size - (size_t)at, "]");
 }
 
+static int add_entry(struct weights *w, const char *name, struct tensor t, struct err *err)
+{
+    struct entry *grown = realloc(w->entries, (w->n_entries + 1) * sizeof *grown);
+    char *copy = strdup(name);
+    if (grown)
+        w->entries = grown;
+    if (!grown || !copy) {
+        free(copy);
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
+    }
+    w->entries[w->n_entries++] = (struct entry){.name = copy, .tensor = t};
+    return 0;
+}
+
 // A vector called weight multiplies what a norm made: it is near 1, in memory of its own.
 static int invent(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name, struct err *err)
 {
     const size_t length = strlen(name), suffix = strlen(".weight");
     TRY(invention_tensor(w->home.invention, name, dims, n, out, err));
-    w->invented_bytes += (int64_t)tensor_bytes(*out);
     if (dims > 1 || length < suffix || strcmp(name + length - suffix, ".weight") != 0)
-        return 0;
+        return add_entry(w, name, *out, err);
     const uint16_t *noise = out->data;
     uint16_t *near = own(w, tensor_bytes(*out));
     if (!near)
@@ -383,7 +400,7 @@ static int invent(struct weights *w, struct tensor *out, int dims, const int64_t
     for (int64_t i = 0; i < n[0]; i++)
         near[i] = f32_to_bf16(1 + bf16_to_f32(noise[i]));
     out->data = near;
-    return 0;
+    return add_entry(w, name, *out, err);
 }
 
 static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name, struct err *err)
@@ -420,7 +437,7 @@ int weights_refuse(const struct weights *w, const char *key, struct err *err, co
     FORMAT_NAME(name, name_format);
     const struct entry *e = find(w, name);
     return e ? err_set(err, ERR_CORRUPT, "%s: tensor %s is there, but by the configuration's %s it should not be",
-                       e->shard->path, name, key)
+                       e->shard ? e->shard->path : "invented weights", name, key)
              : 0;
 }
 
@@ -549,4 +566,95 @@ int weights_norm(struct weights *w, struct tensor *gamma, struct tensor *beta, i
     FORMAT_NAME(name, name_format);
     TRY(weights_get(w, gamma, 1, n, 1, 1, 1, err, "%s.weight", name));
     return weights_get(w, beta, 1, n, 1, 1, 1, err, "%s.bias", name);
+}
+
+// ---- writing
+
+static int describe(json_t *header, const struct entry *e, int64_t start)
+{
+    const struct tensor t = e->tensor;
+    json_t *shape = json_array();
+    for (int i = 0; i < t.dims; i++)
+        json_array_append_new(shape, json_integer(t.n[i]));
+    if (json_object_get(header, e->name)) { // fetched twice: one name cannot stand for both
+        json_decref(shape);
+        return -1;
+    }
+    return json_object_set_new(header, e->name,
+                               json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtype_name(t.dtype), "shape", shape,
+                                         "data_offsets", (json_int_t)start,
+                                         (json_int_t)(start + (int64_t)tensor_bytes(t))));
+}
+
+// Length and header of a file that holds the tensors one after another, padded as the reference's writer does: data
+// begins at a multiple of 8. *size: of both; freed by the caller, NULL when it cannot be made.
+static uint8_t *make_header(const struct weights *w, size_t *size)
+{
+    enum { ALIGN = 8, FLAGS = JSON_COMPACT };
+    json_t *root = json_pack("{s:{s:s}}", "__metadata__", "format", "pt"); // which transformers insists on
+    int64_t at = 0;
+    bool ok = root;
+    for (size_t i = 0; ok && i < w->n_entries; i++) {
+        ok = describe(root, &w->entries[i], at) == 0;
+        at += (int64_t)tensor_bytes(w->entries[i].tensor);
+    }
+    const size_t text = ok ? json_dumpb(root, NULL, 0, FLAGS) : 0, length = (text + ALIGN - 1) / ALIGN * ALIGN;
+    uint8_t *out = text ? malloc(8 + length) : NULL;
+    if (out) {
+        for (int i = 0; i < 8; i++)
+            out[i] = (uint8_t)((uint64_t)length >> 8 * i);
+        memset(out + 8, ' ', length);
+        json_dumpb(root, (char *)out + 8, text, FLAGS);
+    }
+    json_decref(root);
+    *size = 8 + length;
+    return out;
+}
+
+static bool write_all(int fd, const void *data, size_t size)
+{
+    const char *from = data;
+    while (size > 0) {
+        const ssize_t n = write(fd, from, size);
+        if (n < 0 && errno != EINTR)
+            return false;
+        from += n > 0 ? n : 0;
+        size -= n > 0 ? (size_t)n : 0;
+    }
+    return true;
+}
+
+static int refuse_file(const struct weights *w, const char *path, int why, struct err *err)
+{
+    if (why == EEXIST)
+        return err_set(err, ERR_INVALID, "%.300s: is there already, and stays as it is: name another directory", path);
+    return err_set(err, why == ENOSPC || why == EDQUOT ? ERR_NO_MEMORY : ERR_IO,
+                   "%.300s: cannot be written (%s): name a directory that can, with room for %lld bytes", path,
+                   strerror(why), (long long)weights_bytes(w));
+}
+
+int weights_save(const struct weights *w, const char *dir, const char *stem, struct err *err)
+{
+    char path[MAX_PATH];
+    size_t size;
+    if (snprintf(path, sizeof path, "%s/%s.safetensors", dir, stem) >= (int)sizeof path)
+        return err_set(err, ERR_INVALID, "%.80s...: path too long", dir);
+    uint8_t *header = make_header(w, &size);
+    if (!header)
+        return err_set(err, ERR_NO_MEMORY, "%.300s: no memory for its header, or a tensor was fetched twice", path);
+    const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    bool ok = fd >= 0 && write_all(fd, header, size);
+    for (size_t i = 0; ok && i < w->n_entries; i++)
+        ok = write_all(fd, w->entries[i].tensor.data, tensor_bytes(w->entries[i].tensor));
+    int why = errno;
+    free(header);
+    if (fd >= 0 && close(fd) != 0 && ok) {
+        ok = false;
+        why = errno;
+    }
+    if (ok)
+        return 0;
+    if (fd >= 0)
+        unlink(path);
+    return refuse_file(w, path, why, err);
 }

@@ -38,6 +38,11 @@ int64_t weights_placed_bytes(const struct weights *w); // of what was placed, on
 // all of them.
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32]);
 
+// Writes all tensors (of invented ones, those fetched so far) as files have them, before anything was re-laid or
+// placed, to dir/stem.safetensors, straight from where they are. ERR_INVALID: it exists, and stays. What could not be
+// written whole is removed.
+int weights_save(const struct weights *w, const char *dir, const char *stem, struct err *err);
+
 // *out: the tensor called by the printf-style name, of exactly this shape (dims 1 to 4), type f32, bf16 or f16.
 int weights_get(struct weights *w, struct tensor *out, int dims, int64_t n0, int64_t n1, int64_t n2, int64_t n3,
                 struct err *err, const char *name_format, ...) __attribute__((format(printf, 9, 10)));

@@ -129,6 +129,8 @@ static int measure(struct bench *b, struct err *err)
 
 static int check(struct bench *b, const char *what, struct err *err)
 {
+    if (b->checkpoint && !b->architecture)
+        return err_set(err, ERR_INVALID, "--write-checkpoint writes an architecture: it goes with --architecture NAME");
     if (!b->architecture == !b->model_dir)
         return err_set(err, ERR_INVALID, "one of --architecture NAME and --model DIR is needed");
     b->what = BENCH_WHATS;
@@ -143,6 +145,8 @@ static int check(struct bench *b, const char *what, struct err *err)
         return err_set(err, ERR_INVALID, "--memory-budget is of a GPU: it goes with --device cuda");
     if (strcmp(b->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
+    if (b->checkpoint)
+        return 0; // no device and no job
     TRY(job_check_fields(b->job, err));
     if (b->job->num_images > 1)
         return err_set(err, ERR_INVALID, "--num-images: pictures are measured one by one; use --repeat");
@@ -156,8 +160,10 @@ static void leave(struct bench *b)
     engine_free(b->engine);
     comm_free(b->comm);
     invention_free(b->invention);
-    if (b->directory[0])
+    if (b->directory[0]) {
         architecture_remove(b->directory);
+        rmdir(b->directory);
+    }
     job_free(b->job);
     free(b);
 }
@@ -167,6 +173,8 @@ static int bench(struct bench *b, const char *what, struct err *err)
     TRY(check(b, what, err));
     const struct conf_group group = {.threads = b->threads, .ranks = 1};
     b->threads = conf_group_threads(&group);
+    if (b->checkpoint)
+        return bench_checkpoint(b, err);
     TRY(load(b, err));
     TRY(measure(b, err));
     (b->json ? bench_print_json : bench_print)(b);
@@ -186,6 +194,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--architecture", "NAME", "flux.1-dev, flux.1-schnell or demo, with weights made up here", CLI_STRING,
          &b->architecture, 0, 0},
         {"--model", "DIR", "or a diffusers-format model directory", CLI_STRING, &b->model_dir, 0, 0},
+        {"--write-checkpoint", "DIR", "measure nothing; write the architecture there, weights and all, for --model",
+         CLI_STRING, &b->checkpoint, 0, 0},
         {"--what", "PART",
          "step: the loop (default); image: prompt to pixels; text; vae;\n"
          "                              start: from the start of the process to the first step",

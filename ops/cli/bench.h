@@ -65,6 +65,7 @@ struct bench_peer {
 struct bench {
     // asked for
     const char *architecture, *model_dir, *device, *peer_script;
+    const char *checkpoint; // where the architecture is to be written, instead of measuring
     enum bench_what what;
     int repeat, threads;
     bool compare, json;
@@ -113,6 +114,9 @@ void bench_memory_seen(struct bench *b);             // raises memory.peak
 // bench_part.c: one part of the model alone.
 int bench_text(struct bench *b, int repeat, struct err *err); // t5 and clip, apart
 int bench_costs(struct bench *b, struct err *err);
+
+// bench_checkpoint.c: writes the architecture as a model's directory, and says what was written.
+int bench_checkpoint(struct bench *b, struct err *err);
 
 // bench_ceiling.c
 int bench_ceilings(struct bench *b, struct err *err);

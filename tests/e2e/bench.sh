@@ -52,6 +52,37 @@ check "0 < d['loaded_s'] < d['first_step_s'] < 60"
 expect 0 "verdict" --model "$model" "${small[@]}" --repeat 1
 ls "$work" | grep -q ditfleet-bench && fail "the architecture's directory is still there"
 
+# ---- an architecture as files: all of it or nothing, and a model as soon as the tokenizers are there
+written=$work/written
+expect 0 "missing: tokenizer/vocab.json, tokenizer/merges.txt, tokenizer_2/spiece.model; copy" --architecture demo \
+  --write-checkpoint "$written"
+expect 1 "$written/tokenizer" --model "$written" "${small[@]}"
+cp -r "$model/tokenizer" "$model/tokenizer_2" "$written"
+expect 0 '"first_step_s"' --model "$written" "${small[@]}" --json --what start
+check "0 < d['loaded_s'] < d['first_step_s'] < 60 and d['memory']['weights'] > 1e7"
+"$ditfleet" generate --model "$written" --prompt "a red circle" "${small[@]}" -o "$work/noise.png" >"$work/out" 2>&1 ||
+  fail "generate from a written checkpoint: $(<"$work/out")"
+[[ -s $work/noise.png ]] || fail "no picture from a written checkpoint"
+before=$(cd "$written" && find . -type f -exec sha256sum {} + | sort)
+expect 2 "holds scheduler_config.json already; nothing is overwritten" --architecture demo --write-checkpoint "$written"
+[[ $(cd "$written" && find . -type f -exec sha256sum {} + | sort) == "$before" ]] || fail "a model was overwritten"
+mkdir "$work/beside" && cp -r "$model/tokenizer" "$model/tokenizer_2" "$work/beside"
+expect 0 '"missing":[]' --architecture demo --write-checkpoint "$work/beside" --json
+check "d['architecture'] == 'demo' and d['bytes'] > 1e7 and d['seconds'] > 0"
+mkdir "$work/half" && cp -r "$model/tokenizer" "$work/half"
+for dir in full half; do # room for the text encoders alone
+  (trap '' XFSZ && ulimit -f 4000 && expect 1 "cannot be written (File too large)" --architecture demo \
+    --write-checkpoint "$work/$dir") || exit 1
+done
+[[ ! -e $work/full && $(ls "$work/half") == tokenizer ]] ||
+  fail "half a checkpoint was left: $(find "$work"/{full,half})"
+expect 1 "nowhere/at/all: cannot be made" --architecture demo --write-checkpoint "$work/nowhere/at/all"
+expect 2 "it may be flux.1-dev, flux.1-schnell, demo" --architecture sdxl --write-checkpoint "$work/sdxl"
+[[ ! -e $work/sdxl ]] || fail "a directory was left for an architecture that is not known"
+expect 2 "--write-checkpoint writes an architecture: it goes with --architecture NAME" --write-checkpoint "$work/none"
+expect 2 "--write-checkpoint writes an architecture: it goes with --architecture NAME" --model "$model" \
+  --write-checkpoint "$work/none"
+
 # ---- the peer: a script that answers as the real one does, one that has no PyTorch, one that fails
 cat >"$work/peer.py" <<'PEER'
 import json, sys

@@ -1,4 +1,6 @@
 // Invented weights: numbers like a model's, the same everywhere; architectures of exactly the published sizes.
+#include <fcntl.h>
+#include <jansson.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -8,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -125,7 +128,7 @@ static void leave(struct loaded *l)
     kernels_cpu.close(l->device);
     invention_free(l->invention);
     architecture_remove(l->dir);
-    assert_int_not_equal(access(l->dir, F_OK), 0);
+    assert_int_equal(rmdir(l->dir), 0); // nothing else is in it
 }
 
 // Parameters of the published checkpoints, of what is read of them: the VAE's decoder alone.
@@ -171,8 +174,116 @@ static void vectors(void **state)
         assert_true(fabsf(bf16_to_f32(((uint16_t *)beta.data)[i])) < 0.1F);
     }
     assert_int_equal(weights_bytes(w), 400);
+    assert_true(weights_has(w, "norm.bias"));
+    assert_false(weights_has(w, "norm"));
     weights_free(w);
     invention_free(v);
+}
+
+// Each tensor that the file's header names, as the file has it and as it is invented. *bytes: of all.
+static void compare(const struct weights *file, struct weights *invented, json_t *header, int64_t *bytes)
+{
+    const char *name;
+    json_t *info;
+    *bytes = 0;
+    json_object_foreach(header, name, info)
+    {
+        struct tensor a, b;
+        struct err err = {.code = ERR_NONE};
+        int64_t n[4] = {1, 1, 1, 1};
+        const json_t *shape = json_object_get(info, "shape");
+        const int dims = (int)json_array_size(shape);
+        for (int i = 0; i < dims; i++)
+            n[i] = json_integer_value(json_array_get(shape, (size_t)i));
+        if (strcmp(name, "__metadata__") == 0)
+            continue;
+        assert_int_equal(weights_get((struct weights *)file, &a, dims, n[0], n[1], n[2], n[3], &err, "%s", name), 0);
+        assert_int_equal(weights_get(invented, &b, dims, n[0], n[1], n[2], n[3], &err, "%s", name), 0);
+        assert_int_equal(a.dtype, DT_BF16);
+        assert_int_equal(tensor_bytes(a), tensor_bytes(b));
+        assert_memory_equal(a.data, b.data, tensor_bytes(a));
+        *bytes += (int64_t)tensor_bytes(a);
+    }
+}
+
+static json_t *header_of(const char *path)
+{
+    uint64_t length = 0;
+    FILE *f = fopen(path, "rbe");
+    assert_non_null(f);
+    assert_int_equal(fread(&length, sizeof length, 1, f), 1);
+    json_t *header = json_loadf(f, JSON_DISABLE_EOF_CHECK, NULL);
+    fclose(f);
+    assert_non_null(header);
+    return header;
+}
+
+static void expect_part(const struct loaded *l, enum model_part part, const char *stem, const struct weights *w)
+{
+    const struct home home = {.invention = l->invention};
+    struct weights *file, *invented;
+    struct err err = {.code = ERR_NONE};
+    char dir[128], path[256];
+    int64_t bytes;
+    snprintf(dir, sizeof dir, "%s/%s", l->dir, model_part_name(part));
+    snprintf(path, sizeof path, "%s/%s.safetensors", dir, stem);
+    if (weights_open(dir, stem, NULL, &file, &err) != 0)
+        fail_msg("%s", err.text);
+    assert_int_equal(weights_open(dir, stem, &home, &invented, &err), 0);
+    json_t *header = header_of(path);
+    compare(file, invented, header, &bytes);
+    assert_true(bytes > 0);
+    assert_int_equal(bytes, weights_bytes(file));
+    assert_int_equal(bytes, weights_bytes(w));
+    json_decref(header);
+    weights_free(file);
+    weights_free(invented);
+    unlink(path);
+}
+
+// A model that computes with invented weights saves them as they were invented: convolutions as files have them.
+static void written(void **state)
+{
+    (void)state;
+    struct loaded l = load("demo");
+    struct err err = {.code = ERR_NONE};
+    char path[128];
+    snprintf(path, sizeof path, "%s/transformer/diffusion_pytorch_model.safetensors", l.dir);
+    const int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    assert_true(fd >= 0);
+    close(fd);
+    assert_int_equal(model_save(l.model, l.dir, &err), ERR_INVALID);
+    assert_non_null(strstr(err.text, path));
+    assert_int_equal(unlink(path), 0); // what was there has stayed, what was written has gone
+    if (model_save(l.model, l.dir, &err) != 0)
+        fail_msg("%s", err.text);
+    expect_part(&l, PART_CLIP, "model", clip_weights(l.model->clip));
+    expect_part(&l, PART_T5, "model", t5_weights(l.model->t5));
+    expect_part(&l, PART_DIT, "diffusion_pytorch_model", flux_weights(l.model->dit));
+    expect_part(&l, PART_VAE, "diffusion_pytorch_model", vae_weights(l.model->vae));
+    leave(&l);
+}
+
+// A directory that has something of a model keeps it, and gets nothing.
+static void occupied(void **state)
+{
+    (void)state;
+    char dir[] = "/tmp/test-invent-XXXXXX", path[64];
+    struct err err = {.code = ERR_NONE};
+    size_t largest;
+    assert_non_null(mkdtemp(dir));
+    assert_int_equal(architecture_write("demo", dir, &largest, &err), 0);
+    assert_int_equal(architecture_write("demo", dir, &largest, &err), ERR_INVALID);
+    assert_non_null(strstr(err.text, "scheduler: holds scheduler_config.json already; nothing is overwritten"));
+    snprintf(path, sizeof path, "%s/vae/config.json", dir);
+    assert_int_equal(access(path, F_OK), 0);
+    architecture_remove(dir);
+    snprintf(path, sizeof path, "%s/ditfleet.json", dir);
+    assert_int_equal(mkdir(path, 0700), 0);
+    assert_int_equal(architecture_write("demo", dir, &largest, &err), ERR_INVALID);
+    assert_non_null(strstr(err.text, "ditfleet.json: is there already; nothing is overwritten"));
+    assert_int_equal(rmdir(path), 0);
+    assert_int_equal(rmdir(dir), 0);
 }
 
 static void unknown(void **state)
@@ -188,8 +299,8 @@ static void unknown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(numbers), cmocka_unit_test(places),  cmocka_unit_test(ids),
-        cmocka_unit_test(sizes),   cmocka_unit_test(vectors), cmocka_unit_test(unknown),
+        cmocka_unit_test(numbers), cmocka_unit_test(places),  cmocka_unit_test(ids),      cmocka_unit_test(sizes),
+        cmocka_unit_test(vectors), cmocka_unit_test(written), cmocka_unit_test(occupied), cmocka_unit_test(unknown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -7,9 +7,11 @@
 
 #include <cmocka.h>
 #include <ftw.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -273,6 +275,69 @@ static void fingerprints(void **state)
     assert_memory_not_equal(a, c, 32);
 }
 
+// ---- writing
+
+static uint64_t header_length(const char *name)
+{
+    uint8_t bytes[8];
+    uint64_t length = 0;
+    FILE *f = fopen(in_folder(name), "rbe");
+    assert_non_null(f);
+    assert_int_equal(fread(bytes, 1, sizeof bytes, f), sizeof bytes);
+    fclose(f);
+    for (int i = 7; i >= 0; i--)
+        length = length << 8 | bytes[i];
+    return length;
+}
+
+// What was saved is what was opened, whatever it was opened from.
+static void saved(void **state)
+{
+    (void)state;
+    put_shards();
+    put_text(INDEX, "{\"weight_map\":{\"a\":\"one.safetensors\",\"b\":\"one.safetensors\",\"c\":\"two.safetensors\"}}");
+    struct err err = {.code = ERR_NONE};
+    struct weights *w = opened(), *copy;
+    if (weights_save(w, folder, "copy", &err) != 0)
+        fail_msg("%s", err.text);
+    assert_int_equal(header_length("copy.safetensors") % 8, 0);
+    assert_int_equal(weights_open(folder, "copy", NULL, &copy, &err), 0);
+    expect_three(copy);
+    weights_free(copy);
+    put_text("copy.safetensors", "mine");
+    assert_int_equal(weights_save(w, folder, "copy", &err), ERR_INVALID);
+    expect_error(&err, ERR_INVALID, "copy.safetensors", "is there already", NULL);
+    assert_int_equal(access(in_folder("copy.safetensors"), F_OK), 0);
+    weights_free(w);
+}
+
+// A file system that ends within the header, within a tensor, or is not there.
+static void unwritable(void **state)
+{
+    (void)state;
+    struct err err = {.code = ERR_NONE};
+    struct rlimit before, small;
+    put_tensors("model.safetensors", THREE, forty, sizeof forty);
+    struct weights *w = opened();
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &before), 0);
+    signal(SIGXFSZ, SIG_IGN);
+    for (rlim_t room = 0; room < 240; room += 30) {
+        small = (struct rlimit){.rlim_cur = room, .rlim_max = before.rlim_max};
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+        const int rc = weights_save(w, folder, "copy", &err);
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &before), 0);
+        assert_int_equal(rc, ERR_IO);
+        expect_error(&err, ERR_IO, "copy.safetensors: cannot be written (File too large)", "room for 40 bytes", NULL);
+        assert_int_not_equal(access(in_folder("copy.safetensors"), F_OK), 0);
+    }
+    signal(SIGXFSZ, SIG_DFL);
+    assert_int_equal(weights_save(w, in_folder("nowhere"), "copy", &err), ERR_IO);
+    expect_error(&err, ERR_IO, "nowhere/copy.safetensors", "No such file or directory", NULL);
+    assert_int_equal(symlink("/dev/full", in_folder("copy.safetensors")), 0);
+    assert_int_equal(weights_save(w, folder, "copy", &err), ERR_INVALID); // not through a link
+    weights_free(w);
+}
+
 // ---- what does not fit the model
 
 static void wrong_tensors(void **state)
@@ -487,7 +552,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(single),       TEST(misaligned),    TEST(sharded),     TEST(empty_tensors), TEST(layers),
         TEST(fingerprints), TEST(wrong_tensors), TEST(bad_headers), TEST(lying_lengths), TEST(truncated),
-        TEST(not_files),    TEST(bad_indexes),   TEST(mutated),
+        TEST(not_files),    TEST(bad_indexes),   TEST(mutated),     TEST(saved),         TEST(unwritable),
     };
     return cmocka_run_group_tests(tests, NULL, tear_down);
 }
