@@ -8,7 +8,7 @@
 #include "kernels/kernels.h"
 
 // "cpu", "cuda" or "dry". A loaded module stays for the life of the process. ERR_INVALID: no such name;
-// ERR_UNSUPPORTED: its module is not there or cannot be loaded, and why.
+// ERR_NOT_FOUND: this build has no such module; ERR_UNSUPPORTED: it cannot be loaded, and why.
 int backend_find(const char *name, const struct kernels **out, struct err *err);
 
 #endif

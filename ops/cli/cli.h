@@ -26,7 +26,8 @@ struct cli_command {
     bool local; // its job never travels: the fields that say how and where to are no flags of it
 };
 
-extern const struct cli_command cli_generate, cli_submit, cli_show, cli_cancel, cli_status, cli_tenant, cli_bench;
+extern const struct cli_command cli_generate, cli_submit, cli_show, cli_cancel, cli_status, cli_tenant, cli_bench,
+    cli_doctor;
 
 enum cli_kind { CLI_STRING, CLI_INT, CLI_DOUBLE, CLI_BOOL };
 
