@@ -1,12 +1,12 @@
-// device.c: the cuda device: open, memory, transfers, weights, the small operations, and the table itself.
+// device.c: the cuda device: open, memory, transfers, the small operations, and the table itself.
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/graph.h"
+#include "kernels/cuda/loader.h"
 
 #include <stdlib.h>
 
-enum { OLDEST = 80, E4M3_SINCE = 89 }; // compute capability, tens and ones
-enum { E4M3_MULTIPLE = 16 };           // that the library's products of E4M3 want of n and k
+enum { OLDEST = 80 }; // compute capability, tens and ones
 static const int64_t STAGE_BYTES = 64 << 20;
 
 // ---- errors
@@ -65,9 +65,10 @@ bool cuda_launched(struct device *d, const char *op)
     return cuda_ok(d, cudaGetLastError(), op);
 }
 
-void cuda_enter(const struct device *d)
+void cuda_enter(struct device *d)
 {
     cudaSetDevice(d->gpu);
+    loader_wait(d);
 }
 
 bool cuda_capturing(const struct device *d)
@@ -101,7 +102,8 @@ static void cuda_close(struct device *d)
 {
     if (!d)
         return;
-    cuda_enter(d);
+    cudaSetDevice(d->gpu);
+    loader_free(d->loader);
     if (d->stream)
         cudaStreamSynchronize(d->stream);
     cuda_profile_end(d, NULL, NULL);
@@ -218,11 +220,11 @@ static void cuda_cost(struct device *d, struct kernel_cost *out)
 
 // ---- memory
 
-static int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
+int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
 {
     size_t available = 0, total = 0;
     *out = NULL;
-    cuda_enter(d);
+    cudaSetDevice(d->gpu);
     cudaError_t e = bytes > SIZE_MAX / 2 ? cudaErrorMemoryAllocation : cudaMalloc(out, bytes ? bytes : 1);
     if (e == cudaSuccess)
         return 0;
@@ -248,30 +250,11 @@ static void cuda_memory(struct device *d, size_t *available, size_t *total)
         *available = *total = 0;
 }
 
-static bool is_half(enum dtype type)
-{
-    return type == DT_BF16 || type == DT_F16;
-}
-
 // Rows of a tensor that a stage of the scratch memory holds as f32, 1 at least.
 static int64_t staged_rows(int64_t rows, int64_t row)
 {
     int64_t fit = STAGE_BYTES / (row * 4);
     return min64(rows, fit > 0 ? fit : 1);
-}
-
-static int64_t rows_of(struct tensor t) // a vector is one row
-{
-    return t.dims == 1 ? 1 : t.n[0];
-}
-
-// Rows from.. of t as a matrix of `row` columns.
-static struct tensor matrix_rows(struct tensor t, int64_t row, int64_t from, int64_t rows)
-{
-    struct tensor m = tensor_2d((char *)t.data + from * t.ld * (int64_t)dtype_size(t.dtype), t.dtype, rows, row);
-    m.ld = t.dims == 1 ? row : t.ld;
-    m.scale = t.scale ? t.scale + from : NULL;
-    return m;
 }
 
 static void cuda_upload(struct device *d, struct tensor dst, const void *host)
@@ -331,146 +314,6 @@ static void cuda_download(struct device *d, void *host, struct tensor src)
             return;
     }
     cuda_ok(d, cudaStreamSynchronize(d->stream), "download");
-}
-
-// ---- weights
-
-// Memory that lives as long as the device.
-static int keep(struct device *d, size_t bytes, void **out, struct err *err)
-{
-    if (d->n_placed == d->room_placed) {
-        size_t room = d->room_placed ? 2 * d->room_placed : 256;
-        void **list = realloc(d->placed, room * sizeof *list);
-        if (!list)
-            return err_set(err, ERR_NO_MEMORY, "no memory for a list of %zu weights", room);
-        d->placed = list;
-        d->room_placed = room;
-    }
-    TRY(cuda_alloc(d, bytes, out, err));
-    d->placed[d->n_placed++] = *out;
-    return 0;
-}
-
-// dst = src in host (or device) memory, converted on the device when their types differ.
-static int bring(struct device *d, struct tensor dst, struct tensor src, struct err *err)
-{
-    int64_t rows = rows_of(src), row = tensor_count(src) / rows, size = (int64_t)dtype_size(src.dtype);
-    if (dst.dtype == src.dtype) {
-        cuda_ok(d,
-                cudaMemcpy2DAsync(dst.data, (size_t)(row * size), src.data,
-                                  (size_t)((src.dims == 1 ? row : src.ld) * size), (size_t)(row * size), (size_t)rows,
-                                  cudaMemcpyDefault, d->stream),
-                "placing a weight");
-        return check_report(&d->check, err);
-    }
-    for (int64_t some = staged_rows(rows, row), i = 0; i < rows; i += some) {
-        struct tensor to = matrix_rows(dst, row, i, min64(some, rows - i));
-        struct tensor from = matrix_rows(src, row, i, to.n[0]), stage = tensor_2d(NULL, src.dtype, to.n[0], row);
-        stage.data = cuda_scratch(d, SLOT_OPERAND, (size_t)(some * row * size));
-        if (!stage.data ||
-            !cuda_ok(d,
-                     cudaMemcpy2DAsync(stage.data, (size_t)(row * size), from.data, (size_t)(from.ld * size),
-                                       (size_t)(row * size), (size_t)to.n[0], cudaMemcpyDefault, d->stream),
-                     "placing a weight"))
-            break;
-        if (to.dtype == DT_E4M3)
-            launch_quantise(d->stream, to, stage);
-        else
-            launch_convert(d->stream, to, stage);
-        cuda_launched(d, "placing a weight");
-    }
-    return check_report(&d->check, err);
-}
-
-static bool is_float(enum dtype type)
-{
-    return type == DT_F32 || is_half(type);
-}
-
-static int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct err *err)
-{
-    TRY(check_report(&d->check, err));
-    cuda_enter(d);
-    bool convert = host.dims > 1 && is_float(host.dtype);
-    struct tensor t =
-        tensor_of(NULL, convert ? d->type : host.dtype, host.dims, host.n[0], host.n[1], host.n[2], host.n[3]);
-    if (host.dims == 1)
-        t.ld = 1;
-    if (tensor_none(host) || tensor_count(host) == 0) {
-        *out = host;
-        return 0;
-    }
-    TRY(keep(d, tensor_bytes(t), &t.data, err));
-    TRY(bring(d, t, host, err));
-    *out = t;
-    return 0;
-}
-
-// ERR_UNSUPPORTED where the GPU has no E4M3.
-static int check_e4m3(const struct device *d, struct err *err)
-{
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->gpu);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->gpu);
-    if (is_half(d->type) && major * 10 + minor >= E4M3_SINCE)
-        return 0;
-    return err_set(
-        err, ERR_UNSUPPORTED,
-        "fp8 asks for a GPU of compute capability 8.9 (RTX 40, H100) or newer and activations of bf16 or fp16, "
-        "here are %d.%d and %s: use precision bf16",
-        major, minor, dtype_name(d->type));
-}
-
-// Undefined weights of one part; the factors of E4M3 lie behind the numbers, in the same block.
-static int keep_linear(struct device *d, struct linear *one, enum dtype type, bool bias, struct err *err)
-{
-    const size_t numbers = (size_t)(one->n * one->k) * dtype_size(type);
-    one->w[0] = tensor_2d(NULL, type, one->n, one->k);
-    TRY(keep(d, numbers + (type == DT_E4M3 ? (size_t)one->n * sizeof(float) : 0), &one->w[0].data, err));
-    if (type == DT_E4M3)
-        one->w[0].scale = (float *)((char *)one->w[0].data + numbers);
-    if (!bias)
-        return 0;
-    one->b[0] = tensor_1d(NULL, d->type, one->n);
-    TRY(keep(d, tensor_bytes(one->b[0]), &one->b[0].data, err));
-    launch_copy(d->stream, one->b[0], (struct tensor){0});
-    return 0;
-}
-
-// All parts in one; rows without a bias get zeros when another part has one.
-static int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
-{
-    TRY(check_report(&d->check, err));
-    cuda_enter(d);
-    if (type == DT_E4M3)
-        TRY(check_e4m3(d, err));
-    struct linear one = {.parts = 1, .n = w->n, .k = w->k};
-    bool bias = false;
-    for (int i = 0; i < w->parts; i++)
-        bias |= !tensor_none(w->b[i]);
-    const bool e4m3 = type == DT_E4M3 && w->n % E4M3_MULTIPLE == 0 && w->k % E4M3_MULTIPLE == 0;
-    TRY(keep_linear(d, &one, e4m3 ? DT_E4M3 : d->type, bias, err));
-    for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
-        TRY(bring(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));
-        if (!tensor_none(w->b[i])) {
-            struct tensor flat = tensor_reshape(w->b[i], 1, w->w[i].n[0], 1, 1, 1);
-            flat.ld = 1;
-            TRY(bring(d, tensor_rows(one.b[0], row, w->w[i].n[0]), flat, err));
-        }
-    }
-    *w = one;
-    return 0;
-}
-
-static void cuda_displace(struct device *d, struct tensor placed)
-{
-    for (size_t i = 0; i < d->n_placed; i++)
-        if (d->placed[i] == placed.data) {
-            cuda_enter(d);
-            cudaFree(placed.data);
-            d->placed[i] = d->placed[--d->n_placed];
-            return;
-        }
 }
 
 // ---- operations of one launch

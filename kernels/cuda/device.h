@@ -36,6 +36,7 @@ struct device {
     int *bad;      // in host memory that kernels write: 1 when an id was outside its table
     void **placed; // weights
     size_t n_placed, room_placed;
+    struct loader *loader;     // loader.c: brings them; NULL until there are some
     struct products *products; // product.c: algorithms by shape
     struct plans *plans;       // graph.c: cuDNN plans by shape
 };
@@ -46,8 +47,8 @@ bool cuda_ok(struct device *d, cudaError_t e, const char *op);
 bool cuda_launched(struct device *d, const char *op);
 // At least `bytes` of the slot; NULL: the device has failed.
 void *cuda_scratch(struct device *d, enum slot slot, size_t bytes);
-// Makes the device's GPU the calling thread's.
-void cuda_enter(const struct device *d);
+// Before an operation: makes the device's GPU the calling thread's, and waits for weights that are still on their way.
+void cuda_enter(struct device *d);
 // Whether the stream is being captured into a graph: then nothing may be measured or allocated.
 bool cuda_capturing(const struct device *d);
 
@@ -62,6 +63,34 @@ static inline int64_t alignment_of(const void *p, int64_t stride)
     uintptr_t bits = (uintptr_t)p | (uintptr_t)stride | 16;
     return (int64_t)(bits & -bits);
 }
+
+// ---- tensors as rows
+static inline bool is_half(enum dtype type)
+{
+    return type == DT_BF16 || type == DT_F16;
+}
+
+static inline int64_t rows_of(struct tensor t) // a vector is one row
+{
+    return t.dims == 1 ? 1 : t.n[0];
+}
+
+// Rows from.. of t as a matrix of `row` columns.
+static inline struct tensor matrix_rows(struct tensor t, int64_t row, int64_t from, int64_t rows)
+{
+    struct tensor m = tensor_2d((char *)t.data + from * t.ld * (int64_t)dtype_size(t.dtype), t.dtype, rows, row);
+    m.ld = t.dims == 1 ? row : t.ld;
+    m.scale = t.scale ? t.scale + from : NULL;
+    return m;
+}
+
+// ---- device.c
+int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err);
+
+// ---- place.c
+int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct err *err);
+int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err);
+void cuda_displace(struct device *d, struct tensor placed);
 
 // ---- product.c
 // y[b] (m, n) = act(x[b] (m, k) w[b] + bias): through cuBLASLt, or a plain kernel where it has no algorithm. x and w

@@ -1,0 +1,110 @@
+// place.c: weights from host memory to the device.
+#include "kernels/cuda/loader.h"
+
+#include <stdlib.h>
+
+enum { E4M3_SINCE = 89 };    // compute capability, tens and ones
+enum { E4M3_MULTIPLE = 16 }; // that the library's products of E4M3 want of n and k
+// Memory that lives as long as the device.
+static int keep(struct device *d, size_t bytes, void **out, struct err *err)
+{
+    if (d->n_placed == d->room_placed) {
+        size_t room = d->room_placed ? 2 * d->room_placed : 256;
+        void **list = realloc(d->placed, room * sizeof *list);
+        if (!list)
+            return err_set(err, ERR_NO_MEMORY, "no memory for a list of %zu weights", room);
+        d->placed = list;
+        d->room_placed = room;
+    }
+    TRY(cuda_alloc(d, bytes, out, err));
+    d->placed[d->n_placed++] = *out;
+    return 0;
+}
+
+static bool is_float(enum dtype type)
+{
+    return type == DT_F32 || is_half(type);
+}
+
+int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct err *err)
+{
+    TRY(check_report(&d->check, err));
+    bool convert = host.dims > 1 && is_float(host.dtype);
+    struct tensor t =
+        tensor_of(NULL, convert ? d->type : host.dtype, host.dims, host.n[0], host.n[1], host.n[2], host.n[3]);
+    if (host.dims == 1)
+        t.ld = 1;
+    if (tensor_none(host) || tensor_count(host) == 0) {
+        *out = host;
+        return 0;
+    }
+    TRY(keep(d, tensor_bytes(t), &t.data, err));
+    TRY(loader_put(d, t, host, err));
+    *out = t;
+    return 0;
+}
+
+// ERR_UNSUPPORTED where the GPU has no E4M3.
+static int check_e4m3(const struct device *d, struct err *err)
+{
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->gpu);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->gpu);
+    if (is_half(d->type) && major * 10 + minor >= E4M3_SINCE)
+        return 0;
+    return err_set(
+        err, ERR_UNSUPPORTED,
+        "fp8 asks for a GPU of compute capability 8.9 (RTX 40, H100) or newer and activations of bf16 or fp16, "
+        "here are %d.%d and %s: use precision bf16",
+        major, minor, dtype_name(d->type));
+}
+
+// Undefined weights of one part; the factors of E4M3 lie behind the numbers, in the same block.
+static int keep_linear(struct device *d, struct linear *one, enum dtype type, bool bias, struct err *err)
+{
+    const size_t numbers = (size_t)(one->n * one->k) * dtype_size(type);
+    one->w[0] = tensor_2d(NULL, type, one->n, one->k);
+    TRY(keep(d, numbers + (type == DT_E4M3 ? (size_t)one->n * sizeof(float) : 0), &one->w[0].data, err));
+    if (type == DT_E4M3)
+        one->w[0].scale = (float *)((char *)one->w[0].data + numbers);
+    if (!bias)
+        return 0;
+    one->b[0] = tensor_1d(NULL, d->type, one->n);
+    TRY(keep(d, tensor_bytes(one->b[0]), &one->b[0].data, err));
+    return 0;
+}
+
+// All parts in one; rows without a bias get zeros when another part has one.
+int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
+{
+    TRY(check_report(&d->check, err));
+    if (type == DT_E4M3)
+        TRY(check_e4m3(d, err));
+    struct linear one = {.parts = 1, .n = w->n, .k = w->k};
+    bool bias = false;
+    for (int i = 0; i < w->parts; i++)
+        bias |= !tensor_none(w->b[i]);
+    const bool e4m3 = type == DT_E4M3 && w->n % E4M3_MULTIPLE == 0 && w->k % E4M3_MULTIPLE == 0;
+    TRY(keep_linear(d, &one, e4m3 ? DT_E4M3 : d->type, bias, err));
+    for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
+        struct tensor b = bias ? tensor_rows(one.b[0], row, w->w[i].n[0]) : (struct tensor){0};
+        TRY(loader_put(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));
+        if (!tensor_none(w->b[i]))
+            TRY(loader_put(d, b, w->b[i], err));
+        else if (bias)
+            cuda_ok(d, cudaMemsetAsync(b.data, 0, tensor_bytes(b), d->stream), "placing a weight");
+    }
+    *w = one;
+    return 0;
+}
+
+void cuda_displace(struct device *d, struct tensor placed)
+{
+    for (size_t i = 0; i < d->n_placed; i++)
+        if (d->placed[i] == placed.data) {
+            cuda_enter(d);
+            cudaFree(placed.data);
+            d->placed[i] = d->placed[--d->n_placed];
+            return;
+        }
+}
