@@ -144,8 +144,11 @@ void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor
 }
 
 // ---- adaLN: [residual and] norm and modulation in one pass over memory
+//
+// What bounds it after memory is how many instructions a row takes. So a few threads share a row, and what they have to
+// say to each other is paid for once by each of many numbers.
 
-enum { MOD_THREADS = 1024, MOD_V = 8 };
+enum { MOD_THREADS = 128, MOD_WARPS = MOD_THREADS / WARP, MOD_V = 8, MOD_STEP = MOD_THREADS * MOD_V, MOD_MOST = 8 };
 
 template <typename T> struct mod_of {
     T *x;
@@ -153,58 +156,37 @@ template <typename T> struct mod_of {
     void *y;
     float *y_scale;
     int64_t x_ld, update_ld, y_ld;
+    int n;
     float eps;
 };
 
-struct moments { // of some numbers: their mean, the sum of squared distances from it
-    float mean, m2;
-};
-
-// Moments of a row to which every thread brings as many numbers, `own`: merged pairwise (Chan, Golub & LeVeque 1979),
-// which loses nothing to a mean far from 0, in one exchange between the warps. shared holds a moments a warp.
-__device__ static moments merge_block(moments m, float own, moments *shared)
+// Every thread gets the result. shared holds a number a warp, and is for this one call.
+template <typename O> __device__ static float across(float v, float *shared)
 {
-    for (int i = 1; i < WARP; i *= 2, own *= 2) {
-        float mean = __shfl_xor_sync(~0u, m.mean, i), m2 = __shfl_xor_sync(~0u, m.m2, i), apart = m.mean - mean;
-        m = {0.5f * (m.mean + mean), m.m2 + m2 + apart * apart * (0.5f * own)};
-    }
+    v = warp_reduce<O>(v);
     if (threadIdx.x % WARP == 0)
-        shared[threadIdx.x / WARP] = m;
+        shared[threadIdx.x / WARP] = v;
     __syncthreads();
-    int warps = (int)blockDim.x / WARP;
-    float mean = 0, m2 = 0;
-    for (int i = 0; i < warps; i++)
-        mean += shared[i].mean;
-    mean /= (float)warps;
-    for (int i = 0; i < warps; i++)
-        m2 += shared[i].m2 + (shared[i].mean - mean) * (shared[i].mean - mean) * own;
-    return {mean, m2};
+    v = shared[0];
+#pragma unroll
+    for (int i = 1; i < MOD_WARPS; i++)
+        v = O::of(v, shared[i]);
+    return v;
 }
 
-__device__ static moments moments_of(const float (&v)[MOD_V])
+// x + gate * update, rounded as the residual is kept.
+template <typename T> __device__ static void add_update(pack<T, MOD_V> &x, const T *gate, const pack<T, MOD_V> &update)
 {
-    moments m = {0, 0};
+    const pack<T, MOD_V> g = *reinterpret_cast<const pack<T, MOD_V> *>(gate);
+    float v[MOD_V];
 #pragma unroll
     for (int j = 0; j < MOD_V; j++)
-        m.mean += v[j];
-    m.mean *= 1.f / MOD_V;
-#pragma unroll
-    for (int j = 0; j < MOD_V; j++)
-        m.m2 += (v[j] - m.mean) * (v[j] - m.mean);
-    return m;
+        v[j] = to_f32(x.v[j]) + to_f32(g.v[j]) * to_f32(update.v[j]);
+    store(x.v, v);
 }
 
-// The row's numbers as E4M3, its largest magnitude at the type's largest, 448.
-__device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[MOD_V], float *shared)
+__device__ static void store_e4m3(uint8_t *y, const float (&v)[MOD_V], float inverse)
 {
-    float top = 0;
-#pragma unroll
-    for (int j = 0; j < MOD_V; j++)
-        top = fmaxf(top, fabsf(v[j]));
-    top = block_reduce<largest>(top, shared);
-    float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
-    if (threadIdx.x == 0)
-        *scale = factor;
     pack<__nv_fp8x2_storage_t, MOD_V / 2> out;
 #pragma unroll
     for (int j = 0; j < MOD_V; j += 2)
@@ -212,64 +194,118 @@ __device__ static void store_e4m3(uint8_t *y, float *scale, const float (&v)[MOD
     *reinterpret_cast<decltype(out) *>(y) = out;
 }
 
-// A block a row, a vector a thread. All that a thread reads is asked for before anything is used.
-template <typename T, bool UPDATE, bool E4M3> __global__ void __launch_bounds__(MOD_THREADS) mod_kernel(mod_of<T> p)
+// The row's numbers as E4M3, its largest magnitude at the type's largest, 448.
+template <int R>
+__device__ static void store_row_e4m3(uint8_t *y, float *scale, const float (&v)[R][MOD_V], int at, int n, float *shared)
 {
-    __shared__ moments shared[MOD_THREADS / WARP];
-    __shared__ float tops[MOD_THREADS / WARP];
+    float top = 0;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < MOD_V; j++)
+            top = at + r * MOD_STEP < n ? fmaxf(top, fabsf(v[r][j])) : top;
+    top = across<largest>(top, shared);
+    const float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
+    if (threadIdx.x == 0)
+        *scale = factor;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        if (at + r * MOD_STEP < n)
+            store_e4m3(y + at + r * MOD_STEP, v[r], inverse);
+}
+
+// A block a row, R vectors a thread. All that comes from far away is asked for before anything is used.
+template <typename T, int R, bool UPDATE, bool E4M3>
+__global__ void __launch_bounds__(MOD_THREADS) mod_kernel(mod_of<T> p)
+{
+    __shared__ float shared[3][MOD_WARPS];
     typedef pack<T, MOD_V> vector;
-    const int64_t r = blockIdx.x;
-    const int at = (int)threadIdx.x * MOD_V;
-    vector x = *reinterpret_cast<const vector *>(p.x + r * p.x_ld + at), u, g;
+    const int64_t row = blockIdx.x;
+    const int at = (int)threadIdx.x * MOD_V, n = p.n;
+    T *const x = p.x + row * p.x_ld;
+    vector kept[R], update[R];
+    float v[R][MOD_V] = {}, sum = 0, square = 0;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        if (at + r * MOD_STEP < n)
+            kept[r] = *reinterpret_cast<const vector *>(x + at + r * MOD_STEP);
     if (UPDATE) {
-        u = *reinterpret_cast<const vector *>(p.update + r * p.update_ld + at);
-        g = *reinterpret_cast<const vector *>(p.gate + at);
-    }
-    const vector scale = *reinterpret_cast<const vector *>(p.scale + at),
-                 shift = *reinterpret_cast<const vector *>(p.shift + at);
-    float v[MOD_V];
 #pragma unroll
-    for (int j = 0; j < MOD_V; j++) {
-        if (UPDATE) // rounded as the residual is kept
-            x.v[j] = from_f32<T>(to_f32(x.v[j]) + to_f32(g.v[j]) * to_f32(u.v[j]));
-        v[j] = to_f32(x.v[j]);
+        for (int r = 0; r < R; r++)
+            if (at + r * MOD_STEP < n)
+                update[r] = *reinterpret_cast<const vector *>(p.update + row * p.update_ld + at + r * MOD_STEP);
     }
-    if (UPDATE)
-        *reinterpret_cast<vector *>(p.x + r * p.x_ld + at) = x;
-    moments m = merge_block(moments_of(v), MOD_V, shared);
-    float rstd = rsqrtf(m.m2 / (float)(blockDim.x * MOD_V) + p.eps);
 #pragma unroll
-    for (int j = 0; j < MOD_V; j++)
-        v[j] = (v[j] - m.mean) * rstd * (1 + to_f32(scale.v[j])) + to_f32(shift.v[j]);
+    for (int r = 0; r < R; r++) {
+        if (at + r * MOD_STEP >= n)
+            continue;
+        if (UPDATE) {
+            add_update(kept[r], p.gate + at + r * MOD_STEP, update[r]);
+            *reinterpret_cast<vector *>(x + at + r * MOD_STEP) = kept[r];
+        }
+#pragma unroll
+        for (int j = 0; j < MOD_V; j++)
+            sum += v[r][j] = to_f32(kept[r].v[j]);
+    }
+    const float mean = across<add>(sum, shared[0]) / (float)n;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < MOD_V; j++) {
+            v[r][j] -= mean;
+            square += at + r * MOD_STEP < n ? v[r][j] * v[r][j] : 0;
+        }
+    const float rstd = rsqrtf(across<add>(square, shared[1]) / (float)n + p.eps);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        const int i = at + r * MOD_STEP;
+        if (i >= n)
+            continue;
+        const vector scale = *reinterpret_cast<const vector *>(p.scale + i),
+                     shift = *reinterpret_cast<const vector *>(p.shift + i);
+#pragma unroll
+        for (int j = 0; j < MOD_V; j++)
+            v[r][j] = v[r][j] * rstd * (1 + to_f32(scale.v[j])) + to_f32(shift.v[j]);
+        if (!E4M3)
+            store((T *)p.y + row * p.y_ld + i, v[r]);
+    }
     if (E4M3)
-        store_e4m3((uint8_t *)p.y + r * p.y_ld + at, p.y_scale + r, v, tops);
+        store_row_e4m3((uint8_t *)p.y + row * p.y_ld, p.y_scale + row, v, at, n, shared[2]);
+}
+
+template <typename T, int R>
+static void mod_rows(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual, bool e4m3)
+{
+    const unsigned blocks = (unsigned)rows;
+    if (residual && e4m3)
+        mod_kernel<T, R, true, true><<<blocks, MOD_THREADS, 0, s>>>(p);
+    else if (residual)
+        mod_kernel<T, R, true, false><<<blocks, MOD_THREADS, 0, s>>>(p);
+    else if (e4m3)
+        mod_kernel<T, R, false, true><<<blocks, MOD_THREADS, 0, s>>>(p);
     else
-        store((T *)p.y + r * p.y_ld + at, v);
+        mod_kernel<T, R, false, false><<<blocks, MOD_THREADS, 0, s>>>(p);
 }
 
 template <typename T>
-static void mod_rows(cudaStream_t s, const mod_of<T> &p, int64_t rows, int64_t n, bool residual, bool e4m3)
+static void mod_any(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual, bool e4m3)
 {
-    unsigned blocks = (unsigned)rows, threads = (unsigned)(n / MOD_V);
-    if (residual && e4m3)
-        mod_kernel<T, true, true><<<blocks, threads, 0, s>>>(p);
-    else if (residual)
-        mod_kernel<T, true, false><<<blocks, threads, 0, s>>>(p);
-    else if (e4m3)
-        mod_kernel<T, false, true><<<blocks, threads, 0, s>>>(p);
-    else
-        mod_kernel<T, false, false><<<blocks, threads, 0, s>>>(p);
+    const int64_t r = ceil_div(p.n, MOD_STEP);
+    (r <= 1   ? mod_rows<T, 1>
+     : r <= 2 ? mod_rows<T, 2>
+     : r <= 3 ? mod_rows<T, 3>
+     : r <= 4 ? mod_rows<T, 4>
+              : mod_rows<T, MOD_MOST>)(s, p, rows, residual, e4m3);
 }
 
-// Rows that whole warps share out evenly, and vectors of the rows' own type.
+// Rows of whole vectors, of the rows' own type.
 static bool mod_takes(const struct modulation *m)
 {
     const struct tensor all[] = {m->x, m->update, m->gate, m->scale, m->shift};
     for (struct tensor t : all)
         if (!tensor_none(t) && (t.dtype != m->x.dtype || !wide(t, MOD_V)))
             return false;
-    return m->x.dtype != DT_F32 && m->x.n[1] % (MOD_V * WARP) == 0 && m->x.n[1] <= MOD_THREADS * MOD_V &&
-           wide(m->y, MOD_V);
+    return m->x.dtype != DT_F32 && m->x.n[1] % MOD_V == 0 && m->x.n[1] <= MOD_STEP * MOD_MOST && wide(m->y, MOD_V);
 }
 
 bool launch_modulate(cudaStream_t s, const struct modulation *m)
@@ -290,14 +326,17 @@ bool launch_modulate(cudaStream_t s, const struct modulation *m)
                            m->x.ld,
                            m->update.ld,
                            m->y.ld,
+                           (int)m->x.n[1],
                            m->eps};
-            mod_rows<T>(s, p, m->x.n[0], m->x.n[1], residual, m->y.dtype == DT_E4M3);
+            mod_any<T>(s, p, m->x.n[0], residual, m->y.dtype == DT_E4M3);
         }
     });
     return true;
 }
 
 // ---- queries and keys
+
+enum { QK_THREADS = 128, QK_HEADS = 3 }; // heads that a thread has under way
 
 template <typename T> struct qk_of {
     T *x[2];
@@ -308,93 +347,95 @@ template <typename T> struct qk_of {
     float eps;
 };
 
-// Pairs that may lie at any address are read number by number.
-template <typename T, int V> __device__ static void load_pairs(float (&v)[V], const T *x)
-{
-    if constexpr (V > 2)
-        load(v, x);
-    else
-        for (int j = 0; j < V; j++)
-            v[j] = to_f32(x[j]);
-}
+// What the numbers 2i and 2i+1 of a head are multiplied by: cosines with the number's own gamma, sines with the other's.
+template <int V> struct turning {
+    float own[V], other[V];
+};
 
-// V numbers of a head, normalised and turned, go back to where they came from.
-template <typename T, int V>
-__device__ static void turn_pairs(T *x, const float (&v)[V], float rstd, const float (&g)[V], const float (&turn)[V])
+template <int V> __device__ static turning<V> turning_of(const float (&turn)[V], const float (&g)[V])
 {
-    float out[V];
+    turning<V> t;
 #pragma unroll
     for (int j = 0; j < V; j += 2) {
-        float a = v[j] * rstd * g[j], b = v[j + 1] * rstd * g[j + 1];
-        out[j] = a * turn[j] - b * turn[j + 1];
-        out[j + 1] = b * turn[j] + a * turn[j + 1];
+        t.own[j] = turn[j] * g[j];
+        t.other[j] = -turn[j + 1] * g[j + 1];
+        t.own[j + 1] = turn[j] * g[j + 1];
+        t.other[j + 1] = turn[j + 1] * g[j];
     }
-    if constexpr (V > 2)
-        store(x, out);
-    else
-        for (int j = 0; j < V; j++)
-            x[j] = from_f32<T>(out[j]);
+    return t;
 }
 
-template <int V> __device__ static void load_gamma(float (&g)[V], row gamma, int i)
+template <int V> __device__ static void normalise_and_turn(float (&v)[V], const turning<V> &t, float rstd)
 {
-    if constexpr (V > 2)
-        load_row(g, gamma, i);
-    else
-        for (int j = 0; j < V; j++)
-            g[j] = load_any(gamma.p, gamma.type, i + j);
-}
-
-// L lanes take a head of a row, its query and its key together: twice the loads under way, and one look at the angles.
-template <typename T, int V> __global__ void __launch_bounds__(256) qk_kernel(qk_of<T> p, int L)
-{
-    int head = (int)((blockIdx.y * blockDim.x + threadIdx.x) / (unsigned)L), lane = (int)threadIdx.x & (L - 1);
-    bool here = head < p.heads; // the others lend their lanes to the shuffles
-    int64_t r = blockIdx.x, at = here ? (int64_t)head * p.dim : 0;
-    T *q = p.x[0] + (here ? r * p.ld[0] : 0) + at, *k = p.x[1] + (here ? r * p.ld[1] : 0) + at;
-    const float *rope = p.rope + r * p.rope_ld;
-    float vq[V], vk[V], turn[V], gq[V], gk[V], q2 = 0, k2 = 0;
-    for (int i = lane * V; here && i < p.dim; i += L * V) {
-        load_pairs(vq, q + i);
-        load_pairs(vk, k + i);
-        load_pairs(turn, rope + i);
-        load_gamma(gq, p.gamma[0], i);
-        load_gamma(gk, p.gamma[1], i);
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            q2 += vq[j] * vq[j];
-            k2 += vk[j] * vk[j];
-        }
-    }
-    for (int i = L / 2; i; i /= 2) {
-        q2 += __shfl_xor_sync(~0u, q2, i);
-        k2 += __shfl_xor_sync(~0u, k2, i);
-    }
-    float q_rstd = 1 / sqrtf(q2 / (float)p.dim + p.eps), k_rstd = 1 / sqrtf(k2 / (float)p.dim + p.eps);
-    for (int i = lane * V; here && i < p.dim; i += L * V) {
-        if (p.dim > L * V) { // more than one round: read again
-            load_pairs(vq, q + i);
-            load_pairs(vk, k + i);
-            load_pairs(turn, rope + i);
-            load_gamma(gq, p.gamma[0], i);
-            load_gamma(gk, p.gamma[1], i);
-        }
-        turn_pairs(q + i, vq, q_rstd, gq, turn);
-        turn_pairs(k + i, vk, k_rstd, gk, turn);
+    for (int j = 0; j < V; j += 2) {
+        const float a = v[j] * rstd, b = v[j + 1] * rstd;
+        v[j] = a * t.own[j] + b * t.other[j];
+        v[j + 1] = b * t.own[j + 1] + a * t.other[j + 1];
     }
 }
 
-template <typename T, int V> static void qk_rows(cudaStream_t s, int64_t rows, const qk_of<T> &p)
+// 1 / sqrt(mean of squares + eps) of the head that L lanes share.
+template <int V> __device__ static float head_rstd(const float (&v)[V], int L, int dim, float eps)
 {
-    int lanes = 1;
-    while (lanes < WARP && lanes * V < p.dim)
-        lanes *= 2;
-    int64_t wanted = ceil_div(p.heads * lanes, WARP) * WARP, threads = wanted < 256 ? wanted : 256;
-    // Blocks of the size that leaves the fewest threads without a head.
-    if (wanted > 256 && wanted % 192 == 0)
-        threads = 192;
-    dim3 grid((unsigned)rows, (unsigned)ceil_div(wanted, threads));
-    qk_kernel<T, V><<<grid, (unsigned)threads, 0, s>>>(p, lanes);
+    float square = 0;
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        square += v[j] * v[j];
+    for (int i = L / 2; i; i /= 2)
+        square += __shfl_xor_sync(~0u, square, i);
+    return rsqrtf(square / (float)dim + eps);
+}
+
+// A block takes the queries, or the keys, of a row: it looks at angles and gamma once for all heads. L lanes take a
+// head, V numbers each.
+template <typename T, int V> __global__ void __launch_bounds__(QK_THREADS, 7) qk_kernel(qk_of<T> p, int L)
+{
+    typedef pack<T, V> vector;
+    const int first = (int)threadIdx.x / L, step = QK_THREADS / L, at = ((int)threadIdx.x & (L - 1)) * V;
+    const bool mine = at < p.dim; // the others lend their lanes to the shuffles
+    const bool keys = blockIdx.y > 0;
+    T *const x = (keys ? p.x[1] : p.x[0]) + blockIdx.x * (keys ? p.ld[1] : p.ld[0]) + at;
+    float turn[V] = {}, g[V] = {};
+    if (mine) {
+        load(turn, p.rope + blockIdx.x * p.rope_ld + at);
+        load_row(g, keys ? p.gamma[1] : p.gamma[0], at);
+    }
+    const turning<V> of = turning_of(turn, g);
+    for (int head = first; head - first < p.heads; head += QK_HEADS * step) {
+        vector kept[QK_HEADS] = {};
+#pragma unroll
+        for (int h = 0; h < QK_HEADS; h++)
+            if (mine && head + h * step < p.heads)
+                kept[h] = *reinterpret_cast<const vector *>(x + (head + h * step) * p.dim);
+#pragma unroll
+        for (int h = 0; h < QK_HEADS; h++) {
+            float v[V];
+            load(v, kept[h].v);
+            normalise_and_turn(v, of, head_rstd(v, L, p.dim, p.eps));
+            if (mine && head + h * step < p.heads)
+                store(x + (head + h * step) * p.dim, v);
+        }
+    }
+}
+
+// Heads of any size at any address: a warp takes a head of one row, a pair a lane.
+template <typename T> __global__ void __launch_bounds__(WARP) qk_pairs_kernel(qk_of<T> p)
+{
+    const bool keys = blockIdx.z > 0;
+    T *const x = (keys ? p.x[1] : p.x[0]) + blockIdx.x * (keys ? p.ld[1] : p.ld[0]) + (int64_t)blockIdx.y * p.dim;
+    const row gamma = keys ? p.gamma[1] : p.gamma[0];
+    const float *rope = p.rope + blockIdx.x * p.rope_ld;
+    float square = 0;
+    for (int i = (int)threadIdx.x; i < p.dim; i += WARP)
+        square += to_f32(x[i]) * to_f32(x[i]);
+    const float rstd = rsqrtf(warp_reduce<add>(square) / (float)p.dim + p.eps);
+    for (int i = 2 * (int)threadIdx.x; i < p.dim; i += 2 * WARP) {
+        const float a = to_f32(x[i]) * rstd * load_any(gamma.p, gamma.type, i),
+                    b = to_f32(x[i + 1]) * rstd * load_any(gamma.p, gamma.type, i + 1);
+        x[i] = from_f32<T>(a * rope[i] - b * rope[i + 1]);
+        x[i + 1] = from_f32<T>(b * rope[i] + a * rope[i + 1]);
+    }
 }
 
 void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struct tensor gamma_q, struct tensor gamma_k,
@@ -402,14 +443,18 @@ void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struc
 {
     with_type(q.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
-        constexpr int V = 16 / sizeof(T);
-        qk_of<T> p = {{(T *)q.data, (T *)k.data}, {row_of(gamma_q), row_of(gamma_k)}, (const float *)rope.data,
-                      {q.ld, k.ld},               rope.ld,                            (int)q.n[1],
-                      (int)q.n[2],                eps};
-        if (p.dim % V == 0 && wide(q, V) && wide(k, V) && wide(gamma_q, V) && wide(gamma_k, V) && wide(rope, V))
-            qk_rows<T, V>(s, q.n[0], p);
+        constexpr int V = 8;
+        const qk_of<T> p = {{(T *)q.data, (T *)k.data}, {row_of(gamma_q), row_of(gamma_k)}, (const float *)rope.data,
+                            {q.ld, k.ld},               rope.ld,                            (int)q.n[1],
+                            (int)q.n[2],                eps};
+        int lanes = 1;
+        while (lanes < WARP && lanes * V < p.dim)
+            lanes *= 2;
+        if (p.dim % V == 0 && p.dim <= WARP * V && wide(q, V) && wide(k, V) && wide(gamma_q, V) && wide(gamma_k, V) &&
+            wide(rope, V))
+            qk_kernel<T, V><<<dim3((unsigned)q.n[0], 2), QK_THREADS, 0, s>>>(p, lanes);
         else
-            qk_rows<T, 2>(s, q.n[0], p);
+            qk_pairs_kernel<T><<<dim3((unsigned)q.n[0], (unsigned)p.heads, 2), WARP, 0, s>>>(p);
     });
 }
 

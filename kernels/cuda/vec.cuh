@@ -20,7 +20,22 @@ template <> __device__ inline float from_f32<float>(float v) { return v; }
 template <> __device__ inline bf16 from_f32<bf16>(float v) { return __float2bfloat16_rn(v); }
 template <> __device__ inline __half from_f32<__half>(float v) { return __float2half_rn(v); }
 
-template <typename T, int N> struct alignas(sizeof(T) * N) pack {
+// Two at once: one instruction where the type has it.
+template <typename T> __device__ inline void pair_from_f32(T *out, float a, float b)
+{
+    out[0] = from_f32<T>(a);
+    out[1] = from_f32<T>(b);
+}
+template <> __device__ inline void pair_from_f32<bf16>(bf16 *out, float a, float b)
+{
+    *reinterpret_cast<__nv_bfloat162 *>(out) = __floats2bfloat162_rn(a, b);
+}
+template <> __device__ inline void pair_from_f32<__half>(__half *out, float a, float b)
+{
+    *reinterpret_cast<__half2 *>(out) = __floats2half2_rn(a, b);
+}
+
+template <typename T, int N> struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) pack {
     T v[N];
 };
 
@@ -43,9 +58,15 @@ template <typename T, int V> __device__ inline void store(T *p, const float (&in
 #pragma unroll
     for (int i = 0; i < V; i += N) {
         pack<T, N> t;
+        if constexpr (N % 2 == 0) {
 #pragma unroll
-        for (int j = 0; j < N; j++)
-            t.v[j] = from_f32<T>(in[i + j]);
+            for (int j = 0; j < N; j += 2)
+                pair_from_f32(&t.v[j], in[i + j], in[i + j + 1]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                t.v[j] = from_f32<T>(in[i + j]);
+        }
         *reinterpret_cast<pack<T, N> *>(p + i) = t;
     }
 }

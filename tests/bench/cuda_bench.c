@@ -105,6 +105,11 @@ static void run_modulate(struct bench *b, const struct call *c)
     G->modulate(b->d, c->y, c->x, c->z, c->u, 1e-6F);
 }
 
+static void run_gate_add_modulate(struct bench *b, const struct call *c)
+{
+    G->gate_add_modulate(b->d, c->x, c->z, c->w.w[0], c->y, c->z, c->u, 1e-6F);
+}
+
 static void run_gate_add(struct bench *b, const struct call *c)
 {
     G->gate_add(b->d, c->y, c->z, c->x);
@@ -295,7 +300,8 @@ static void e4m3(struct bench *b)
 
 static void blocks(struct bench *b, int64_t rows)
 {
-    struct tensor h = make(b, rows, DIM, 1), y = make(b, rows, DIM, 1), mod = make(b, 2, DIM, 0.1F);
+    struct tensor h = make(b, rows, DIM, 1), y = make(b, rows, DIM, 1), other = make(b, rows, DIM, 1),
+                  mod = make(b, 2, DIM, 0.1F);
     struct tensor qkv = make(b, rows, 3 * DIM, 1), gamma = tensor_reshape(make(b, 1, HEAD, 1), 1, HEAD, 1, 1, 1);
     struct tensor rope = tensor_of(NULL, DT_F32, 3, rows, HEAD / 2, 2, 1);
     struct tensor scale = tensor_rows(mod, 0, 1), shift = tensor_rows(mod, 1, 1);
@@ -309,6 +315,9 @@ static void blocks(struct bench *b, int64_t rows)
     measure(b, "modulate", &(struct call){.run = run_modulate, .y = y, .x = h, .z = scale, .u = shift}, 0, 2 * bytes);
     measure(b, "qk_norm_rope", &(struct call){.run = run_rope, .x = qkv, .z = gamma, .u = rope}, 0,
             4 * bytes + (double)tensor_bytes(rope));
+    measure(b, "gate_add_modulate",
+            &(struct call){.run = run_gate_add_modulate, .y = y, .x = h, .z = scale, .u = shift, .w.w[0] = other}, 0,
+            4 * bytes);
     measure(b, "gate_add", &(struct call){.run = run_gate_add, .y = h, .x = y, .z = scale}, 0, 3 * bytes);
 }
 
