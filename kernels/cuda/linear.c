@@ -7,6 +7,8 @@
 // sums come from the same numbers in the activation type, which holds them exactly.
 #include "kernels/cuda/device.h"
 
+#include <stdio.h>
+
 static const int64_t SUMS_BYTES = 64 << 20; // at a time; more would leave the GPU's cache, and take memory
 static const int64_t SUMS_ROWS = 128;       // of a tile: parts are whole tiles
 
@@ -143,6 +145,15 @@ static void linear_e4m3(struct device *d, struct tensor y, struct tensor x, cons
     linear_by_sums(d, y, q, w, l->b[0], act);
 }
 
+// A profile tells the shapes apart: rows x outputs x inputs.
+static void launched(struct device *d, const struct tensor y, const struct linear *w)
+{
+    char op[64] = "linear";
+    if (d->profile)
+        snprintf(op, sizeof op, "linear %lld x %lld x %lld", (long long)y.n[0], (long long)w->n, (long long)w->k);
+    cuda_launched(d, op);
+}
+
 void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
 {
     if (!check_linear(&d->check, y, x, w) || tensor_count(y) == 0)
@@ -152,5 +163,5 @@ void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struc
         linear_e4m3(d, y, x, w, act);
     else
         linear_parts(d, y, x, w, act);
-    cuda_launched(d, "linear");
+    launched(d, y, w);
 }
