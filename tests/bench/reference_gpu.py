@@ -5,7 +5,8 @@
         --text-tokens 512 --precision bf16|fp8|fp16|fp32 --device cuda|cpu [--runs N]
 
 diffusers' FluxTransformer2DModel where diffusers is installed, else the plain one below, which is the same function.
-On a GPU: torch.compile (max-autotune-no-cudagraphs) and a CUDA graph of one step, attention by cuDNN where it can;
+On a GPU: torch.compile block by block, which is ready in a minute (--whole and --mode max-autotune-no-cudagraphs take
+many and gain little), and a CUDA graph of one step, attention by cuDNN where it can;
 fp8: the blocks' linear layers by torch._scaled_mm, a factor for each row of activations and each output channel.
 
 Prints one line of JSON when it is warm, {"name": ...} or {"missing": why}. Then, for every line "run" on stdin (or N
@@ -221,12 +222,12 @@ def build(config, args, kind):
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             quantise(block)
     if not args.eager:
-        how = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
-        if args.blocks:
+        how = {"mode": args.mode, "dynamic": False}
+        if args.whole:
+            model.compile(**how)
+        else:  # one compilation serves all blocks of a kind
             for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
                 block.compile(**how)
-        else:
-            model.compile(**how)
     if diffusers:
         def call(x, text_embeds, pooled, t, guidance):
             return model(hidden_states=x, encoder_hidden_states=text_embeds, pooled_projections=pooled, timestep=t,
@@ -313,7 +314,8 @@ def main():
     ap.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     ap.add_argument("--eager", action="store_true", help="do not compile")
     ap.add_argument("--plain", action="store_true", help="the plain transformer even where diffusers is installed")
-    ap.add_argument("--blocks", action="store_true", help="compile block by block: much sooner ready, a little slower")
+    ap.add_argument("--whole", action="store_true", help="compile the model as one, not block by block")
+    ap.add_argument("--mode", default="default", help="of torch.compile")
     ap.add_argument("--runs", type=int, help="loops to run at once, without waiting to be told")
     args = ap.parse_args()
     args.eager |= args.device == "cpu"
@@ -327,7 +329,7 @@ def main():
             loop = Loop(config, args)
         except torch.cuda.OutOfMemoryError:
             return say(missing="the GPU has no memory left for the peer beside ditfleet")
-        how = "eager" if args.eager else "compiled by blocks" if args.blocks else "compiled"
+        how = "eager" if args.eager else f"compiled {'whole' if args.whole else 'by blocks'} ({args.mode})"
         say(name=f"PyTorch {torch.__version__}, {loop.version} transformer, {how}"
                  f"{', CUDA graph' if loop.graph else ''}, {args.precision}")
         orders = range(args.runs) if args.runs else (line for line in sys.stdin if line.strip() == "run")
