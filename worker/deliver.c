@@ -256,10 +256,11 @@ static void deliver_and_settle(struct deliverer *d, struct held *job)
         fail(&d->o, NULL, &d->queue, job, &err, cause_of(&err));
     else
         log_line(d->o.log, LOG_INFO, "job.succeeded",
-                 "tenant=%s job=%s epoch=%llu encode_s=%.3f denoise_s=%.3f decode_s=%.3f png_s=%.3f upload_s=%.3f",
+                 "tenant=%s job=%s epoch=%llu idle_ms=%.1f encode_s=%.3f denoise_s=%.3f decode_s=%.3f png_s=%.3f "
+                 "upload_s=%.3f",
                  job->claim.fence.tenant, job->claim.fence.id, (unsigned long long)job->claim.fence.epoch,
-                 job->result.encode_seconds, job->result.denoise_seconds, job->result.decode_seconds, v.png_seconds,
-                 v.upload_seconds);
+                 job->result.idle_seconds * 1e3, job->result.encode_seconds, job->result.denoise_seconds,
+                 job->result.decode_seconds, v.png_seconds, v.upload_seconds);
     for (uint32_t i = 0; v.images && i < job->job->num_images; i++) {
         if (v.images[i].location != protobuf_c_empty_string)
             free(v.images[i].location);

@@ -163,6 +163,7 @@ int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *n
     struct loop *l = calloc(1, sizeof *l);
     if (!l)
         return err_set(err, ERR_NO_MEMORY, "no memory for the loop");
+    run_begin(r);
     int rc = prepare(r, l, prompts, err);
     const int64_t rows = l->rows.image.count;
     struct tensor mine = exec_tensor(x, 2, rows, channels, 1, 1);

@@ -122,6 +122,7 @@ static int encode_and_share(struct run *r, const struct ids ids[BRANCHES], struc
             parts |= 1U << (t.t5 ? PART_T5 : PART_CLIP);
     }
     TRY(run_need(r, parts, err));
+    run_begin(r);
     for (int i = 0; i < tasks; i++) {
         const struct task t = task_of(r, i);
         if (t.rank != me || !missing[t.branch])

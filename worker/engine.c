@@ -29,6 +29,7 @@ struct engine {
     struct residency *residency; // NULL: the device computes in the host's memory
     struct prompt_cache *cache;
     struct demand demand; // of the job in hand
+    double ended;         // when the device was done with the job before; 0: there was none
     void *between;        // not NULL: this job's arena is replaced between stages, so that weights can make way for it
     struct {
         char key[KEY]; // what the estimate depends on, as text
@@ -539,6 +540,8 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     r.cache = e->cache;
     run_use(&r, e->k, e->d, e->arena);
     rc = run_prepared(e, &r, out, err);
+    out->idle_seconds = e->ended > 0 && r.begun > 0 ? r.begun - e->ended : 0;
+    e->ended = monotonic_seconds();
     end_run(e, out);
     if (rc != 0) {
         if (!r.agreed) // the other ranks do not know: nobody may wait for this one

@@ -61,8 +61,11 @@ struct engine_result {
     uint8_t *pixels; // (num_images, height, width, 3) on rank 0, freed by engine_result_free; NULL elsewhere
     struct plan plan;
     double encode_seconds, denoise_seconds, decode_seconds; // loading of weights included
-    bool prompt_cached;                                     // no prompt had to be encoded: all were among the last few
-    struct residency_moves moves;                           // of weights, on this rank, for this job
+    // That the device had nothing to do between the job before and this one: the claim, its examination, the plan, the
+    // tokens. 0 for the first job.
+    double idle_seconds;
+    bool prompt_cached;           // no prompt had to be encoded: all were among the last few
+    struct residency_moves moves; // of weights, on this rank, for this job
     bool prompt_cut[4]; // prompt, prompt_2, negative_prompt, negative_prompt_2 were longer than the encoders take
 };
 void engine_result_free(struct engine_result *r);

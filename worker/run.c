@@ -54,6 +54,12 @@ int run_need(struct run *r, unsigned parts, struct err *err)
     return r->residency && !r->dry ? residency_need(r->residency, r->model, parts, err) : 0;
 }
 
+void run_begin(struct run *r)
+{
+    if (r->begun == 0)
+        r->begun = monotonic_seconds();
+}
+
 void run_enter(struct run *r, enum engine_stage stage)
 {
     const double now = monotonic_seconds();

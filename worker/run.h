@@ -21,6 +21,7 @@ struct run {
     bool prompt_cached;          // no prompt had to be encoded
     int stage;                   // enum engine_stage in hand, and since when
     double since, seconds[ENGINE_STAGES];
+    double begun;                // when the device was first given something to do; 0: not yet
     size_t peaks[ENGINE_STAGES]; // bytes of the arena in each stage, in a dry run
     bool dry;                    // the stages run over the dry backend: no ids, no noise, no waiting for others
     struct exec world;           // all ranks: text, decoding
@@ -42,6 +43,8 @@ void run_leave(struct run *r);
 
 // The device has these parts of the model (a set: worker/model.h) from here on.
 int run_need(struct run *r, unsigned parts, struct err *err);
+// The device has something to do from here on; the first call counts.
+void run_begin(struct run *r);
 // Time goes to this stage from here on.
 void run_enter(struct run *r, enum engine_stage stage);
 // Enters the stage when its step is 0, when the device is done with the one before. Tells progress; agrees with all

@@ -102,6 +102,17 @@ submit after 0 "state    SUCCEEDED" "${url[@]}"
 fleet_cli status --json | grep -q '"dead_letter":[1-9]' || fail "the rubbish is in no dead-letter stream"
 grep -qE "a red circle|rubbish" "$fleet/supervisor.log" && fail "a prompt is in the log"
 
+# ---- jobs in a line: how long the device had nothing to do between them
+for i in 1 2 3; do
+  fleet_cli submit --id "line$i" --model demo "${small[@]}" "${url[@]}" >"$fleet/out" 2>&1 || fail "$(<"$fleet/out")"
+done
+in_line() {
+  grep -q "job.succeeded.* job=line3 " "$fleet/supervisor.log"
+}
+fleet_wait supervisor 60 in_line
+grep -oE 'job=line[23] .*idle_ms=[0-9.]+' "$fleet/supervisor.log" | sed 's/.*=//' |
+  awk '$1 <= 0 || $1 >= 1000 {exit 1} {n++} END {exit n != 2}' || fail "idle: $(grep idle_ms "$fleet/supervisor.log")"
+
 # ---- a rank dies in the middle: the job comes back and is done
 fleet_cli submit --id survivor --model demo --wait "${long[@]}" --max-sequence-length 16 "${url[@]}" >"$fleet/survivor" 2>&1 &
 waiting=$!
