@@ -9,11 +9,8 @@
 #include "ops/cli/bench.h"
 #include "proto/conf.h"
 
-static const char *const whats[BENCH_WHATS] = {[BENCH_STEP] = "step",
-                                               [BENCH_IMAGE] = "image",
-                                               [BENCH_TEXT] = "text",
-                                               [BENCH_VAE] = "vae",
-                                               [BENCH_START] = "start"};
+static const char *const whats[BENCH_WHATS] = {[BENCH_STEP] = "step", [BENCH_IMAGE] = "image", [BENCH_TEXT] = "text",
+                                               [BENCH_VAE] = "vae",   [BENCH_START] = "start", [BENCH_ERROR] = "error"};
 
 const char *bench_precision_name(const struct bench *b)
 {
@@ -50,12 +47,9 @@ static int choose_precision(struct bench *b, struct err *err)
     return engine_precision(b->k, b->job->precision, preferred, &b->precision, err);
 }
 
-static int load(struct bench *b, struct err *err)
+int bench_load(struct bench *b, struct err *err)
 {
     size_t available = 0, total = 0;
-    TRY(choose_precision(b, err));
-    if (b->architecture)
-        TRY(invent_model(b, err));
     TRY(comm_self_new(&b->comm, err));
     const struct engine_options options = {
         .kernels = b->k,
@@ -80,6 +74,24 @@ static int load(struct bench *b, struct err *err)
     b->memory.weights = model_bytes(b->model);
     TRY(model_resolve_job(b->model, b->job, err));
     return plan_make(&b->model->info, 1, job_true_cfg(b->job), 0, 0, &b->plan, err);
+}
+
+void bench_unload(struct bench *b)
+{
+    model_free(b->model);
+    engine_free(b->engine);
+    comm_free(b->comm);
+    b->model = NULL;
+    b->engine = NULL;
+    b->comm = NULL;
+}
+
+static int load(struct bench *b, struct err *err)
+{
+    TRY(choose_precision(b, err));
+    if (b->architecture)
+        TRY(invent_model(b, err));
+    return bench_load(b, err);
 }
 
 // All steps of the later images: the first one pays for what is measured and built once.
@@ -116,6 +128,8 @@ static int measure(struct bench *b, struct err *err)
 {
     if (b->what == BENCH_START)
         return bench_start(b, err);
+    if (b->what == BENCH_ERROR)
+        return bench_errors(b, err);
     if (b->what == BENCH_VAE)
         b->job->num_inference_steps = 1;
     if (b->what == BENCH_TEXT || b->what == BENCH_IMAGE)
@@ -138,7 +152,7 @@ static int check(struct bench *b, const char *what, struct err *err)
         if (strcmp(whats[i], what) == 0)
             b->what = (enum bench_what)i;
     if (b->what == BENCH_WHATS)
-        return err_set(err, ERR_INVALID, "--what %.40s: it may be step, image, text, vae or start", what);
+        return err_set(err, ERR_INVALID, "--what %.40s: it may be step, image, text, vae, start or error", what);
     if (b->compare && b->what != BENCH_STEP && b->what != BENCH_IMAGE)
         return err_set(err, ERR_INVALID, "--compare: the peer runs steps: it goes with --what step or image");
     if (b->memory_budget > 0 && strcmp(b->device, "cuda") != 0)
@@ -156,9 +170,7 @@ static int check(struct bench *b, const char *what, struct err *err)
 static void leave(struct bench *b)
 {
     bench_peer_end(b);
-    model_free(b->model);
-    engine_free(b->engine);
-    comm_free(b->comm);
+    bench_unload(b);
     invention_free(b->invention);
     if (b->directory[0]) {
         architecture_remove(b->directory);
@@ -198,7 +210,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
          CLI_STRING, &b->checkpoint, 0, 0},
         {"--what", "PART",
          "step: the loop (default); image: prompt to pixels; text; vae;\n"
-         "                              start: from the start of the process to the first step",
+         "                              start: from the start of the process to the first step;\n"
+         "                              error: of the precision, step by step, against float32",
          CLI_STRING, &what, 0, 0},
         {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &b->device, 0, 0},
         {"--threads", "N", "threads of the CPU; default: cores", CLI_INT, &b->threads, 1, 1024},

@@ -2,11 +2,14 @@
 #ifndef DITFLEET_CLI_BENCH_H
 #define DITFLEET_CLI_BENCH_H
 
+#include <jansson.h>
+
 #include "ops/cli/cli.h"
 #include "worker/engine.h"
 #include "worker/invent.h"
+#include "worker/sampler.h"
 
-enum bench_what { BENCH_STEP, BENCH_IMAGE, BENCH_TEXT, BENCH_VAE, BENCH_START, BENCH_WHATS };
+enum bench_what { BENCH_STEP, BENCH_IMAGE, BENCH_TEXT, BENCH_VAE, BENCH_START, BENCH_ERROR, BENCH_WHATS };
 enum { BENCH_MAX_REPEAT = 100, BENCH_MAX_OPS = 40, BENCH_OP_NAME = 48 };
 
 // Milliseconds.
@@ -62,6 +65,11 @@ struct bench_peer {
     double loop;                  // seconds, median
 };
 
+// Of a step, relative L2 against float32.
+struct bench_error {
+    double prediction, latents;
+};
+
 struct bench {
     // asked for
     const char *architecture, *model_dir, *device, *peer_script;
@@ -92,6 +100,8 @@ struct bench {
     struct bench_cost step_cost, text_cost, decode_cost;
     struct bench_memory memory;
     struct bench_peer peer_result;
+    struct bench_error errors[SAMPLER_MAX_STEPS];
+    int n_errors;
 };
 
 const char *bench_precision_name(const struct bench *b); // as jobs spell it
@@ -102,6 +112,10 @@ static inline int64_t bench_rows(const struct bench *b)
     const int64_t side = b->model->side_multiple; // pixels of an image token
     return (int64_t)b->job->max_sequence_length + b->job->width / side * (b->job->height / side);
 }
+
+// bench.c: the engine and the model on it, in b->precision; unloads what is there of them.
+int bench_load(struct bench *b, struct err *err);
+void bench_unload(struct bench *b);
 
 // bench_run.c: through the engine.
 int bench_images(struct bench *b, int count, struct err *err); // appended to images
@@ -114,6 +128,11 @@ void bench_memory_seen(struct bench *b);             // raises memory.peak
 // bench_part.c: one part of the model alone.
 int bench_text(struct bench *b, int repeat, struct err *err); // t5 and clip, apart
 int bench_costs(struct bench *b, struct err *err);
+
+// bench_error.c
+int bench_errors(struct bench *b, struct err *err);
+void bench_print_errors(const struct bench *b);
+json_t *bench_errors_json(const struct bench *b);
 
 // bench_checkpoint.c: writes the architecture as a model's directory, and says what was written.
 int bench_checkpoint(struct bench *b, struct err *err);

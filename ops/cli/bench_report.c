@@ -173,6 +173,10 @@ void bench_print(struct bench *b)
            b->k->name, bench_precision_name(b), j->width, j->height, j->num_inference_steps, j->max_sequence_length);
     printf("%-28s %.2f s after the process began%s\n", "loaded", b->loaded,
            b->architecture ? ", weights made up meanwhile" : "");
+    if (b->what == BENCH_ERROR) {
+        bench_print_errors(b);
+        return;
+    }
     if (b->what == BENCH_START) {
         printf("%-28s %.2f s after the process began\n", "first step done", b->first_step);
         print_memory(b);
@@ -286,7 +290,9 @@ void bench_print_json(struct bench *b)
                   (int)j->height, "num_inference_steps", (int)j->num_inference_steps, "max_sequence_length",
                   (int)j->max_sequence_length, "loaded_s", b->loaded);
     json_object_set_new(root, "memory", memory_json(&b->memory));
-    if (b->what == BENCH_START)
+    if (b->what == BENCH_ERROR)
+        json_object_set_new(root, "errors", bench_errors_json(b));
+    else if (b->what == BENCH_START)
         json_object_set_new(root, "first_step_s", json_real(b->first_step));
     else
         put_measured(b, root);

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ditfleet bench on the CPU: invented weights and a real model, every part, its JSON, its refusals, the peer's protocol.
+# bench.sh cuda: what the precisions of a GPU cost, on the demo model's trained weights.
 set -euo pipefail
 ditfleet=${DITFLEET_BUILD:?}/ditfleet
 work=$(mktemp -d)
@@ -32,6 +33,24 @@ small=(--width 64 --height 64 --num-inference-steps 4 --max-sequence-length 16 -
 demo=(--architecture demo "${small[@]}" --json)
 model=${DITFLEET_SOURCE:?}/ops/demo/model
 
+# Relative L2 of the latents after 28 steps, and of the first prediction: bounds of the precisions, measured 3.9 % and
+# 1.9 % in fp8, 0.8 % and 0.4 % in bf16, 0.06 % and 0.03 % in fp16.
+if [[ ${1:-cpu} == cuda ]]; then
+  "$ditfleet" generate --device cuda --model "$model" "${small[@]}" --quiet -o "$work/x.png" >"$work/out" 2>&1 ||
+    { echo "skipped: no GPU here: $(<"$work/out")" && exit 77; }
+  for bound in "fp8 0.05 0.03" "bf16 0.015 0.01" "fp16 0.003 0.003"; do
+    read -r precision latents prediction <<<"$bound"
+    expect 0 '"errors":' --model "$model" --device cuda --what error --num-inference-steps 28 --precision "$precision" \
+      --prompt "a red circle on a yellow background" --seed 1 --json
+    check "len(d['errors']) == 28 and 0 < d['errors'][27]['latents'] < $latents"
+    check "0 < d['errors'][0]['prediction'] < $prediction"
+    python3 -c "
+import json; e = json.load(open('$work/out'))['errors']
+print('$precision: first prediction %.3f %%, latents after 28 steps %.3f %%' % (100 * e[0]['prediction'], 100 * e[27]['latents']))"
+  done
+  exit 0
+fi
+
 expect 0 '"bound":' "${demo[@]}" --repeat 2
 check "len(d['images']) == 3 and d['step_ms']['count'] == 2"
 check "all(i['loop_s'] > 0 and i['text_s'] > 0 and i['decode_s'] == 0 and i['step_ms']['count'] == 4 for i in d['images'])"
@@ -49,6 +68,7 @@ expect 0 '"decode_s"' "${demo[@]}" --what vae --repeat 1
 check "d['num_inference_steps'] == 1 and d['images'][1]['decode_s'] > 0"
 expect 0 '"first_step_s"' "${demo[@]}" --what start
 check "0 < d['loaded_s'] < d['first_step_s'] < 60"
+expect 2 "compares with float32" "${demo[@]}" --what error
 expect 0 "verdict" --model "$model" "${small[@]}" --repeat 1
 ls "$work" | grep -q ditfleet-bench && fail "the architecture's directory is still there"
 
@@ -106,7 +126,7 @@ expect 2 "one of --architecture NAME and --model DIR is needed"
 expect 2 "one of --architecture NAME and --model DIR is needed" --architecture demo --model "$model"
 expect 2 "architecture sdxl: it may be flux.1-dev, flux.1-schnell, demo" --architecture sdxl
 expect 1 "model_index.json" --model "$work"
-expect 2 "--what all: it may be step, image, text, vae or start" --architecture demo --what all
+expect 2 "--what all: it may be step, image, text, vae, start or error" --architecture demo --what all
 expect 2 "device tpu: it may be cpu or cuda" --architecture demo --device tpu
 expect 2 "--device dry: it may be cpu or cuda" --architecture demo --device dry
 expect 2 "--compare: the peer runs steps" --architecture demo --what text --compare
