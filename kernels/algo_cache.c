@@ -241,7 +241,7 @@ void algo_cache_save(struct algo_cache *c)
 
 // ---- open and close
 
-struct algo_cache *algo_cache_open(const char *folder, const char *words, int key_n)
+struct algo_cache *algo_cache_open(const char *folder, const char *library, const char *words, int key_n)
 {
     if (key_n < 1 || key_n > ALGO_KEY_MAX)
         return NULL;
@@ -255,7 +255,7 @@ struct algo_cache *algo_cache_open(const char *folder, const char *words, int ke
             c->head[i] = '?';
     if (folder && strlen(folder) < sizeof c->path - 64) {
         snprintf(c->folder, sizeof c->folder, "%s", folder);
-        snprintf(c->path, sizeof c->path, "%.*s/cublaslt-%016" PRIx64 ".txt", (int)(sizeof c->path - 64), folder,
+        snprintf(c->path, sizeof c->path, "%.*s/%.20s-%016" PRIx64 ".txt", (int)(sizeof c->path - 64), folder, library,
                  fnv(c->head, strlen(c->head)));
     }
     read_file(c);

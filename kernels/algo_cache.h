@@ -20,9 +20,9 @@ struct algo_cache;
 // The user's folder for it, $XDG_CACHE_HOME/ditfleet or ~/.cache/ditfleet, without a slash at its end; false: none.
 bool algo_cache_folder(char *out, size_t size);
 
-// Reads <folder>/cublaslt-<hash of words>.txt. words: a line, printable; key_n: numbers in a key, 1 to ALGO_KEY_MAX.
+// Reads <folder>/<library>-<hash of words>.txt. words: a line, printable; key_n: numbers in a key, 1 to ALGO_KEY_MAX.
 // folder NULL: nothing is read or written. NULL: no memory.
-struct algo_cache *algo_cache_open(const char *folder, const char *words, int key_n);
+struct algo_cache *algo_cache_open(const char *folder, const char *library, const char *words, int key_n);
 bool algo_cache_find(const struct algo_cache *c, const int64_t *key, uint64_t algo[ALGO_WORDS]);
 void algo_cache_put(struct algo_cache *c, const int64_t *key, const uint64_t algo[ALGO_WORDS]);
 // Writes what was put since, beside what others wrote meanwhile; makes the folder (0700) when it is missing. Cheap when

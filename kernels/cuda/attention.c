@@ -38,7 +38,8 @@ static bool fused(struct device *d, struct tensor out, struct tensor q, struct t
     const int64_t key[GRAPH_KEY] = {d->type, q.n[0], k.n[0], q.n[1], q.n[2], ld_of(q), ld_of(k), ld_of(v), ld_of(out)};
     float scale = opts->scale;
     void *pointers[] = {q.data, k.data, v.data, out.data, &scale};
-    return graph_run(d, GRAPH_ATTENTION, key, describe, 5, pointers);
+    const double flops = 4 * (double)q.n[0] * (double)k.n[0] * (double)(q.n[1] * q.n[2]);
+    return graph_run(d, GRAPH_ATTENTION, key, flops, describe, 5, pointers);
 }
 
 // ---- in products

@@ -35,7 +35,8 @@ static bool through_cudnn(struct device *d, struct tensor y, struct tensor x, st
     const int64_t key[GRAPH_KEY] = {d->type, y.n[0], y.n[1], x.n[2], y.n[2],
                                     w.n[1],  w.n[2], x_ld,   y_ld,   tensor_none(b) ? 0 : (int64_t)b.dtype + 1};
     void *pointers[] = {x.data, w.data, b.data, y.data};
-    return graph_run(d, GRAPH_CONV, key, describe, 4, pointers);
+    const double flops = 2 * (double)tensor_count(y) * (double)(w.n[1] * w.n[2] * w.n[3]);
+    return graph_run(d, GRAPH_CONV, key, flops, describe, 4, pointers);
 }
 
 void cuda_conv2d(struct device *d, struct tensor y, struct tensor x, const struct conv *conv)

@@ -196,6 +196,7 @@ static int cuda_sync(struct device *d, struct err *err)
     cuda_enter(d);
     cuda_ok(d, cudaStreamSynchronize(d->stream), "the GPU's work");
     products_keep(d->products);
+    graphs_keep(d->plans);
     // Ids come from the text of a job, so the failure does not name them.
     if (*d->bad)
         check_fail(&d->check, ERR_INVALID, "embed or relative_bias: an id is outside its table");

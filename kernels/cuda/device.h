@@ -115,6 +115,9 @@ bool cuda_product_library(struct device *d, const struct product *p, int64_t epi
 struct products *products_new(void); // NULL: no memory
 void products_free(struct products *p);
 void products_keep(struct products *p); // tune.c: what was measured, on disk
+// tune.c: what is known on disk of this GPU, driver and library; NULL: no memory for it.
+struct algo_cache;
+struct algo_cache *cuda_cache(const struct device *d, const char *library, size_t version, int key_n);
 // ---- linear.c
 void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
 

@@ -1,11 +1,16 @@
 // graph.c: see graph.h. Descriptors are made through one sticky status, so a description reads as a list of operations.
+//
+// Engines differ in the last bits, so a shape's engine must not depend on the moment: large shapes are measured once on
+// a machine and what was fastest is kept on disk, small ones get the first engine that the library suggests.
 #include "kernels/cuda/graph.h"
+#include "kernels/algo_cache.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_DESCRIPTORS = 64, MAX_OPERATIONS = 16, MAX_GIVEN = 8, CANDIDATES = 8, TIMED = 4, TIMED_RUNS = 3 };
 static const int64_t MAX_WORKSPACE = (int64_t)1 << 30;
+static const double TIMED_FLOPS = 2e9; // smaller ones gain less than the timing costs
 
 typedef cudnnBackendDescriptor_t desc;
 
@@ -20,9 +25,17 @@ struct graph {
     int given;
 };
 
+// As the cache knows it.
+struct engine_key {
+    int64_t kind, key[GRAPH_KEY], mode; // mode: of the heuristic that suggested the engine
+};
+enum { KEY_NUMBERS = sizeof(struct engine_key) / sizeof(int64_t) };
+_Static_assert((int)KEY_NUMBERS <= (int)ALGO_KEY_MAX, "a key fits the cache");
+
 struct plan {
     enum graph_kind kind;
     int64_t key[GRAPH_KEY];
+    double flops;
     struct graph graph; // what the plan was made of lives as long as it
     desc plan;          // NULL: no engine
     int64_t workspace;
@@ -31,6 +44,7 @@ struct plan {
 
 struct plans {
     struct plan *first;
+    struct algo_cache *cache; // NULL until the first large shape
 };
 
 // ---- descriptors
@@ -251,29 +265,77 @@ static float timed(struct device *d, const struct graph *g, desc plan, int64_t w
     return best;
 }
 
-// Keeps the fastest of the first few configurations that become plans; while a recording goes on, the first.
-static void choose(struct device *d, struct plan *p, const desc *configs, int64_t found, int count, void **pointers)
+static struct algo_cache *cache_of(struct device *d)
 {
-    bool race = !cuda_capturing(d);
+    if (!d->plans->cache)
+        d->plans->cache = cuda_cache(d, "cudnn", cudnnGetVersion(), KEY_NUMBERS);
+    return d->plans->cache;
+}
+
+static struct engine_key key_of(const struct plan *p, cudnnBackendHeurMode_t mode)
+{
+    struct engine_key key = {.kind = p->kind, .mode = mode};
+    memcpy(key.key, p->key, sizeof key.key);
+    return key;
+}
+
+// The number of the configuration that was fastest; -1: not known.
+static int64_t remembered(struct device *d, const struct engine_key *key)
+{
+    uint64_t words[ALGO_WORDS];
+    return cache_of(d) && algo_cache_find(cache_of(d), (const int64_t *)key, words) ? (int64_t)words[0] : -1;
+}
+
+static void remember(struct device *d, const struct engine_key *key, int64_t number)
+{
+    const uint64_t words[ALGO_WORDS] = {(uint64_t)number};
+    if (cache_of(d))
+        algo_cache_put(cache_of(d), (const int64_t *)key, words);
+}
+
+static bool take(struct device *d, struct plan *p, desc config)
+{
+    p->plan = deterministic(config) ? plan_of(d->dnn, config, &p->workspace) : NULL;
+    return p->plan != NULL;
+}
+
+// The number of the fastest of the first few configurations that become plans; -1: none does.
+static int64_t race(struct device *d, struct plan *p, const desc *configs, int64_t found, int count, void **pointers)
+{
+    int64_t winner = -1;
     float best = -1;
-    int tried = 0;
-    for (int64_t i = 0; i < found && tried < (race ? TIMED : 1); i++) {
+    for (int64_t i = 0, tried = 0; i < found && tried < TIMED; i++) {
         int64_t workspace = 0;
         desc plan = deterministic(configs[i]) ? plan_of(d->dnn, configs[i], &workspace) : NULL;
         if (!plan)
             continue;
         tried++;
-        float ms = race ? timed(d, &p->graph, plan, workspace, count, pointers) : 0;
+        const float ms = timed(d, &p->graph, plan, workspace, count, pointers);
         if (ms >= 0 && (best < 0 || ms < best * 0.98F)) {
             best = ms;
-            desc old = p->plan;
-            p->plan = plan;
-            p->workspace = workspace;
-            plan = old;
+            winner = i;
         }
-        if (plan)
-            cudnnBackendDestroyDescriptor(plan);
+        cudnnBackendDestroyDescriptor(plan);
     }
+    return winner;
+}
+
+// Nothing is measured while a recording goes on.
+static void choose(struct device *d, struct plan *p, cudnnBackendHeurMode_t mode, const desc *configs, int64_t found,
+                   int count, void **pointers)
+{
+    const struct engine_key key = key_of(p, mode);
+    const bool large = p->flops >= TIMED_FLOPS;
+    int64_t number = large ? remembered(d, &key) : -1;
+    if (number >= 0 && number < found && take(d, p, configs[number]))
+        return;
+    number = large && !cuda_capturing(d) ? race(d, p, configs, found, count, pointers) : -1;
+    if (number >= 0 && take(d, p, configs[number])) {
+        remember(d, &key, number);
+        return;
+    }
+    for (int64_t i = 0; i < found && !take(d, p, configs[i]); i++)
+        ;
 }
 
 static void plan_with(struct device *d, struct plan *p, desc operations, cudnnBackendHeurMode_t mode, int count,
@@ -290,7 +352,7 @@ static void plan_with(struct device *d, struct plan *p, desc operations, cudnnBa
     if (g->status == CUDNN_STATUS_SUCCESS &&
         cudnnBackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, CANDIDATES,
                                  &found, configs) == CUDNN_STATUS_SUCCESS)
-        choose(d, p, configs, min64(found, CANDIDATES), count, pointers);
+        choose(d, p, mode, configs, min64(found, CANDIDATES), count, pointers);
 }
 
 static void plan_graph(struct device *d, struct plan *p, int count, void **pointers)
@@ -306,7 +368,7 @@ static void plan_graph(struct device *d, struct plan *p, int count, void **point
     plan_with(d, p, operations, CUDNN_HEUR_MODE_FALLBACK, count, pointers);
 }
 
-static struct plan *find(struct device *d, enum graph_kind kind, const int64_t *key,
+static struct plan *find(struct device *d, enum graph_kind kind, const int64_t *key, double flops,
                          void (*describe)(struct graph *g, const int64_t *key), int count, void **pointers)
 {
     struct plan *p;
@@ -319,6 +381,7 @@ static struct plan *find(struct device *d, enum graph_kind kind, const int64_t *
     if (!p)
         return NULL;
     p->kind = kind;
+    p->flops = flops;
     memcpy(p->key, key, sizeof p->key);
     p->graph.handle = d->dnn;
     p->next = d->plans->first;
@@ -329,10 +392,10 @@ static struct plan *find(struct device *d, enum graph_kind kind, const int64_t *
     return p;
 }
 
-bool graph_run(struct device *d, enum graph_kind kind, const int64_t *key,
+bool graph_run(struct device *d, enum graph_kind kind, const int64_t *key, double flops,
                void (*describe)(struct graph *g, const int64_t *key), int count, void **pointers)
 {
-    struct plan *p = find(d, kind, key, describe, count, pointers);
+    struct plan *p = find(d, kind, key, flops, describe, count, pointers);
     if (!p || !p->plan || d->check.failure.code)
         return false;
     if (execute(d, &p->graph, p->plan, p->workspace, count, pointers) == CUDNN_STATUS_SUCCESS)
@@ -342,8 +405,16 @@ bool graph_run(struct device *d, enum graph_kind kind, const int64_t *key,
     return false;
 }
 
+void graphs_keep(struct plans *all)
+{
+    if (all && all->cache)
+        algo_cache_save(all->cache);
+}
+
 void graphs_free(struct plans *all)
 {
+    if (all)
+        algo_cache_close(all->cache);
     for (struct plan *p = all ? all->first : NULL, *next; p; p = next) {
         next = p->next;
         if (p->plan)

@@ -23,10 +23,12 @@ void graph_attention(struct graph *g, int q, int k, int v, int o, int scale);
 // y = x correlated with w, stride 1, no zero rows, pad zero columns at either side
 void graph_conv(struct graph *g, int x, int w, int y, int64_t pad);
 
-// Runs the plan of this kind and key, describing and planning it when it is new. pointers: of the given tensors and
-// numbers, in the order of their making. False: no engine does this, and nothing was done; or the device has failed.
-bool graph_run(struct device *d, enum graph_kind kind, const int64_t *key,
+// Runs the plan of this kind and key, describing and planning it when it is new. flops: worth measuring engines or not.
+// pointers: of the given tensors and numbers, in the order of their making. False: no engine does this, and nothing was
+// done; or the device has failed.
+bool graph_run(struct device *d, enum graph_kind kind, const int64_t *key, double flops,
                void (*describe)(struct graph *g, const int64_t *key), int count, void **pointers);
+void graphs_keep(struct plans *p); // what was measured, on disk
 void graphs_free(struct plans *p);
 
 #endif

@@ -194,20 +194,23 @@ static int fastest(struct device *d, struct shape *s, const struct product *p, c
 
 // ---- the cache on disk
 
-// For this GPU, driver and library; NULL: no memory for it.
-static struct algo_cache *cache_of(struct device *d)
+struct algo_cache *cuda_cache(const struct device *d, const char *library, size_t version, int key_n)
 {
     char folder[PATH_MAX], words[200];
     struct cudaDeviceProp gpu;
     int driver = 0;
-    if (d->products->cache)
-        return d->products->cache;
     const bool told =
         cudaGetDeviceProperties(&gpu, d->gpu) == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess;
-    snprintf(words, sizeof words, "%.100s with %d multiprocessors, CUDA driver %d, cuBLASLt %zu", told ? gpu.name : "",
-             d->processors, driver, cublasLtGetVersion());
-    d->products->cache =
-        algo_cache_open(told && algo_cache_folder(folder, sizeof folder) ? folder : NULL, words, KEY_NUMBERS);
+    snprintf(words, sizeof words, "%.100s with %d multiprocessors, CUDA driver %d, %.20s %zu", told ? gpu.name : "",
+             d->processors, driver, library, version);
+    return algo_cache_open(told && algo_cache_folder(folder, sizeof folder) ? folder : NULL, library, words, key_n);
+}
+
+// NULL: no memory for it.
+static struct algo_cache *cache_of(struct device *d)
+{
+    if (!d->products->cache)
+        d->products->cache = cuda_cache(d, "cublaslt", cublasLtGetVersion(), KEY_NUMBERS);
     return d->products->cache;
 }
 

@@ -83,7 +83,7 @@ static bool has(const struct algo_cache *c, int64_t i, uint64_t what)
 
 static void write_some(struct place *p, int64_t from, int64_t to)
 {
-    struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+    struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     for (int64_t i = from; i < to; i++)
         put(c, i, (uint64_t)i + 100);
     algo_cache_close(c);
@@ -93,7 +93,7 @@ static void found_again(void **state)
 {
     struct place *p = *state;
     struct stat st;
-    struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+    struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_false(has(c, 1, 101));
     algo_cache_save(c); // nothing new: nothing written
     assert_string_equal(only_file(p), "");
@@ -105,7 +105,7 @@ static void found_again(void **state)
     assert_string_not_equal(only_file(p), "");
     assert_int_equal(stat(p->folder, &st), 0);
     assert_int_equal(st.st_mode & 0777, 0700);
-    c = algo_cache_open(p->folder, WORDS, KEY);
+    c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_true(has(c, 1, 101) && has(c, 2, 102) && !has(c, 3, 103));
     algo_cache_close(c);
 }
@@ -114,17 +114,17 @@ static void others(void **state) // another GPU, another layout of keys: files o
 {
     struct place *p = *state;
     write_some(p, 0, 3);
-    struct algo_cache *c = algo_cache_open(p->folder, "GPU Other", KEY);
+    struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", "GPU Other", KEY);
     assert_false(has(c, 1, 101));
     algo_cache_close(c);
-    c = algo_cache_open(p->folder, WORDS, KEY - 1);
+    c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY - 1);
     assert_false(has(c, 1, 101));
     algo_cache_close(c);
     // Their contents under our name
     char moved[600];
     snprintf(moved, sizeof moved, "%s.mine", only_file(p));
     assert_int_equal(rename(p->file, moved), 0);
-    c = algo_cache_open(p->folder, "GPU Other", KEY);
+    c = algo_cache_open(p->folder, "cublaslt", "GPU Other", KEY);
     put(c, 1, 101);
     algo_cache_close(c);
     char theirs[600], mine[600];
@@ -132,7 +132,7 @@ static void others(void **state) // another GPU, another layout of keys: files o
     assert_int_equal(unlink(moved), 0);
     snprintf(theirs, sizeof theirs, "%s", only_file(p));
     assert_int_equal(rename(theirs, mine), 0);
-    c = algo_cache_open(p->folder, WORDS, KEY);
+    c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_false(has(c, 1, 101));
     algo_cache_close(c);
 }
@@ -141,7 +141,8 @@ static void merged(void **state) // two that read the same file and both write
 {
     struct place *p = *state;
     write_some(p, 0, 2);
-    struct algo_cache *a = algo_cache_open(p->folder, WORDS, KEY), *b = algo_cache_open(p->folder, WORDS, KEY);
+    struct algo_cache *a = algo_cache_open(p->folder, "cublaslt", WORDS, KEY),
+                      *b = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     put(a, 10, 110);
     put(b, 20, 120);
     put(b, 0, 7); // b's own choice stays b's
@@ -149,7 +150,7 @@ static void merged(void **state) // two that read the same file and both write
     algo_cache_save(b);
     assert_true(has(b, 10, 110) && has(b, 0, 7));
     algo_cache_close(b);
-    a = algo_cache_open(p->folder, WORDS, KEY);
+    a = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_true(has(a, 0, 7) && has(a, 1, 101) && has(a, 10, 110) && has(a, 20, 120));
     algo_cache_close(a);
 }
@@ -166,7 +167,7 @@ static void at_once(void **state) // processes that write again and again: the f
             _exit(0);
         }
     for (int j = 0; j < ROUNDS; j++) {
-        struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+        struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
         for (int64_t i = 0; i < 50; i++)
             assert_true(has(c, i, (uint64_t)i + 100));
         algo_cache_close(c);
@@ -211,7 +212,7 @@ static void damaged(void **state) // cut at each length, and each byte changed: 
             copy[i - n] ^= 1;
         rewrite(p->file, copy, i < n ? i : n);
         free(copy);
-        struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+        struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
         int64_t key[KEY];
         uint64_t algo[ALGO_WORDS];
         for (int64_t j = 0; j < 3; j++) {
@@ -228,7 +229,7 @@ static void damaged(void **state) // cut at each length, and each byte changed: 
     // What comes next mends it.
     rewrite(p->file, "no such thing\n\0\n", 16);
     write_some(p, 7, 8);
-    struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+    struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_true(has(c, 7, 107));
     algo_cache_close(c);
 }
@@ -240,7 +241,7 @@ static void in_the_way(void **state)
     uint64_t algo[ALGO_WORDS];
     const char *folders[] = {NULL, "/dev/null/x", "/proc/none"};
     for (size_t i = 0; i < 3; i++) {
-        struct algo_cache *c = algo_cache_open(folders[i], WORDS, KEY);
+        struct algo_cache *c = algo_cache_open(folders[i], "cublaslt", WORDS, KEY);
         put(c, 1, 101);
         algo_cache_save(c);
         assert_true(has(c, 1, 101) && !algo_cache_find(c, key, algo));
@@ -250,15 +251,15 @@ static void in_the_way(void **state)
     assert_int_equal(unlink(only_file(p)), 0);
     assert_int_equal(mkfifo(p->file, 0600), 0); // nobody writes into it: reading it must not wait
     write_some(p, 1, 2);
-    struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+    struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_true(has(c, 1, 101));
     algo_cache_close(c);
     assert_int_equal(unlink(p->file), 0);
     assert_int_equal(mkdir(p->file, 0700), 0);
     write_some(p, 1, 2);
     assert_int_equal(rmdir(only_file(p)), 0); // no temporary file beside it
-    assert_null(algo_cache_open(p->folder, WORDS, 0));
-    assert_null(algo_cache_open(p->folder, WORDS, ALGO_KEY_MAX + 1));
+    assert_null(algo_cache_open(p->folder, "cublaslt", WORDS, 0));
+    assert_null(algo_cache_open(p->folder, "cublaslt", WORDS, ALGO_KEY_MAX + 1));
     algo_cache_close(NULL);
 }
 
@@ -277,7 +278,7 @@ static void full_disk(void **state)
     int status = 1;
     assert_true(waitpid(child, &status, 0) == child);
     assert_int_equal(status, 0);
-    struct algo_cache *c = algo_cache_open(p->folder, WORDS, KEY);
+    struct algo_cache *c = algo_cache_open(p->folder, "cublaslt", WORDS, KEY);
     assert_true(has(c, 0, 100) && has(c, 1, 101) && !has(c, 2, 102));
     algo_cache_close(c);
     assert_string_not_equal(only_file(p), "");
