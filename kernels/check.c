@@ -214,16 +214,41 @@ bool check_relative_bias(struct check *c, struct tensor y, struct tensor table, 
                 "table", table, "buckets", buckets);
 }
 
+static bool attends(const struct check *c, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                    struct tensor b)
+{
+    return active(c, out, 3) && active(c, q, 3) && active(c, k, 3) && active(c, v, 3) && same_shape(out, q) &&
+           same_shape(k, v) && q.n[1] == k.n[1] && q.n[2] == k.n[2] &&
+           (tensor_none(b) || (b.dtype == DT_F32 && shaped(b, 3, q.n[1], q.n[0], k.n[0], 1)));
+}
+
 bool check_attention(struct check *c, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                      const struct attention_opts *opts)
 {
     struct tensor b = opts->bias;
-    bool ok = active(c, out, 3) && active(c, q, 3) && active(c, k, 3) && active(c, v, 3) && same_shape(out, q) &&
-              same_shape(k, v) && q.n[1] == k.n[1] && q.n[2] == k.n[2] && (!opts->causal || q.n[0] == k.n[0]) &&
-              (tensor_none(b) || (b.dtype == DT_F32 && shaped(b, 3, q.n[1], q.n[0], k.n[0], 1)));
+    bool ok = attends(c, out, q, k, v, b) && (!opts->causal || q.n[0] == k.n[0]);
     return rule(c, ok, opts->causal ? "attention (causal)" : "attention",
                 "out and q (m, heads, dim), k and v (s, heads, dim), bias F32 (heads, m, s) or none, m = s if causal",
                 5, "out", out, "q", q, "k", k, "v", v, "bias", b);
+}
+
+bool check_attention_part(struct check *c, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                          struct tensor v, const struct attention_opts *opts)
+{
+    bool ok = attends(c, out, q, k, v, opts->bias) && lse.dtype == DT_F32 && shaped(lse, 2, q.n[0], q.n[1], 1, 1) &&
+              !opts->causal;
+    return rule(c, ok, opts->causal ? "attention_part (causal)" : "attention_part",
+                "out and q (m, heads, dim), lse F32 (m, heads), k and v (s, heads, dim), no bias or F32 (heads, m, s), "
+                "not to be causal",
+                6, "out", out, "lse", lse, "q", q, "k", k, "v", v, "bias", opts->bias);
+}
+
+bool check_attention_merge(struct check *c, struct tensor out, struct tensor parts, struct tensor lse)
+{
+    bool ok = active(c, out, 3) && active(c, parts, 4) && shaped(parts, 4, parts.n[0], out.n[0], out.n[1], out.n[2]) &&
+              lse.dtype == DT_F32 && shaped(lse, 3, parts.n[0], out.n[0], out.n[1], 1);
+    return rule(c, ok, "attention_merge", "out (m, heads, dim), parts (n, m, heads, dim), lse F32 (n, m, heads)", 3,
+                "out", out, "parts", parts, "lse", lse);
 }
 
 bool check_conv2d(struct check *c, struct tensor y, struct tensor x, const struct conv *conv)

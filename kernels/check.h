@@ -38,6 +38,9 @@ bool check_embed(struct check *c, struct tensor y, struct tensor table, struct t
 bool check_relative_bias(struct check *c, struct tensor y, struct tensor table, struct tensor buckets);
 bool check_attention(struct check *c, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                      const struct attention_opts *opts);
+bool check_attention_part(struct check *c, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                          struct tensor v, const struct attention_opts *opts);
+bool check_attention_merge(struct check *c, struct tensor out, struct tensor parts, struct tensor lse);
 bool check_conv2d(struct check *c, struct tensor y, struct tensor x, const struct conv *conv);
 bool check_group_sums(struct check *c, struct tensor sums, struct tensor x);
 bool check_group_norm(struct check *c, struct tensor y, struct tensor x, struct tensor sums, struct tensor gamma,

@@ -217,6 +217,19 @@ static void dry_attention(struct device *d, struct tensor out, struct tensor q, 
     COUNT(4 * pairs * (double)q.n[1] * (double)q.n[2], out, q, k, v, opts->bias);
 }
 
+static void dry_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                               struct tensor v, const struct attention_opts *opts)
+{
+    if (check_attention_part(&d->check, out, lse, q, k, v, opts))
+        COUNT(4.0 * (double)tensor_count(q) * (double)k.n[0], out, lse, q, k, v, opts->bias);
+}
+
+static void dry_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse)
+{
+    if (check_attention_merge(&d->check, out, parts, lse))
+        COUNT(0, out, parts, lse);
+}
+
 static void dry_conv2d(struct device *d, struct tensor y, struct tensor x, const struct conv *conv)
 {
     if (check_conv2d(&d->check, y, x, conv))
@@ -302,6 +315,8 @@ const struct kernels kernels_dry = {
     .embed = dry_embed,
     .relative_bias = dry_relative_bias,
     .attention = dry_attention,
+    .attention_part = dry_attention_part,
+    .attention_merge = dry_attention_merge,
     .conv2d = dry_conv2d,
     .group_sums = dry_group_sums,
     .group_norm = dry_group_norm,

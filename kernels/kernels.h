@@ -145,6 +145,14 @@ struct kernels {
     // A query that sees no key (s = 0, or a bias of -inf throughout) gets zeros.
     void (*attention)(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                       const struct attention_opts *opts);
+    // Attention over some of the keys: also lse (m, heads) f32 = log of the sum of e^score over them, -inf for a query
+    // that sees none. Not causal. NULL, as attention_merge: this backend has none.
+    void (*attention_part)(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                           struct tensor v, const struct attention_opts *opts);
+    // out (m, heads, dim) = attention over all keys from parts (n, m, heads, dim) and lse (n, m, heads) of n disjoint
+    // sets of them: sum_i e^(lse_i - LSE) parts_i, LSE = log sum_i e^lse_i (Liu et al. 2023), added in the order of i.
+    // A part of no keys adds nothing; a query that saw no key anywhere gets zeros.
+    void (*attention_merge)(struct device *d, struct tensor out, struct tensor parts, struct tensor lse);
     // y (h, w, c_out) from x (h + kh - 1, w, c_in): the caller supplies the rows above and below (zeros at the
     // picture's edge), the operation pads kw/2 zero columns. Stride 1, kh and kw odd.
     void (*conv2d)(struct device *d, struct tensor y, struct tensor x, const struct conv *conv);

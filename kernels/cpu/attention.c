@@ -11,7 +11,7 @@ enum { QUERIES = 12, PANEL = TILE_VECS * LANES, MAX_BLOCK = 512, BLOCK_FLOATS = 
 
 struct attention {
     struct device *d;
-    struct tensor out, q, k, v;
+    struct tensor out, lse, q, k, v; // lse: none where nobody asks for it
     const struct attention_opts *opts;
     int64_t s, dim, block; // keys; block: keys of one block, a multiple of PANEL
     int64_t width;         // columns of a panel of values
@@ -161,6 +161,8 @@ static void finish(const struct attention *a, const struct space *s, int64_t hea
         float sum = s->sum[i - from], factor = sum > 0 || isnan(sum) ? 1 / sum : 0;
         for (int64_t j = 0; j < a->dim; j += LANES)
             vstore_n(o + j, sum == 0 ? vset(0) : vload_n(o + j, a->dim - j) * factor, a->dim - j);
+        if (!tensor_none(a->lse)) // no key seen: -inf + log 0
+            ((float *)a->lse.data)[i * a->lse.ld + head] = s->highest[i - from] + logf(sum);
     }
 }
 
@@ -184,12 +186,11 @@ static void task(void *ctx, int64_t task, int thread)
     finish(a, &s, head, from, to);
 }
 
-void cpu_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
-                   const struct attention_opts *opts)
+static void attend(struct attention a)
 {
-    if (!check_attention(&d->check, out, q, k, v, opts) || tensor_count(out) == 0)
-        return;
-    struct attention a = {.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts, .s = k.n[0], .dim = q.n[2]};
+    struct device *d = a.d;
+    const struct tensor q = a.q;
+    a.s = a.k.n[0], a.dim = q.n[2];
     int64_t fit = max64(1, BLOCK_FLOATS / a.dim / PANEL) * PANEL;
     a.block = min64(fit, MAX_BLOCK);
     a.width = (int64_t)tile_vecs(a.dim) * LANES;
@@ -201,4 +202,67 @@ void cpu_attention(struct device *d, struct tensor out, struct tensor q, struct 
     struct space s;
     if (cpu_scratch(d, layout(&a, NULL, &s)))
         pool_run(d->pool, heads * a.ranges, task, &a);
+}
+
+void cpu_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                   const struct attention_opts *opts)
+{
+    if (check_attention(&d->check, out, q, k, v, opts) && tensor_count(out) > 0)
+        attend((struct attention){.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts});
+}
+
+void cpu_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                        struct tensor v, const struct attention_opts *opts)
+{
+    if (check_attention_part(&d->check, out, lse, q, k, v, opts) && tensor_count(out) > 0)
+        attend((struct attention){.d = d, .out = out, .lse = lse, .q = q, .k = k, .v = v, .opts = opts});
+}
+
+// ---- parts
+
+struct merge {
+    struct tensor out, parts, lse;
+};
+
+static const float *lse_of(const struct merge *m, int64_t part, int64_t row, int64_t head)
+{
+    return (const float *)m->lse.data + part * m->lse.ld + row * m->lse.n[2] + head;
+}
+
+// out (dim) of one query and head
+static void merge_one(const struct merge *m, int64_t row, int64_t head)
+{
+    const int64_t heads = m->out.n[1], dim = m->out.n[2];
+    float *out = (float *)m->out.data + row * m->out.ld + head * dim;
+    float top = -INFINITY, sum = 0;
+    for (int64_t p = 0; p < m->parts.n[0]; p++)
+        top = fmaxf(top, *lse_of(m, p, row, head));
+    for (int64_t j = 0; j < dim; j += LANES)
+        vstore_n(out + j, vset(0), dim - j);
+    for (int64_t p = 0; p < m->parts.n[0]; p++) {
+        const float lse = *lse_of(m, p, row, head), weight = expf(lse - top);
+        const float *part = (const float *)m->parts.data + p * m->parts.ld + (row * heads + head) * dim;
+        if (lse == -INFINITY)
+            continue;
+        sum += weight;
+        for (int64_t j = 0; j < dim; j += LANES)
+            vstore_n(out + j, vload_n(out + j, dim - j) + vload_n(part + j, dim - j) * weight, dim - j);
+    }
+    for (int64_t j = 0; sum != 0 && j < dim; j += LANES)
+        vstore_n(out + j, vload_n(out + j, dim - j) / sum, dim - j);
+}
+
+static void merge_rows(const void *ctx, int64_t from, int64_t to)
+{
+    const struct merge *m = ctx;
+    for (int64_t i = from; i < to; i++)
+        for (int64_t head = 0; head < m->out.n[1]; head++)
+            merge_one(m, i, head);
+}
+
+void cpu_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse)
+{
+    const struct merge m = {out, parts, lse};
+    if (check_attention_merge(&d->check, out, parts, lse) && tensor_count(out) > 0)
+        cpu_rows(d, out.n[0], (parts.n[0] + 1) * out.n[1] * out.n[2], merge_rows, &m);
 }

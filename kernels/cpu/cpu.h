@@ -51,6 +51,9 @@ void cpu_conv2d(struct device *d, struct tensor y, struct tensor x, const struct
 // attention.c
 void cpu_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                    const struct attention_opts *opts);
+void cpu_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                        struct tensor v, const struct attention_opts *opts);
+void cpu_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse);
 // norm.c
 void cpu_layer_norm(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,
                     float eps);

@@ -39,6 +39,14 @@ static void counts(void **state)
     K->attention(d, f32(3, 5, 2, 8), f32(3, 5, 2, 8), f32(3, 7, 2, 8), f32(3, 7, 2, 8), &o);
     K->cost(d, &c);
     assert_true(c.flops == 192 + 4.0 * 5 * 7 * 16);
+    double attended = c.flops, bytes = c.bytes;
+    K->attention_part(d, f32(3, 5, 2, 8), f32(2, 5, 2, 1), f32(3, 5, 2, 8), f32(3, 3, 2, 8), f32(3, 3, 2, 8), &o);
+    K->cost(d, &c);
+    assert_true(c.flops == attended + 4.0 * 5 * 3 * 16 && c.bytes == bytes + 4.0 * (2 * 80 + 2 * 48 + 10));
+    bytes = c.bytes;
+    K->attention_merge(d, f32(3, 5, 2, 8), tensor_of(NULL, DT_F32, 4, 3, 5, 2, 8), f32(3, 3, 5, 2));
+    K->cost(d, &c);
+    assert_true(c.flops == attended + 4.0 * 5 * 3 * 16 && c.bytes == bytes + 4.0 * (80 + 3 * 80 + 3 * 10));
     struct conv conv = {.w = tensor_of(NULL, DT_F32, 4, 5, 3, 3, 4), .b = f32(1, 5, 1, 1)};
     K->conv2d(d, f32(3, 6, 7, 5), f32(3, 8, 7, 4), &conv);
     double before = c.flops;
@@ -109,11 +117,18 @@ static void wrong_pictures(void **state)
     struct tensor p = f32(3, 4, 6, 8), q = f32(3, 4, 6, 9), none = {0};
     struct attention_opts causal = {.scale = 1, .causal = true}, bias = {.scale = 1, .bias = f32(3, 6, 4, 3)};
     struct conv conv = {.w = tensor_of((void *)0x1000, DT_F32, 4, 8, 3, 3, 8), .b = none};       // NOLINT
+    struct tensor parts = tensor_of((void *)0x1000, DT_F32, 4, 2, 4, 6, 8);                      // NOLINT
     struct tensor sums = tensor_of((void *)0x1000, DT_F64, 3, 4, 3, 2, 1), u8 = f32(3, 4, 6, 8); // NOLINT
     WRONG("attention needs", "k F32 (4, 6, 9)", k->attention(d, p, p, q, q, &(struct attention_opts){.scale = 1}));
     WRONG("attention (causal) needs", "k F32 (5, 6, 8)",
           k->attention(d, p, p, f32(3, 5, 6, 8), f32(3, 5, 6, 8), &causal));
     WRONG("attention needs", "bias F32 (6, 4, 3)", k->attention(d, p, p, p, p, &bias));
+    WRONG("attention_part needs", "lse F32 (4, 8)",
+          k->attention_part(d, p, f32(2, 4, 8, 1), p, p, p, &(struct attention_opts){.scale = 1}));
+    WRONG("attention_part (causal) needs", "lse F32 (4, 6)",
+          k->attention_part(d, p, f32(2, 4, 6, 1), p, p, p, &causal));
+    WRONG("attention_merge needs", "lse F32 (3, 4, 6)", k->attention_merge(d, p, parts, f32(3, 3, 4, 6)));
+    WRONG("attention_merge needs", "out F32 (4, 6, 9)", k->attention_merge(d, q, parts, f32(3, 2, 4, 6)));
     WRONG("conv2d needs", "x F32 (4, 6, 8)", k->conv2d(d, p, p, &conv));
     WRONG("group_sums needs", "sums F64 (4, 3, 2)", k->group_sums(d, sums, p));
     WRONG("group_norm needs", "sums F64 (4, 3, 2)", k->group_norm(d, p, p, sums, none, none, 1, ACT_NONE));
@@ -157,6 +172,8 @@ static void touches_nothing(void **state)
     K->rms_norm(d, x, x, v, 1);
     K->qk_norm_rope(d, h, h, f32(1, 16, 1, 1), f32(1, 16, 1, 1), 1, f32(3, 64, 8, 2));
     K->embed(d, x, x, ids);
+    K->attention_part(d, h, f32(2, 64, 2, 1), h, h, h, &(struct attention_opts){.scale = 1});
+    K->attention_merge(d, h, tensor_reshape(h, 4, 1, 64, 2, 16), f32(3, 1, 64, 2));
     K->group_sums(d, sums, p);
     K->group_norm(d, p, p, sums, v, v, 1, ACT_SILU);
     K->upsample2x(d, f32(3, 16, 16, 32), p);

@@ -590,6 +590,110 @@ static void attention_rows_alone(void **state)
     assert_memory_equal(all.data, part.data, tensor_bytes(all));
 }
 
+// lse (m, heads) of every query over the keys given
+static void lse_reference(const struct attention_case *c, const double *q, const double *k, const double *bias,
+                          double *lse)
+{
+    int64_t row = c->heads * c->dim;
+    for (int64_t i = 0; i < c->m; i++)
+        for (int64_t h = 0; h < c->heads; h++) {
+            double sum = 0; // scores are small here
+            for (int64_t j = 0; j < c->s; j++) {
+                double score = bias ? bias[(h * c->m + i) * c->s + j] : 0;
+                for (int64_t e = 0; e < c->dim; e++)
+                    score += 0.5 * q[i * row + h * c->dim + e] * k[j * row + h * c->dim + e];
+                sum += exp(score);
+            }
+            lse[i * c->heads + h] = log(sum);
+        }
+}
+
+// One of the parts: keys first.. of all; checks its lse.
+static void attention_one_part(struct fix *f, const struct attention_case *all, struct tensor out, struct tensor lse,
+                               struct tensor q, struct tensor k, struct tensor v, struct tensor bias, int64_t first)
+{
+    struct attention_case c = *all;
+    struct attention_opts opts = {.scale = 0.5f};
+    c.s = k.n[0];
+    if (c.bias) {
+        opts.bias = MAKE(f, DT_F32, 3, 1, c.heads, c.m, c.s);
+        for (int64_t h = 0; h < c.heads; h++)
+            for (int64_t i = 0; i < c.m; i++)
+                memcpy((float *)opts.bias.data + h * opts.bias.ld + i * c.s,
+                       (float *)bias.data + h * bias.ld + i * all->s + first, (size_t)c.s * sizeof(float));
+    }
+    K->attention_part(f->d, out, lse, q, k, v, &opts);
+    double *want = room(f, c.m * c.heads);
+    lse_reference(&c, values(f, q), values(f, k), c.bias ? values(f, opts.bias) : NULL, want);
+    for (int64_t i = 0; i < c.m; i++)
+        for (int64_t h = 0; h < c.heads; h++) {
+            double got = (double)((float *)lse.data)[i * lse.ld + h], hoped = want[i * c.heads + h];
+            if (!(got == hoped || fabs(got - hoped) <= 2e-6 * (1 + fabs(hoped)) + 4e-7 * (double)c.dim))
+                fail_msg("lse of query %d: %g, not %g", (int)i, got, hoped);
+        }
+}
+
+// cuts[parts + 1]: where the keys are cut.
+static void attention_in_parts(struct fix *f, struct attention_case c, int parts, const int64_t *cuts)
+{
+    struct tensor q = MAKE(f, DT_F32, 3, 1.5, c.m, c.heads, c.dim), k = MAKE(f, DT_F32, 5, 1.5, c.s, c.heads, c.dim);
+    struct tensor v = MAKE(f, DT_F32, 0, 1, c.s, c.heads, c.dim), out = MAKE(f, DT_F32, 1, 1, c.m, c.heads, c.dim);
+    struct tensor part = MAKE(f, DT_F32, 7, 1, parts, c.m, c.heads, c.dim), bias = {0};
+    struct tensor lse = MAKE(f, DT_F32, 2, 1, parts, c.m, c.heads);
+    if (c.bias)
+        bias = MAKE(f, DT_F32, 7, 2, c.heads, c.m, c.s);
+    for (int64_t i = 0; c.hidden && i < c.heads * c.m * c.s; i++) // every key of query 0; of others, one in three
+        if (i / c.s % c.m == 0 || i % 3 == 1)
+            ((float *)bias.data)[i / (c.m * c.s) * bias.ld + i % (c.m * c.s)] = -INFINITY;
+    for (int64_t i = 0; i < c.m * out.ld; i++)
+        ((float *)out.data)[i] = NAN; // what was there before must not matter
+    for (int i = 0; i < parts; i++) {
+        const int64_t keys = cuts[i + 1] - cuts[i];
+        attention_one_part(f, &c, tensor_reshape(tensor_rows(part, i, 1), 3, c.m, c.heads, c.dim, 1),
+                           tensor_reshape(tensor_rows(lse, i, 1), 2, c.m, c.heads, 1, 1), q,
+                           tensor_rows(k, cuts[i], keys), tensor_rows(v, cuts[i], keys), bias, cuts[i]);
+    }
+    K->attention_merge(f->d, out, part, lse);
+    double *want = room(f, tensor_count(out));
+    attention_reference(&c, values(f, q), values(f, k), values(f, v), c.bias ? values(f, bias) : NULL, want);
+    same(f, out, want, 2e-6 + 4e-7 * (double)c.dim, "attention in parts");
+}
+
+static void attention_parts(void **state)
+{
+    enum { MOST = 9 };
+    struct fix *f = *state;
+    const int64_t ms[] = {0, 1, 13, 14, 40}, ss[] = {0, 1, 31, 64, 130}, dims[] = {1, 8, 17, 32, 64};
+    for (int i = 0; i < 50; i++) {
+        struct attention_case c = {.m = ms[i % 5], .s = ss[i / 5 % 5], .heads = 1 + i % 3, .dim = dims[i * 7 % 5]};
+        c.bias = i % 3 == 1, c.hidden = i % 6 == 4;
+        int parts = 1 + i % MOST;
+        int64_t cuts[MOST + 1] = {0};
+        for (int p = 1; p < parts; p++) // anywhere after the one before: some parts are empty
+            cuts[p] = cuts[p - 1] + (int64_t)(fabs(uniform(f)) * (double)(c.s - cuts[p - 1] + 1));
+        cuts[parts] = c.s;
+        attention_in_parts(f, c, parts, cuts);
+    }
+    struct attention_case blocks = {.m = 30, .s = 1300, .heads = 2, .dim = 32}; // several blocks of keys
+    attention_in_parts(f, blocks, 3, (const int64_t[]){0, 600, 601, 1300});
+    attention_in_parts(f, blocks, 4, (const int64_t[]){0, 0, 1300, 1300, 1300});
+}
+
+// One part is the whole: the same bits.
+static void attention_part_of_all(void **state)
+{
+    struct fix *f = *state;
+    struct tensor q = MAKE(f, DT_F32, 0, 1, 50, 2, 40), k = MAKE(f, DT_F32, 0, 1, 700, 2, 40);
+    struct tensor all = MAKE(f, DT_F32, 0, 1, 50, 2, 40), part = MAKE(f, DT_F32, 0, 1, 1, 50, 2, 40);
+    struct tensor merged = MAKE(f, DT_F32, 0, 1, 50, 2, 40), lse = MAKE(f, DT_F32, 0, 1, 1, 50, 2);
+    struct attention_opts opts = {.scale = 0.2f};
+    K->attention(f->d, all, q, k, k, &opts);
+    K->attention_part(f->d, tensor_reshape(part, 3, 50, 2, 40, 1), tensor_reshape(lse, 2, 50, 2, 1, 1), q, k, k, &opts);
+    K->attention_merge(f->d, merged, part, lse);
+    assert_memory_equal(all.data, part.data, tensor_bytes(all));
+    assert_memory_equal(all.data, merged.data, tensor_bytes(all));
+}
+
 static void conv_case(struct fix *f, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kh, int64_t kw,
                       enum dtype type)
 {
@@ -796,6 +900,8 @@ int main(void)
         BOTH(relative_bias),
         BOTH(attention),
         BOTH(attention_rows_alone),
+        BOTH(attention_parts),
+        BOTH(attention_part_of_all),
         BOTH(conv2d),
         BOTH(groups),
         BOTH(pictures),
