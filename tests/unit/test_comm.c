@@ -237,6 +237,19 @@ static int one_broadcast(struct comm *c, const struct traffic *t, uint64_t key, 
     return 0;
 }
 
+// Only the byte after the piece is watched: pieces begin where the buffer does.
+static int one_shift(struct comm *c, const struct traffic *t, uint64_t key, uint8_t *a, uint8_t *b)
+{
+    int n = comm_size(c), me = comm_rank(c), next = (me + 1) % n, before = (me + n - 1) % n;
+    int64_t out = piece_bytes(t, key, me, next), in = piece_bytes(t, key, before, me);
+    fill(a, key, me, next, out);
+    memset(b, 0xee, (size_t)in + 1);
+    comm_shift(c, out ? a : NULL, out, in ? b : NULL, in);
+    CHECK(comm_check(c, NULL) == 0);
+    CHECK(holds(b, key, before, me, in) && b[in] == 0xee);
+    return 0;
+}
+
 static int traffic_rank(struct comm *c, const void *arg)
 {
     const struct traffic *t = arg;
@@ -245,13 +258,16 @@ static int traffic_rank(struct comm *c, const void *arg)
     int failed = a == NULL || b == NULL;
     for (int i = 0; i < t->rounds && !failed; i++) {
         uint64_t key = mix(t->seed + (uint64_t)i);
-        switch (i % 4) {
+        switch (i % 5) {
         case 0:
         case 1:
             failed = one_all_to_all(c, t, key, a, b);
             break;
         case 2:
             failed = one_all_gather(c, t, key, a, b);
+            break;
+        case 3:
+            failed = one_shift(c, t, key, a, b);
             break;
         default:
             failed = one_broadcast(c, t, key, a);
@@ -487,6 +503,31 @@ static void waits_time_out(void **state)
     }
 }
 
+// Rank 1 of 3 does not come. arg: whether somebody says so before the deadline.
+static int broken_ring_rank(struct comm *c, const void *arg)
+{
+    uint8_t in[100], out[100] = {0};
+    const bool *told = arg;
+    if (comm_rank(c) == 1) {
+        if (*told)
+            comm_abort(c, "rank 1 fell ill");
+        return 0;
+    }
+    comm_set_timeout(c, *told ? 20000 : 80);
+    double before = now_ms();
+    comm_shift(c, out, 10 + comm_rank(c), in, comm_rank(c) == 0 ? 12 : 0);
+    CHECK(now_ms() - before < 5000);
+    return failed_with(c, *told ? ERR_UNAVAILABLE : ERR_TIMEOUT, *told ? "fell ill" : "missing ranks 1 of");
+}
+
+static void broken_rings_end(void **state)
+{
+    (void)state;
+    for (int threads = 0; threads < 2; threads++)
+        for (int told = 0; told < 2; told++)
+            assert_int_equal(run_ranks(threads, 3, 4096, broken_ring_rank, &(const bool){told}), 0);
+}
+
 static int until_stopped_rank(struct comm *c, const void *arg)
 {
     (void)arg;
@@ -619,6 +660,10 @@ static int mismatch_rank(struct comm *c, const void *arg)
         counts[2] += odd;
         comm_all_gather(c, in, out, counts);
         break;
+    case 4: // round the ring, rank 0 expects of rank 2 what it does not send
+        comm_shift(c, in, 8, out, comm_rank(c) == 0 ? 9 : 8);
+        comm_barrier(c);
+        break;
     default: // rank 0 expects of rank 1 what it does not send: rank 2 sees nothing wrong but is stopped
         others[1] += comm_rank(c) == 0;
         comm_all_to_all(c, in, counts, offsets, out, others, offsets);
@@ -628,7 +673,9 @@ static int mismatch_rank(struct comm *c, const void *arg)
     enum err_code code = comm_check(c, NULL);
     if (kind < 4 || comm_rank(c) == 0)
         return code != ERR_INTERNAL;
-    return code != ERR_UNAVAILABLE || failed_with(c, code, "rank 1 sends 8 bytes where 9 are expected");
+    return code != ERR_UNAVAILABLE || failed_with(c, code,
+                                                  kind == 4 ? "rank 2 sends 8 bytes where 9 are expected"
+                                                            : "rank 1 sends 8 bytes where 9 are expected");
 }
 
 static int bad_counts_rank(struct comm *c, const void *arg)
@@ -653,7 +700,7 @@ static void mismatch_is_told(void **state)
 {
     (void)state;
     for (int threads = 0; threads < 2; threads++) {
-        for (int kind = 0; kind < 5; kind++)
+        for (int kind = 0; kind < 6; kind++)
             assert_int_equal(run_ranks(threads, 3, 4096, mismatch_rank, &kind), 0);
         assert_int_equal(run_ranks(threads, 2, 4096, bad_counts_rank, NULL), 0);
     }
@@ -756,11 +803,12 @@ static void dry_counts(void **state)
     assert_int_equal(comm_rank(g), 1);
     assert_int_equal(comm_size(g), 3);
     comm_all_gather(g, NULL, NULL, counts);
+    comm_shift(g, NULL, 11, NULL, 12);
     comm_broadcast(g, NULL, 7, 1);
     comm_broadcast(g, NULL, 7, 0);
     comm_barrier(g);
-    assert_int_equal(comm_bytes_sent(g), 2 * 20 + 2 * 7);
-    assert_int_equal(comm_bytes_sent(c), 170 + 54);
+    assert_int_equal(comm_bytes_sent(g), 2 * 20 + 11 + 2 * 7);
+    assert_int_equal(comm_bytes_sent(c), 170 + 65);
     assert_int_equal(comm_check(c, &err), 0);
     comm_free(g);
     comm_free(c);
@@ -818,6 +866,7 @@ int main(void)
         cmocka_unit_test(groups_nest),
         cmocka_unit_test(wrong_groups_are_refused),
         cmocka_unit_test(waits_time_out),
+        cmocka_unit_test(broken_rings_end),
         cmocka_unit_test(abort_wakes_everybody),
         cmocka_unit_test(abort_comes_from_any_thread),
         cmocka_unit_test(killed_rank_hangs_nobody),

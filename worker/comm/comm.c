@@ -143,6 +143,18 @@ void comm_all_to_all(struct comm *c, const void *send, const int64_t *send_count
     c->ops->all_to_all(c, send, send_counts, send_offsets, recv, recv_counts, recv_offsets);
 }
 
+// An all-to-all of one piece a rank, whatever the backend: it moves no byte more and says as much when ranks disagree.
+void comm_shift(struct comm *c, const void *send, int64_t send_bytes, void *recv, int64_t recv_bytes)
+{
+    int64_t out[COMM_MAX_RANKS] = {0}, in[COMM_MAX_RANKS] = {0};
+    const int64_t offsets[COMM_MAX_RANKS] = {0};
+    if (c->rank >= 0) { // a watcher is refused below
+        out[(c->rank + 1) % c->size] = send_bytes;
+        in[(c->rank + c->size - 1) % c->size] = recv_bytes;
+    }
+    comm_all_to_all(c, send, out, offsets, recv, in, offsets);
+}
+
 void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t *counts)
 {
     if (!begin(c, COMM_ALL_GATHER) || !counts_valid(c, COMM_ALL_GATHER, counts))

@@ -28,6 +28,9 @@ uint64_t comm_bytes_sent(const struct comm *c);
 // The piece for oneself is copied too. send and recv do not overlap.
 void comm_all_to_all(struct comm *c, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
                      void *recv, const int64_t *recv_counts, const int64_t *recv_offsets);
+// Around the ring: send goes to the next rank (rank + 1, the first after the last), recv comes from the one before.
+// Counts may differ from rank to rank and be zero; recv_bytes equals what the rank before sends. Called by all ranks.
+void comm_shift(struct comm *c, const void *send, int64_t send_bytes, void *recv, int64_t recv_bytes);
 // recv holds every rank's piece, rank order, counts[r] bytes each. send may be its own place in recv.
 void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t *counts);
 void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root);
