@@ -75,9 +75,8 @@ static int summarise(const struct generate *g, struct engine *e, const struct mo
     return 0;
 }
 
-static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
+static int open_engine(const struct generate *g, struct comm *comm, struct engine **out, struct err *err)
 {
-    const bool cuda = g->kernels != &kernels_cpu;
     struct engine_options options = {.kernels = g->kernels,
                                      .device.threads = g->threads,
                                      .data = comm,
@@ -87,18 +86,26 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
     TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
     options.device.activation = precision.activation;
     options.fp8 = precision.fp8;
+    return engine_new(&options, out, err);
+}
+
+static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
+{
     const struct engine_hooks hooks = {
         .progress = leader && !g->quiet ? show_progress : NULL, .trace = g->latents ? recorder_put : NULL, .arg = g};
     struct engine_hooks mine = hooks;
     if (g->latents) // both hooks share arg: the recorder wins, and progress is left out
         mine.arg = g->recorder, mine.progress = NULL;
     const struct plan want = {.cfg = g->cfg_degree, .ulysses = g->ulysses_degree};
-    struct engine *e;
+    struct engine *e = NULL;
     struct model *placed = NULL; // on the CPU the mapped files serve all ranks
-    TRY(engine_new(&options, &e, err));
-    const struct home home = engine_home(e);
-    int rc = cuda ? model_load_on(g->model_dir, &home, &placed, err) : 0;
-    if (rc == 0)
+    int rc = open_engine(g, comm, &e, err);
+    const struct home home = rc == 0 ? engine_home(e) : (struct home){0};
+    if (rc == 0 && g->kernels != &kernels_cpu)
+        rc = model_load_on(g->model_dir, &home, &placed, err);
+    if (rc != 0)
+        comm_abort(comm, err->text); // nobody may wait for this rank
+    else
         rc = engine_run(e, placed ? placed : g->model, g->job, &want, &mine, out, err);
     if (rc == 0 && leader && !g->quiet)
         rc = summarise(g, e, placed ? placed : g->model, out, err);
@@ -119,8 +126,8 @@ static int child_main(struct generate *g, int region, int rank, pid_t parent)
     int rc = comm_shm_attach(region, rank, &comm, &err);
     if (rc == 0) {
         rc = run_rank(g, comm, false, &unused, &err);
-        if (rc != 0 && rc != ERR_UNAVAILABLE)
-            comm_abort(comm, err.text);
+        if (comm_check(comm, NULL) == 0) // a job that is refused is refused on all ranks: the leader knows
+            rc = 0;
         comm_free(comm);
     }
     return rc == 0 ? CLI_OK : CLI_FAILED;
