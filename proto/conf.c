@@ -93,6 +93,8 @@ static const struct key keys[] = {
     {"group", "cfg_degree", INT, IN(cfg_degree), 0, 2, "0", .doc = "guidance branches apart; 0: the planner decides"},
     {"group", "ulysses_degree", INT, IN(ulysses_degree), 0, 64, "0",
      .doc = "ranks that share attention heads; 0: the planner decides"},
+    {"group", "ring_degree", INT, IN(ring_degree), 0, 64, "0",
+     .doc = "groups of such ranks that pass keys and values round; 0: the planner decides"},
     {"group", "slab", SIZE, IN(slab_bytes), 64 * 1024, 1 << 30, "4M",
      .doc = "each rank's window in the memory that the ranks share"},
     {"group", "memory_budget", SIZE, IN(memory_budget), 0, CONF_MAX_BYTES, "0",

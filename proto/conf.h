@@ -36,6 +36,7 @@ struct conf_group {
     int threads;            // threads a rank computes with; 0: conf_group_threads decides
     int cfg_degree;         // 0: the planner decides
     int ulysses_degree;     // 0: the planner decides
+    int ring_degree;        // 0: the planner decides
     int64_t memory_budget;  // bytes of a GPU that a rank may take; 0: all that is free, and on the CPU
     int64_t slab_bytes;     // each rank's window in the shared-memory region
     struct conf_list model; // as written: name@version=directory

@@ -503,7 +503,9 @@ static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfl
                             const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
                             struct err *err)
 {
-    TRY(plan_make(&m->info, comm_size(e->data), job_true_cfg(job), want->cfg, want->ulysses, plan, err));
+    struct plan here = *want;
+    here.ranks = comm_size(e->data);
+    TRY(plan_make(&m->info, e->k, &here, job_true_cfg(job), plan, err));
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
 }
 

@@ -24,13 +24,15 @@ struct attention_call {
     int layer;             // counts a model's attentions; links that keep keys and values tell them apart by it
     struct tensor out;     // (rows, heads, dim)
     struct tensor q, k, v; // (rows, heads, dim), any ld
-    const int64_t *rows;   // of every rank, in the order of the communicator
+    const int64_t *rows;   // of every rank, in the order of x->comm
     const int64_t *text;   // how many of these are text rows, which come first on every rank; NULL: none
-    struct attention_opts opts;
+    struct attention_opts opts; // no bias and not causal where rows are spread
 };
 
 // A way to attend across ranks. Links form a chain, outermost first; each transforms the call and hands it to next;
-// the last one, local, computes. A link is chosen by the plan; no model knows which are there.
+// the last one, local or ring, computes. A link is chosen by the plan; no model knows which are there.
+// A call's rows are spread over the ranks of the x->comm that comes with it. A link that has brought rows together hands
+// on an exec with the communicator of those that are still apart.
 struct attention_link {
     void (*attend)(const struct attention_link *self, struct exec *x, const struct attention_call *call);
     const struct attention_link *next;
@@ -41,8 +43,17 @@ struct attention_link {
 extern const struct attention_link attention_local;
 // Each rank gathers everybody's keys and values and attends with its own queries. Any number of heads.
 extern const struct attention_link attention_gathered;
-// DeepSpeed-Ulysses (Jacobs et al. 2023): all-to-all from rows to heads and back. heads % ranks == 0.
+// DeepSpeed-Ulysses (Jacobs et al. 2023): all-to-all from rows to heads and back, among the ranks of inside; heads %
+// their number == 0. x->comm is cut into groups of so many neighbours; inside is this rank's, across has the ranks of
+// the same place in every group, in order: what the next link works over (one rank, where there is one group).
+// Copied, with state, and next where it is not local.
+struct ulysses_groups {
+    struct comm *inside, *across;
+};
 extern const struct attention_link attention_ulysses;
+// Ring attention (Liu et al. 2023): keys and values go round the ranks of x->comm. Any number of heads. Sums are added
+// slice by slice, so results equal local's to rounding. Needs attention_part of the backend.
+extern const struct attention_link attention_ring;
 
 static inline void exec_attend(struct exec *x, const struct attention_call *call)
 {

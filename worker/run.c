@@ -21,25 +21,34 @@ void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job
 // runner, and a line here.
 static void choose_ways(struct run *r)
 {
+    const struct attention_link *over_rows = r->plan.ring > 1 ? &attention_ring : &attention_local;
+    r->ulysses = attention_ulysses;
+    r->ulysses.next = over_rows;
+    r->ulysses.state = &r->usp;
     r->world.attention = &attention_local;
-    r->branch.attention = r->plan.ulysses > 1 ? &attention_ulysses : &attention_local;
+    r->branch.attention = r->plan.ulysses > 1 ? &r->ulysses : over_rows;
     r->runner = &runner_whole;
 }
 
 int run_join(struct run *r, struct comm *world, struct err *err)
 {
-    const int me = comm_rank(world), u = r->plan.ulysses;
+    const int u = r->plan.ulysses, ranks = u * r->plan.ring; // of a branch
+    const int me = comm_rank(world), place = me % ranks;
     choose_ways(r);
     r->world.comm = world;
-    TRY(comm_group(world, me / u * u, 1, u, &r->branch.comm, err));
-    return r->plan.cfg == 2 ? comm_group(world, me % u, u, 2, &r->pair, err) : 0;
+    TRY(comm_group(world, me - place, 1, ranks, &r->branch.comm, err));
+    TRY(comm_group(r->branch.comm, place / u * u, 1, u, &r->usp.inside, err));
+    TRY(comm_group(r->branch.comm, place % u, u, r->plan.ring, &r->usp.across, err));
+    return r->plan.cfg == 2 ? comm_group(world, place, ranks, 2, &r->pair, err) : 0;
 }
 
 void run_leave(struct run *r)
 {
     comm_free(r->pair);
+    comm_free(r->usp.across);
+    comm_free(r->usp.inside);
     comm_free(r->branch.comm);
-    r->pair = r->branch.comm = NULL;
+    r->pair = r->usp.across = r->usp.inside = r->branch.comm = NULL;
 }
 
 void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)

@@ -27,10 +27,12 @@ struct run {
     struct exec world;           // all ranks: text, decoding
     struct exec branch;          // the ranks of this rank's guidance branch: denoising
     const struct runner *runner;
-    struct comm *pair;          // the same rows of the other branch; NULL unless plan.cfg is 2
-    bool agreed;                // all ranks know that the job ends here
-    int branches;               // 1, or 2 with true CFG
-    int64_t latent_h, latent_w; // rows and columns of the VAE's latents
+    struct ulysses_groups usp;     // within the branch: neighbours share heads, groups of them make a ring
+    struct attention_link ulysses; // over usp
+    struct comm *pair;             // the same rows of the other branch; NULL unless plan.cfg is 2
+    bool agreed;                   // all ranks know that the job ends here
+    int branches;                  // 1, or 2 with true CFG
+    int64_t latent_h, latent_w;    // rows and columns of the VAE's latents
     int64_t image_tokens, text_tokens;
 };
 

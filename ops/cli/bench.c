@@ -73,7 +73,7 @@ int bench_load(struct bench *b, struct err *err)
     b->memory.loaded = b->memory.peak;
     b->memory.weights = model_bytes(b->model);
     TRY(model_resolve_job(b->model, b->job, err));
-    return plan_make(&b->model->info, 1, job_true_cfg(b->job), 0, 0, &b->plan, err);
+    return plan_make(&b->model->info, b->k, &(struct plan){.ranks = 1}, job_true_cfg(b->job), &b->plan, err);
 }
 
 void bench_unload(struct bench *b)

@@ -23,7 +23,8 @@ struct generate {
     const char *model_dir, *device, *out, *latents, *budget;
     int64_t memory_budget; // budget in bytes
     const struct kernels *kernels;
-    int ranks, threads, cfg_degree, ulysses_degree;
+    int ranks, threads;
+    struct plan want; // degrees
     bool quiet;
     Ditfleet__V1__Job *job;
     struct model *model;
@@ -96,7 +97,6 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
     struct engine_hooks mine = hooks;
     if (g->latents) // both hooks share arg: the recorder wins, and progress is left out
         mine.arg = g->recorder, mine.progress = NULL;
-    const struct plan want = {.cfg = g->cfg_degree, .ulysses = g->ulysses_degree};
     struct engine *e = NULL;
     struct model *placed = NULL; // on the CPU the mapped files serve all ranks
     int rc = open_engine(g, comm, &e, err);
@@ -106,7 +106,7 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
     if (rc != 0)
         comm_abort(comm, err->text); // nobody may wait for this rank
     else
-        rc = engine_run(e, placed ? placed : g->model, g->job, &want, &mine, out, err);
+        rc = engine_run(e, placed ? placed : g->model, g->job, &g->want, &mine, out, err);
     if (rc == 0 && leader && !g->quiet)
         rc = summarise(g, e, placed ? placed : g->model, out, err);
     model_free(placed);
@@ -271,10 +271,12 @@ static int run(const struct cli_command *self, int argc, char **argv)
          CLI_STRING, &g.budget, 0, 0},
         {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
-        {"--ulysses-degree", "N", "ranks that share one picture's rows; default: chosen", CLI_INT, &g.ulysses_degree, 1,
+        {"--ulysses-degree", "N", "ranks that share attention heads; default: chosen", CLI_INT, &g.want.ulysses, 1,
          COMM_MAX_RANKS},
-        {"--cfg-degree", "N", "2: guidance branches on two halves of the ranks; default: chosen", CLI_INT,
-         &g.cfg_degree, 1, 2},
+        {"--ring-degree", "N", "groups of such ranks that pass keys and values round; default: chosen", CLI_INT,
+         &g.want.ring, 1, COMM_MAX_RANKS},
+        {"--cfg-degree", "N", "2: guidance branches on two halves of the ranks; default: chosen", CLI_INT, &g.want.cfg,
+         1, 2},
         {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},
         {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
          &g.latents, 0, 0},

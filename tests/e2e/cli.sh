@@ -56,6 +56,13 @@ expect 3 "unix:$fleet/none.sock: No such file or directory; start it, or say by 
   "$ditfleet" submit "${job[@]}" --redis "unix://$fleet/none.sock"
 [[ $(wc -l <"$fleet/out") == 1 ]] || fail "more than one line when Redis is down"
 
+# ---- ranks of one machine, as many as the heads do not divide by, too
+picture=(--model "$DITFLEET_SOURCE/ops/demo/model" --prompt "a ring" --width 48 --height 32 --num-inference-steps 1
+  --max-sequence-length 16 -o "$fleet/ring.png")
+expect 0 "cfg=1 ulysses=1 ring=3" "$ditfleet" generate "${picture[@]}" --ranks 3
+expect 0 "cfg=1 ulysses=2 ring=2" "$ditfleet" generate "${picture[@]}" --ranks 4 --ring-degree 2
+expect 1 "on 6 ranks cfg=1 ulysses=2 ring=3 would do" "$ditfleet" generate "${picture[@]}" --ranks 6 --ring-degree 2
+
 # ---- a queue node, which admits
 fleet_redis
 export DITFLEET_REDIS=$fleet_redis_url

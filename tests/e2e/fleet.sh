@@ -9,11 +9,11 @@ fleet_begin "${DITFLEET_BUILD:?}"
 export XDG_CACHE_HOME=$fleet/cache
 case ${1:-cpu} in
   cpu)
-    group="ranks = 2" own=(--ranks 2) plan="cfg=1 ulysses=2" guided_plan="cfg=2 ulysses=1"
+    group="ranks = 2" own=(--ranks 2) plan="cfg=1 ulysses=2 ring=1" guided_plan="cfg=2 ulysses=1 ring=1"
     last_rank=1 long=(--width 64 --height 64 --num-inference-steps 300)
     ;;
   cuda)
-    group="device = cuda" own=(--device cuda) plan="cfg=1 ulysses=1" guided_plan=$plan
+    group="device = cuda" own=(--device cuda) plan="cfg=1 ulysses=1 ring=1" guided_plan=$plan
     last_rank=0 long=(--width 512 --height 512 --num-inference-steps 1000)
     fleet_has_redis >/dev/null || { echo "skipped: no Redis server here" && exit 77; }
     fleet_has_gpu || { echo "skipped: no GPU here: $(<"$fleet/gpu.log")" && exit 77; }

@@ -37,13 +37,13 @@ static void defaults_fill_an_empty_file(void **state)
 static void every_kind_of_value_is_read(void **state)
 {
     (void)state;
-    struct conf *c =
-        parse("\xef\xbb\xbf; a comment\n[redis]\nurl = unix:///run/r.sock\n[fleet]\nnode=n1\n"
-              "[upload]\nallow = 127.0.0.1:80, [::1]:8080\nallow = host:1\n"
-              "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
-              "[log]\nlevel = debug\n"
-              "[group g1]\nranks = 2\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
-              "[group g2]\nmodel = flux@1=/m");
+    struct conf *c = parse(
+        "\xef\xbb\xbf; a comment\n[redis]\nurl = unix:///run/r.sock\n[fleet]\nnode=n1\n"
+        "[upload]\nallow = 127.0.0.1:80, [::1]:8080\nallow = host:1\n"
+        "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
+        "[log]\nlevel = debug\n"
+        "[group g1]\nranks = 6\nring_degree = 3\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
+        "[group g2]\nmodel = flux@1=/m");
     assert_string_equal(c->redis.url, "unix:///run/r.sock");
     assert_int_equal(c->upload.allow.count, 3);
     assert_string_equal(c->upload.allow.items[1], "[::1]:8080");
@@ -58,7 +58,9 @@ static void every_kind_of_value_is_read(void **state)
     assert_int_equal(c->n_groups, 2);
     const struct conf_group *g = conf_group_find(c, "g1");
     assert_non_null(g);
-    assert_int_equal(g->ranks, 2);
+    assert_int_equal(g->ranks, 6);
+    assert_int_equal(g->ring_degree, 3);
+    assert_int_equal(g->ulysses_degree, 0);
     assert_int_equal(conf_group_threads(g), 3);
     assert_int_equal(g->slab_bytes, 1 << 20);
     assert_int_equal(g->model.count, 2);
@@ -92,6 +94,7 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group]\nranks=1", {"f.ini:1", "needs a name"}},
         {"[group a.b]\nranks=1", {"needs a name"}},
         {"[group a]\nranks = 65\nmodel=a@1=/m", {"[group a] ranks", "\"65\"", "1 to 64"}},
+        {"[group a]\nring_degree = 65\nmodel=a@1=/m", {"[group a] ring_degree", "\"65\"", "0 to 64"}},
         {"[group a]\nranks = 2", {"[group a] model", "is missing"}},
         {"[group a]", {"[group a] model", "is missing"}},
         {"[group a]\nmodel = flux=/x", {"f.ini:2", "name@version=directory"}},
