@@ -88,8 +88,8 @@ int plan_make(const struct dit_info *model, const struct kernels *k, const struc
     divisors(model->heads, legal, sizeof legal);
     if (!whole)
         return err_set(err, ERR_UNSUPPORTED,
-                       "cfg_degree %d x ulysses_degree %d x ring_degree %d is not the %d ranks of the group%s", out->cfg,
-                       out->ulysses, out->ring, want->ranks, instead);
+                       "cfg_degree %d x ulysses_degree %d x ring_degree %d is not the %d ranks of the group%s",
+                       out->cfg, out->ulysses, out->ring, want->ranks, instead);
     if (model->heads % out->ulysses != 0)
         return err_set(err, ERR_UNSUPPORTED,
                        "ulysses_degree %d does not divide the model's %lld attention heads; it may be %s%s",
