@@ -21,18 +21,18 @@ struct exec {
 
 // One attention over the rows of all ranks. This rank holds rows[rank] of them.
 struct attention_call {
-    int layer;             // counts a model's attentions; links that keep keys and values tell them apart by it
-    struct tensor out;     // (rows, heads, dim)
-    struct tensor q, k, v; // (rows, heads, dim), any ld
-    const int64_t *rows;   // of every rank, in the order of x->comm
-    const int64_t *text;   // how many of these are text rows, which come first on every rank; NULL: none
+    int layer;                  // counts a model's attentions; links that keep keys and values tell them apart by it
+    struct tensor out;          // (rows, heads, dim)
+    struct tensor q, k, v;      // (rows, heads, dim), any ld
+    const int64_t *rows;        // of every rank, in the order of x->comm
+    const int64_t *text;        // how many of these are text rows, which come first on every rank; NULL: none
     struct attention_opts opts; // no bias and not causal where rows are spread
 };
 
 // A way to attend across ranks. Links form a chain, outermost first; each transforms the call and hands it to next;
 // the last one, local or ring, computes. A link is chosen by the plan; no model knows which are there.
-// A call's rows are spread over the ranks of the x->comm that comes with it. A link that has brought rows together hands
-// on an exec with the communicator of those that are still apart.
+// A call's rows are spread over the ranks of the x->comm that comes with it. A link that has brought rows together
+// hands on an exec with the communicator of those that are still apart.
 struct attention_link {
     void (*attend)(const struct attention_link *self, struct exec *x, const struct attention_call *call);
     const struct attention_link *next;
