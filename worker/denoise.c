@@ -3,10 +3,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "worker/stages.h"
+#include "worker/loop.h"
 
 // What stays the same over the steps, on this rank.
 struct loop {
+    struct schedule schedule;
     struct spread image;             // image rows over the ranks of the branch
     int64_t of_rank[COMM_MAX_RANKS]; // text and image rows together
     int64_t text_of_rank[COMM_MAX_RANKS];
@@ -14,46 +15,13 @@ struct loop {
     struct dit_cond cond[BRANCHES];
     struct tensor v[BRANCHES];   // predicted velocities of my rows, side by side
     struct recording *recording; // of predict_all, whose operations and addresses are the same at every step
-    float sigmas[SAMPLER_MAX_STEPS + 1], timesteps[SAMPLER_MAX_STEPS];
 };
-
-// Position ids of FLUX.1: text at the origin, image token (y, x) at (0, y, x).
-static int upload_rope(struct run *r, struct loop *l, struct err *err)
-{
-    const struct dit_info *info = &r->model->info;
-    const int64_t text = l->rows.text.count, count = text + l->rows.image.count, grid_w = r->latent_w / 2;
-    float *ids = calloc((size_t)(count * info->position_axes) + 1, sizeof *ids);
-    float *rope = malloc((size_t)(count * info->head_dim + 1) * sizeof *rope);
-    l->rows.rope = arena_tensor(r->branch.arena, DT_F32, 3, count, info->head_dim / 2, 2, 1);
-    if (ids && rope) {
-        for (int64_t i = 0; i < l->rows.image.count; i++) {
-            float *id = ids + (text + i) * info->position_axes;
-            id[1] = (float)((l->rows.image.start + i) / grid_w);
-            id[2] = (float)((l->rows.image.start + i) % grid_w);
-        }
-        if (!r->dry)
-            r->model->dit->ops->rope(r->model->dit, ids, count, rope);
-        r->branch.k->upload(r->branch.d, l->rows.rope, rope);
-    }
-    const bool short_of_memory = !ids || !rope;
-    free(ids);
-    free(rope);
-    return short_of_memory ? err_set(err, ERR_NO_MEMORY, "no memory for position tables") : 0;
-}
-
-// Of the two branches of guidance, whether this rank computes b.
-static bool my_branch(const struct run *r, int b)
-{
-    return r->pair == NULL || b == comm_rank(r->pair);
-}
 
 static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BRANCHES], struct err *err)
 {
     const int me = comm_rank(r->branch.comm), ranks = comm_size(r->branch.comm);
-    const int steps = (int)r->job->num_inference_steps;
-    const float *shift = r->job->shift__case ? &r->job->shift : NULL;
-    sampler_schedule(&r->model->sampler, steps, r->image_tokens, shift, l->sigmas, l->timesteps);
     const struct spread text = spread_even(r->text_tokens, me, ranks);
+    loop_schedule(r, &l->schedule);
     l->image = spread_even(r->image_tokens, me, ranks);
     l->rows = (struct dit_rows){.text = spread_mine(&text),
                                 .image = spread_mine(&l->image),
@@ -63,23 +31,15 @@ static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BR
         l->text_of_rank[i] = spread_of(&text, i).count;
         l->of_rank[i] = l->text_of_rank[i] + spread_of(&l->image, i).count;
     }
-    TRY(upload_rope(r, l, err));
-
-    float model_time[SAMPLER_MAX_STEPS]; // the model multiplies by 1000 again, as the reference does
-    for (int i = 0; i < steps; i++)
-        model_time[i] = l->timesteps[i] / 1000.0F;
-    for (int b = 0; b < r->branches; b++)
-        if (my_branch(r, b))
-            r->model->dit->ops->prepare(r->model->dit, &r->branch, model_time, steps, r->job->guidance_scale,
-                                        tensor_rows(prompts[b].embeds, l->rows.text.start, l->rows.text.count),
-                                        prompts[b].pooled, &l->cond[b]);
+    TRY(loop_rope(r, l->rows.text, l->rows.image, &l->rows.rope, err));
+    loop_condition(r, &l->schedule, prompts, l->rows.text, l->cond);
     return 0;
 }
 
 static void predict_all(struct run *r, struct loop *l, struct tensor x, int i)
 {
     for (int b = 0; b < r->branches; b++)
-        if (my_branch(r, b))
+        if (loop_my_branch(r, b))
             r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
 }
 
@@ -97,15 +57,12 @@ static void record(struct run *r, struct loop *l, struct tensor x, int i)
 static void predict(struct run *r, struct loop *l, struct tensor x, int i)
 {
     for (int b = 0; b < r->branches; b++)
-        if (my_branch(r, b))
+        if (loop_my_branch(r, b))
             dit_step(&r->branch, &l->cond[b], i);
     record(r, l, x, i);
     if (!l->recording || !r->branch.k->replay(r->branch.d, l->recording))
         predict_all(r, l, x, i);
-    if (r->pair) {
-        const int64_t bytes = (int64_t)tensor_bytes(l->v[0]), counts[BRANCHES] = {bytes, bytes};
-        comm_all_gather(r->pair, l->v[comm_rank(r->pair)].data, l->v[0].data, counts);
-    }
+    loop_exchange(r, l->v);
 }
 
 static void trace_rows(struct run *r, const struct loop *l, const char *name, struct tensor mine)
@@ -118,17 +75,6 @@ static void trace_rows(struct run *r, const struct loop *l, const char *name, st
     exec_gather(x, whole, mine, &l->image);
     run_trace(r, name, tensor_reshape(whole, 3, 1, r->image_tokens, mine.n[1], 1));
     arena_release(x->arena, mark);
-}
-
-static void trace_schedule(struct run *r, struct loop *l)
-{
-    if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
-        return;
-    const int steps = (int)r->job->num_inference_steps;
-    float t0 = l->timesteps[0] / 1000.0F;
-    r->hooks->trace(r->hooks->arg, "sigmas", tensor_1d(l->sigmas, DT_F32, steps + 1));
-    r->hooks->trace(r->hooks->arg, "timesteps", tensor_1d(l->timesteps, DT_F32, steps));
-    r->hooks->trace(r->hooks->arg, "transformer_timestep_0", tensor_1d(&t0, DT_F32, 1));
 }
 
 static void trace_predictions(struct run *r, struct loop *l, int step)
@@ -148,14 +94,14 @@ static int step(struct run *r, struct loop *l, struct tensor x, int i, struct er
     trace_predictions(r, l, i);
     if (r->branches == 2)
         r->branch.k->cfg_combine(r->branch.d, l->v[0], l->v[1], l->v[0], r->job->true_cfg_scale);
-    r->branch.k->axpy(r->branch.d, x, l->sigmas[i + 1] - l->sigmas[i], l->v[0]);
+    r->branch.k->axpy(r->branch.d, x, l->schedule.sigmas[i + 1] - l->schedule.sigmas[i], l->v[0]);
     snprintf(name, sizeof name, "latents_after_step_%d", i); // as the reference's recordings call it
     trace_rows(r, l, name, x);
     return run_checkpoint(r, ENGINE_DENOISE, i + 1, err);
 }
 
-int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, struct tensor tokens,
-            struct err *err)
+static int whole(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, struct tensor tokens,
+                 struct err *err)
 {
     struct exec *x = &r->branch;
     const int64_t channels = r->model->info.channels;
@@ -163,7 +109,6 @@ int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *n
     struct loop *l = calloc(1, sizeof *l);
     if (!l)
         return err_set(err, ERR_NO_MEMORY, "no memory for the loop");
-    run_begin(r);
     int rc = prepare(r, l, prompts, err);
     const int64_t rows = l->rows.image.count;
     struct tensor mine = exec_tensor(x, 2, rows, channels, 1, 1);
@@ -173,7 +118,7 @@ int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *n
     if (rc == 0) {
         if (!r->dry)
             x->k->upload(x->d, mine, noise + l->rows.image.start * channels);
-        trace_schedule(r, l);
+        loop_trace_schedule(r, &l->schedule);
         trace_rows(r, l, "initial_noise", mine);
         rc = run_checkpoint(r, ENGINE_DENOISE, 0, err);
     }
@@ -186,4 +131,11 @@ int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *n
     free(l);
     arena_release(x->arena, mark);
     return rc;
+}
+
+int denoise(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, struct tensor tokens,
+            struct err *err)
+{
+    run_begin(r);
+    return (plan_in_patches(&r->plan) ? pipefusion : whole)(r, prompts, noise, tokens, err);
 }

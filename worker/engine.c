@@ -8,7 +8,7 @@
 #include "proto/clock.h"
 #include "worker/stages.h"
 
-enum { ESTIMATES = 16, KEY = 192 };
+enum { ESTIMATES = 16, KEY = 256 };
 
 // What a job takes of a rank's memory besides weights.
 struct demand {

@@ -56,8 +56,12 @@ static struct plan wanted(const struct worker *w, const Ditfleet__V1__Job *job)
     const struct plan none = {0};
     if (w->group->cfg_degree == 2 && !job_true_cfg(job))
         return none;
-    return (struct plan){
-        .cfg = w->group->cfg_degree, .ulysses = w->group->ulysses_degree, .ring = w->group->ring_degree};
+    return (struct plan){.cfg = w->group->cfg_degree,
+                         .ulysses = w->group->ulysses_degree,
+                         .ring = w->group->ring_degree,
+                         .pipe = w->group->pipefusion_degree,
+                         .patches = w->group->num_pipeline_patch,
+                         .warmup = w->group->warmup_steps};
 }
 
 static int run_job(struct worker *w, int model, const Ditfleet__V1__Job *job, struct watch *watch,

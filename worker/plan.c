@@ -31,6 +31,12 @@ static int check_want(const struct plan *want, bool true_cfg, struct err *err)
         return err_set(err, ERR_INVALID, "ulysses_degree %d; it may be 1 to %d", want->ulysses, COMM_MAX_RANKS);
     if (want->ring < 0 || want->ring > COMM_MAX_RANKS)
         return err_set(err, ERR_INVALID, "ring_degree %d; it may be 1 to %d", want->ring, COMM_MAX_RANKS);
+    if (want->pipe < 0 || want->pipe > COMM_MAX_RANKS)
+        return err_set(err, ERR_INVALID, "pipefusion_degree %d; it may be 1 to %d", want->pipe, COMM_MAX_RANKS);
+    if (want->patches < 0 || want->patches > PLAN_MAX_PATCHES)
+        return err_set(err, ERR_INVALID, "num_pipeline_patch %d; it may be 1 to %d", want->patches, PLAN_MAX_PATCHES);
+    if (want->warmup < 0)
+        return err_set(err, ERR_INVALID, "warmup_steps %d; it may be 1 or more", want->warmup);
     if (want->cfg == 2 && !true_cfg)
         return err_set(
             err, ERR_UNSUPPORTED,
@@ -50,24 +56,54 @@ static bool share_branch(struct plan *p, int64_t heads, int ranks)
     return p->ulysses * p->ring == ranks;
 }
 
+static void fill_pipe(struct plan *p)
+{
+    p->pipe = p->pipe ? p->pipe : 1;
+    p->patches = p->patches ? p->patches : p->pipe;
+    if (!plan_in_patches(p))
+        p->warmup = 0;
+    else if (p->warmup == 0)
+        p->warmup = 1;
+    if (p->pipe > 1 && p->ring == 0) // which none of its stages has
+        p->ring = 1;
+}
+
 // The degrees as wanted, 0 filled in; true when they make up the ranks.
 static bool fill(const struct plan *want, int64_t heads, bool true_cfg, struct plan *out)
 {
-    *out = *want;
-    if (want->cfg == 0 && true_cfg && want->ranks % 2 == 0) {
+    struct plan p = *want;
+    fill_pipe(&p);
+    *out = p;
+    const int stages = want->ranks / p.pipe;
+    if (want->cfg == 0 && true_cfg && stages % 2 == 0) {
         out->cfg = 2;
-        if (share_branch(out, heads, want->ranks / 2))
+        if (share_branch(out, heads, stages / 2) && stages * p.pipe == out->ranks)
             return true;
-        *out = *want;
+        *out = p;
     }
     if (out->cfg == 0)
         out->cfg = 1;
-    return share_branch(out, heads, want->ranks / out->cfg) && out->cfg * out->ulysses * out->ring == out->ranks;
+    return share_branch(out, heads, stages / out->cfg) && out->cfg * out->pipe * out->ulysses * out->ring == out->ranks;
+}
+
+// What PipeFusion asks for.
+static int check_pipe(const struct dit_info *model, const struct plan *p, struct err *err)
+{
+    if (p->pipe > model->blocks)
+        return err_set(err, ERR_UNSUPPORTED, "pipefusion_degree %d: the model has %d blocks, a stage one at least",
+                       p->pipe, model->blocks);
+    if (plan_in_patches(p) && p->ring > 1)
+        return err_set(
+            err, ERR_UNSUPPORTED,
+            "pipefusion_degree %d with ring_degree %d: a ring's ranks keep a slice of the keys, patches need "
+            "all of them; use ulysses_degree inside the stages",
+            p->pipe, p->ring);
+    return 0;
 }
 
 // "; on 6 ranks cfg=1 ulysses=2 ring=3 would do", or nothing where there is no such plan.
 static void print_instead(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
-                          char text[96])
+                          char text[PLAN_TEXT + 48])
 {
     char degrees[PLAN_TEXT];
     struct plan p;
@@ -75,21 +111,23 @@ static void print_instead(const struct dit_info *model, const struct kernels *k,
     plan_print(&p, degrees);
     *text = 0;
     if (p.ring == 1 || k->attention_part)
-        snprintf(text, 96, "; on %d ranks %s would do", want->ranks, degrees);
+        snprintf(text, PLAN_TEXT + 48, "; on %d ranks %s would do", want->ranks, degrees);
 }
 
 int plan_make(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
               struct plan *out, struct err *err)
 {
-    char legal[128], instead[96];
+    char legal[128], instead[PLAN_TEXT + 48], pipe[40] = "";
     TRY(check_want(want, true_cfg, err));
     const bool whole = fill(want, model->heads, true_cfg, out);
     print_instead(model, k, want, true_cfg, instead);
     divisors(model->heads, legal, sizeof legal);
+    if (out->pipe > 1)
+        snprintf(pipe, sizeof pipe, " x pipefusion_degree %d", out->pipe);
     if (!whole)
         return err_set(err, ERR_UNSUPPORTED,
-                       "cfg_degree %d x ulysses_degree %d x ring_degree %d is not the %d ranks of the group%s",
-                       out->cfg, out->ulysses, out->ring, want->ranks, instead);
+                       "cfg_degree %d x ulysses_degree %d x ring_degree %d%s is not the %d ranks of the group%s",
+                       out->cfg, out->ulysses, out->ring, pipe, want->ranks, instead);
     if (model->heads % out->ulysses != 0)
         return err_set(err, ERR_UNSUPPORTED,
                        "ulysses_degree %d does not divide the model's %lld attention heads; it may be %s%s",
@@ -99,10 +137,12 @@ int plan_make(const struct dit_info *model, const struct kernels *k, const struc
                        "ring_degree %d: %s has no ring attention; without it the ranks of a branch are the "
                        "ulysses_degree, %s for the model's %lld attention heads",
                        out->ring, k->name, legal, (long long)model->heads);
-    return 0;
+    return check_pipe(model, out, err);
 }
 
 void plan_print(const struct plan *p, char text[PLAN_TEXT])
 {
-    snprintf(text, PLAN_TEXT, "cfg=%d ulysses=%d ring=%d", p->cfg, p->ulysses, p->ring);
+    const int at = snprintf(text, PLAN_TEXT, "cfg=%d ulysses=%d ring=%d", p->cfg, p->ulysses, p->ring);
+    if (plan_in_patches(p))
+        snprintf(text + at, (size_t)(PLAN_TEXT - at), " pipe=%d patches=%d warmup=%d", p->pipe, p->patches, p->warmup);
 }

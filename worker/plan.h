@@ -4,24 +4,35 @@
 
 #include "worker/models/dit.h"
 
-// World rank r is number b = r % (ulysses * ring) of guidance branch r / (ulysses * ring) (when cfg is 2). Within the
-// branch it is member b % ulysses of Ulysses group b / ulysses: neighbours, who exchange most often, share heads, and
-// the ring goes from group to group.
+// World rank r is number b = r % (pipe * ulysses * ring) of guidance branch r / (pipe * ulysses * ring) (when cfg is
+// 2). Within the branch it is number s = b % (ulysses * ring) of stage b / (ulysses * ring), and within the stage
+// member s % ulysses of Ulysses group s / ulysses: neighbours, who exchange most often, share heads, the ring goes from
+// group to group, and what is said least often, from stage to stage.
 struct plan {
-    int ranks;   // cfg * ulysses * ring
+    int ranks;   // cfg * pipe * ulysses * ring
     int cfg;     // 1, or 2: the two guidance branches on two halves of the group
     int ulysses; // ranks that share the attention heads of one branch
     int ring;    // groups of such ranks, which pass keys and values round
+    int pipe;    // stages of PipeFusion, each with a range of the blocks
+    int patches; // of the image, which follow each other through the stages; 1 with one stage: no PipeFusion
+    int warmup;  // PipeFusion: steps at first that take the image whole; those after them attend to stale rows
 };
 
-enum { PLAN_TEXT = 48 };
+enum { PLAN_TEXT = 96, PLAN_MAX_PATCHES = 64 };
+
+// Whether its later steps are PipeFusion's, which are close to those of one rank, not equal.
+static inline bool plan_in_patches(const struct plan *p)
+{
+    return p->pipe > 1 || p->patches > 1;
+}
 
 // The plan of want->ranks ranks. Its degrees are checked where they are set and chosen where they are 0: guidance
-// branches apart if they can be, then as large a Ulysses degree as heads allow, then the ring. true_cfg: the job has
-// two branches. k: where it is computed. ERR_INVALID: a degree that no plan has. ERR_UNSUPPORTED says what does not
-// fit, and what would.
+// branches apart if they can be, then as large a Ulysses degree as heads allow, then the ring; never PipeFusion, whose
+// patches are as many as its stages, and its warm-up one step, where that is not said. true_cfg: the job has two
+// branches. k: where it is computed.
+// ERR_INVALID: a degree that no plan has. ERR_UNSUPPORTED says what does not fit, and what would.
 int plan_make(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
               struct plan *out, struct err *err);
-void plan_print(const struct plan *p, char text[PLAN_TEXT]); // "cfg=1 ulysses=2 ring=1"
+void plan_print(const struct plan *p, char text[PLAN_TEXT]); // "cfg=1 ulysses=2 ring=1", PipeFusion's numbers behind
 
 #endif

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "proto/clock.h"
+#include "worker/parallel/stale.h"
 
 void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan)
 {
@@ -21,7 +22,11 @@ void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job
 // runner, and a line here.
 static void choose_ways(struct run *r)
 {
-    const struct attention_link *over_rows = r->plan.ring > 1 ? &attention_ring : &attention_local;
+    r->stale = attention_stale;
+    r->stale.next = &attention_local;
+    const struct attention_link *over_rows = plan_in_patches(&r->plan) ? &r->stale
+                                             : r->plan.ring > 1        ? &attention_ring
+                                                                       : &attention_local;
     r->ulysses = attention_ulysses;
     r->ulysses.next = over_rows;
     r->ulysses.state = &r->usp;
@@ -32,14 +37,15 @@ static void choose_ways(struct run *r)
 
 int run_join(struct run *r, struct comm *world, struct err *err)
 {
-    const int u = r->plan.ulysses, ranks = u * r->plan.ring; // of a branch
-    const int me = comm_rank(world), place = me % ranks;
+    const int u = r->plan.ulysses, ranks = u * r->plan.ring; // of a stage
+    const int me = comm_rank(world), place = me % ranks, branch = ranks * r->plan.pipe, in_branch = me % branch;
     choose_ways(r);
     r->world.comm = world;
     TRY(comm_group(world, me - place, 1, ranks, &r->branch.comm, err));
+    TRY(comm_group(world, me - in_branch + place, ranks, r->plan.pipe, &r->pipe, err));
     TRY(comm_group(r->branch.comm, place / u * u, 1, u, &r->usp.inside, err));
     TRY(comm_group(r->branch.comm, place % u, u, r->plan.ring, &r->usp.across, err));
-    return r->plan.cfg == 2 ? comm_group(world, place, ranks, 2, &r->pair, err) : 0;
+    return r->plan.cfg == 2 ? comm_group(world, in_branch, branch, 2, &r->pair, err) : 0;
 }
 
 void run_leave(struct run *r)
@@ -47,8 +53,9 @@ void run_leave(struct run *r)
     comm_free(r->pair);
     comm_free(r->usp.across);
     comm_free(r->usp.inside);
+    comm_free(r->pipe);
     comm_free(r->branch.comm);
-    r->pair = r->usp.across = r->usp.inside = r->branch.comm = NULL;
+    r->pair = r->usp.across = r->usp.inside = r->pipe = r->branch.comm = NULL;
 }
 
 void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)

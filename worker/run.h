@@ -25,7 +25,9 @@ struct run {
     size_t peaks[ENGINE_STAGES]; // bytes of the arena in each stage, in a dry run
     bool dry;                    // the stages run over the dry backend: no ids, no noise, no waiting for others
     struct exec world;           // all ranks: text, decoding
-    struct exec branch;          // the ranks of this rank's guidance branch: denoising
+    struct exec branch;          // the ranks that share the rows of one guidance branch, in one stage: denoising
+    struct comm *pipe;           // the same rows in the other stages, in their order
+    struct attention_link stale; // of a plan with patches
     const struct runner *runner;
     struct ulysses_groups usp;     // within the branch: neighbours share heads, groups of them make a ring
     struct attention_link ulysses; // over usp

@@ -43,7 +43,7 @@ static void every_kind_of_value_is_read(void **state)
         "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
         "[log]\nlevel = debug\n"
         "[group g1]\nranks = 6\nring_degree = 3\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
-        "[group g2]\nmodel = flux@1=/m");
+        "[group g2]\npipefusion_degree = 4\nnum_pipeline_patch = 8\nwarmup_steps = 2\nmodel = flux@1=/m");
     assert_string_equal(c->redis.url, "unix:///run/r.sock");
     assert_int_equal(c->upload.allow.count, 3);
     assert_string_equal(c->upload.allow.items[1], "[::1]:8080");
@@ -61,13 +61,20 @@ static void every_kind_of_value_is_read(void **state)
     assert_int_equal(g->ranks, 6);
     assert_int_equal(g->ring_degree, 3);
     assert_int_equal(g->ulysses_degree, 0);
+    assert_int_equal(g->pipefusion_degree, 1);
+    assert_int_equal(g->num_pipeline_patch, 0);
+    assert_int_equal(g->warmup_steps, 1);
     assert_int_equal(conf_group_threads(g), 3);
     assert_int_equal(g->slab_bytes, 1 << 20);
     assert_int_equal(g->model.count, 2);
     assert_string_equal(g->models[1].name, "b");
     assert_string_equal(g->models[1].version, "2.1");
     assert_string_equal(g->models[1].directory, "rel/b");
-    assert_true(conf_group_threads(conf_group_find(c, "g2")) >= 1);
+    const struct conf_group *g2 = conf_group_find(c, "g2");
+    assert_true(conf_group_threads(g2) >= 1);
+    assert_int_equal(g2->pipefusion_degree, 4);
+    assert_int_equal(g2->num_pipeline_patch, 8);
+    assert_int_equal(g2->warmup_steps, 2);
     assert_null(conf_group_find(c, "g3"));
     char id[CONF_WORKER_ID_BYTES];
     assert_string_equal(conf_worker_id(c, "g1", id), "n1.g1");
@@ -94,6 +101,7 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group]\nranks=1", {"f.ini:1", "needs a name"}},
         {"[group a.b]\nranks=1", {"needs a name"}},
         {"[group a]\nranks = 65\nmodel=a@1=/m", {"[group a] ranks", "\"65\"", "1 to 64"}},
+        {"[group a]\nwarmup_steps = 0\nmodel=a@1=/m", {"[group a] warmup_steps", "\"0\"", "1 to 1000"}},
         {"[group a]\nring_degree = 65\nmodel=a@1=/m", {"[group a] ring_degree", "\"65\"", "0 to 64"}},
         {"[group a]\nranks = 2", {"[group a] model", "is missing"}},
         {"[group a]", {"[group a] model", "is missing"}},

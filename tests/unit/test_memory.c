@@ -305,7 +305,11 @@ static void stages_take_turns(void **state)
     open_bench(&b, 0);
     struct engine_estimate estimate;
     Ditfleet__V1__Job *resolved = demo_job(b.model, job);
-    assert_int_equal(engine_predict(b.engine, b.model, resolved, &(struct plan){1, 1, 1, 1}, &estimate, &b.err), 0);
+    assert_int_equal(
+        engine_predict(b.engine, b.model, resolved,
+                       &(struct plan){.ranks = 1, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = 1, .patches = 1},
+                       &estimate, &b.err),
+        0);
     job_free(resolved);
     const unsigned parts[ENGINE_STAGES] = {TEXT, DIT, VAE};
     int64_t most = 0;

@@ -1,228 +1,27 @@
 // test_plans.c: every plan of ranks makes the picture that one rank makes. Ranks are processes over shared memory, as
 // in the fleet (and once threads, where a race detector sees them); what rank 0 was shown comes back through a mapping.
-#include <errno.h>
-#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <cmocka.h>
 
-#include "tests/unit/demo.h"
-#include "worker/comm/comm_internal.h"
+#include "tests/unit/ranks.h"
 #include "worker/stages.h"
-
-enum { MAX_ENTRIES = 64, MAX_RANKS = 8, SLAB_BYTES = 1 << 20, PATIENCE_MS = 120000 };
-#define RECORDED_BYTES ((size_t)64 << 20)
-
-// What a group of ranks came to. Lives in memory that the ranks' processes share.
-struct outcome {
-    int rc[MAX_RANKS];
-    struct err err[MAX_RANKS];
-    struct plan plan;
-    bool cut[4];
-    int entries; // of what rank 0 was shown, in order
-    struct {
-        char name[40];
-        int64_t at, count; // in values
-    } entry[MAX_ENTRIES];
-    int64_t used;
-    size_t pixel_bytes;
-    uint8_t *pixels; // behind the values
-    float values[];
-};
-
-static struct outcome *outcome_new(void)
-{
-    struct outcome *o = mmap(NULL, RECORDED_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    assert_true(o != MAP_FAILED);
-    return o;
-}
-
-static void outcome_free(struct outcome *o)
-{
-    munmap(o, RECORDED_BYTES);
-}
-
-static void record(void *arg, const char *name, struct tensor t)
-{
-    struct outcome *o = arg;
-    if (t.dtype != DT_F32 || o->entries == MAX_ENTRIES ||
-        (size_t)(o->used + tensor_count(t)) * sizeof(float) + sizeof *o > RECORDED_BYTES / 2)
-        return; // comparing finds that it is missing
-    snprintf(o->entry[o->entries].name, sizeof o->entry->name, "%s", name);
-    o->entry[o->entries].at = o->used;
-    o->entry[o->entries++].count = tensor_count(t);
-    memcpy(o->values + o->used, t.data, tensor_bytes(t));
-    o->used += tensor_count(t);
-}
-
-// ---- a group of ranks
-
-struct group {
-    const struct model *model;
-    const Ditfleet__V1__Job *job;
-    struct plan want; // ranks and degrees
-    struct outcome *outcome;
-    int (*work)(const struct group *g, struct comm *comm, struct err *err);
-    const struct outcome *replayed; // work == replay
-    int region;
-    void *mapping; // of the region, for ranks that are threads
-    int64_t mapping_bytes;
-};
-
-static int whole_job(const struct group *g, struct comm *comm, struct err *err)
-{
-    struct outcome *o = g->outcome;
-    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
-    const struct engine_hooks hooks = {.trace = record, .arg = o};
-    struct engine *e;
-    struct engine_result result;
-    TRY(engine_new(&options, &e, err));
-    int rc = engine_run(e, g->model, g->job, &g->want, &hooks, &result, err);
-    if (rc == 0 && comm_rank(comm) == 0) {
-        o->plan = result.plan;
-        memcpy(o->cut, result.prompt_cut, sizeof o->cut);
-        o->pixel_bytes = (size_t)g->job->num_images * g->job->width * g->job->height * 3;
-        o->pixels = (uint8_t *)o + RECORDED_BYTES - o->pixel_bytes;
-        memcpy(o->pixels, result.pixels, o->pixel_bytes);
-    }
-    engine_result_free(&result);
-    engine_free(e);
-    return rc;
-}
-
-static int run_rank(const struct group *g, int rank)
-{
-    struct outcome *o = g->outcome;
-    struct err *err = &o->err[rank];
-    struct comm *comm = NULL;
-    int rc = g->mapping ? comm_shm_attach_mapped(g->mapping, g->mapping_bytes, rank, &comm, err)
-                        : comm_shm_attach(g->region, rank, &comm, err);
-    if (rc == 0) {
-        comm_set_timeout(comm, PATIENCE_MS);
-        rc = g->work(g, comm, err);
-        comm_free(comm);
-    }
-    return o->rc[rank] = rc;
-}
-
-static void run_group(struct group *g)
-{
-    struct err err = {.code = ERR_NONE};
-    pid_t pid[MAX_RANKS];
-    g->region = comm_shm_region(g->want.ranks, SLAB_BYTES, &err);
-    assert_true(g->region >= 0);
-    for (int r = 0; r < g->want.ranks; r++) {
-        g->outcome->rc[r] = -1; // did not come back
-        pid[r] = fork();
-        assert_true(pid[r] >= 0);
-        if (pid[r] == 0) {
-            run_rank(g, r);
-            _exit(0);
-        }
-    }
-    for (int r = 0; r < g->want.ranks; r++)
-        while (waitpid(pid[r], NULL, 0) < 0 && errno == EINTR)
-            ;
-    close(g->region);
-}
-
-struct thread_rank {
-    const struct group *g;
-    int rank;
-    pthread_t thread;
-};
-
-static void *thread_main(void *arg)
-{
-    const struct thread_rank *t = arg;
-    run_rank(t->g, t->rank);
-    return NULL;
-}
-
-static void run_group_of_threads(struct group *g)
-{
-    struct thread_rank t[MAX_RANKS];
-    struct err err = {.code = ERR_NONE};
-    struct stat st;
-    g->region = comm_shm_region(g->want.ranks, SLAB_BYTES, &err);
-    assert_int_equal(fstat(g->region, &st), 0);
-    g->mapping_bytes = st.st_size;
-    g->mapping = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, g->region, 0);
-    assert_true(g->mapping != MAP_FAILED);
-    for (int r = 0; r < g->want.ranks; r++) {
-        t[r] = (struct thread_rank){.g = g, .rank = r};
-        assert_int_equal(pthread_create(&t[r].thread, NULL, thread_main, &t[r]), 0);
-    }
-    for (int r = 0; r < g->want.ranks; r++)
-        pthread_join(t[r].thread, NULL);
-    munmap(g->mapping, (size_t)g->mapping_bytes);
-    close(g->region);
-}
-
-static void expect_success(const struct outcome *o, int ranks)
-{
-    for (int r = 0; r < ranks; r++)
-        if (o->rc[r] != 0)
-            fail_msg("rank %d: %d %s", r, o->rc[r], o->err[r].text);
-}
-
-// ---- plans against one rank
-
-#define LAST_LATENTS "latents_after_step_"
-
-static double limit_of(const char *name)
-{
-    return strncmp(name, LAST_LATENTS, strlen(LAST_LATENTS)) == 0 || strcmp(name, "vae_decoded") == 0 ? 1e-4 : 1e-5;
-}
-
-static const char *plan_text(const struct plan *p)
-{
-    static char text[PLAN_TEXT];
-    plan_print(p, text);
-    return text;
-}
-
-static double compare(const struct outcome *o, const struct outcome *one)
-{
-    double worst = 0;
-    assert_int_equal(o->entries, one->entries);
-    for (int i = 0; i < one->entries; i++) {
-        const char *name = one->entry[i].name;
-        assert_string_equal(o->entry[i].name, name);
-        assert_int_equal(o->entry[i].count, one->entry[i].count);
-        double found = relative_l2(o->values + o->entry[i].at, one->values + one->entry[i].at, one->entry[i].count);
-        if (!(found <= limit_of(name)))
-            fail_msg("%s: %s is %g off, allowed %g", plan_text(&o->plan), name, found, limit_of(name));
-        worst = found > worst ? found : worst;
-    }
-    assert_int_equal(o->pixel_bytes, one->pixel_bytes);
-    assert_int_equal(pixels_off(o->pixels, one->pixels, (int64_t)one->pixel_bytes / 3), 0);
-    return worst;
-}
 
 // Every plan that 2, 3, 4, 6 and 8 ranks have for the model's 8 heads. Ranks, cfg, ulysses, ring; a list's last is the
 // one that stands for all where SANITIZED.
 #define RING_PLANS                                                                                                     \
-    {2, 1, 1, 2}, {3, 1, 1, 3}, {4, 1, 1, 4}, {4, 1, 2, 2}, {6, 1, 1, 6}, {6, 1, 2, 3}, {8, 1, 1, 8}, {8, 1, 4, 2},    \
-    {                                                                                                                  \
-        8, 1, 2, 4                                                                                                     \
-    }
-#define ULYSSES_PLANS                                                                                                  \
-    {2, 1, 2, 1}, {4, 1, 4, 1},                                                                                        \
-    {                                                                                                                  \
-        8, 1, 8, 1                                                                                                     \
-    }
+    PLAN(2, 1, 1, 2), PLAN(3, 1, 1, 3), PLAN(4, 1, 1, 4), PLAN(4, 1, 2, 2), PLAN(6, 1, 1, 6), PLAN(6, 1, 2, 3),        \
+        PLAN(8, 1, 1, 8), PLAN(8, 1, 4, 2), PLAN(8, 1, 2, 4)
+#define ULYSSES_PLANS PLAN(2, 1, 2, 1), PLAN(4, 1, 4, 1), PLAN(8, 1, 8, 1)
 static const struct plan whole[] = {ULYSSES_PLANS, RING_PLANS, {0}};
-static const struct plan guided[] = {ULYSSES_PLANS, RING_PLANS,   {2, 2, 1, 1}, {4, 2, 2, 1}, {4, 2, 1, 2},
-                                     {6, 2, 1, 3},  {8, 2, 4, 1}, {8, 2, 1, 4}, {8, 2, 2, 2}, {0}};
-static const struct plan few[] = {{2, 1, 2, 1}, {3, 1, 1, 3}, {6, 1, 2, 3}, {8, 1, 8, 1}, {8, 1, 2, 4}, {0}};
+static const struct plan guided[] = {
+    ULYSSES_PLANS,    RING_PLANS,       PLAN(2, 2, 1, 1), PLAN(4, 2, 2, 1), PLAN(4, 2, 1, 2),
+    PLAN(6, 2, 1, 3), PLAN(8, 2, 4, 1), PLAN(8, 2, 1, 4), PLAN(8, 2, 2, 2), {0}};
+static const struct plan few[] = {PLAN(2, 1, 2, 1), PLAN(3, 1, 1, 3), PLAN(6, 1, 2, 3),
+                                  PLAN(8, 1, 8, 1), PLAN(8, 1, 2, 4), {0}};
 static const bool uncut[4];
 
 // The job under one rank and under every plan of the list (where SANITIZED, the last, which spreads it thinnest); cut:
@@ -232,7 +31,7 @@ static void check(void **state, const char *const *fields, const struct plan *pl
     const struct model *m = *state;
     Ditfleet__V1__Job *job = demo_job(m, fields);
     struct outcome *one = outcome_new();
-    struct group g = {.model = m, .job = job, .want = {1, 1, 1, 1}, .outcome = one, .work = whole_job};
+    struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
     run_group(&g);
     expect_success(one, 1);
     assert_memory_equal(one->cut, cut, sizeof one->cut);
@@ -256,12 +55,6 @@ static void check(void **state, const char *const *fields, const struct plan *pl
 }
 
 #define PROMPT "prompt", "a red circle above a blue square", "seed", "7", "max_sequence_length", "40"
-#define FIELDS(...)                                                                                                    \
-    (const char *const[])                                                                                              \
-    {                                                                                                                  \
-        __VA_ARGS__, NULL                                                                                              \
-    }
-
 static void square(void **state)
 {
     if (SANITIZED)
@@ -310,7 +103,7 @@ static void long_prompt(void **state)
     check(state,
           FIELDS(PROMPT, "prompt_2", text, "negative_prompt", text, "negative_prompt_2", "a star", "true_cfg_scale",
                  "2", "width", "64", "height", "48", "num_inference_steps", "1"),
-          (const struct plan[]){{2, 2, 1, 1}, {0}}, (const bool[4]){false, true, true, false});
+          (const struct plan[]){PLAN(2, 2, 1, 1), {0}}, (const bool[4]){false, true, true, false});
 }
 
 // Fewer text rows than ranks: some ranks have none.
@@ -438,7 +231,7 @@ static void same_input_each_step(void **state)
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
                                                 "112", "height", "80", "num_inference_steps", "4"));
     struct outcome *one = outcome_new();
-    struct group g = {.model = m, .job = job, .want = {1, 1, 1, 1}, .outcome = one, .work = whole_job};
+    struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
     run_group(&g);
     expect_success(one, 1);
     g.work = replay, g.replayed = one;
@@ -461,7 +254,7 @@ static void same_bits_each_time(void **state)
     const struct model *m = *state;
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "width", "112", "height", "80", "num_inference_steps", "2"));
     struct outcome *once = outcome_new(), *again = outcome_new();
-    struct group g = {.model = m, .job = job, .want = {6, 1, 2, 3}, .outcome = once, .work = whole_job};
+    struct group g = {.model = m, .job = job, .want = PLAN(6, 1, 2, 3), .outcome = once, .work = whole_job};
     run_group(&g);
     g.outcome = again;
     run_group(&g);
@@ -482,10 +275,10 @@ static void threads(void **state)
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
                                                 "80", "height", "48", "num_inference_steps", "2"));
     struct outcome *one = outcome_new(), *all = outcome_new();
-    struct group g = {.model = m, .job = job, .want = {1, 1, 1, 1}, .outcome = one, .work = whole_job};
+    struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
     run_group_of_threads(&g);
     expect_success(one, 1);
-    g.want = (struct plan){8, 2, 2, 2}, g.outcome = all;
+    g.want = (struct plan)PLAN(8, 2, 2, 2), g.outcome = all;
     run_group_of_threads(&g);
     expect_success(all, 8);
     compare(all, one);
@@ -504,23 +297,24 @@ static void refused(void **state)
         enum err_code code;
         const char *text; // part of the error
     } rows[] = {
-        {{3, 0, 3, 0}, false, ERR_UNSUPPORTED, "ulysses_degree 3 does not divide the model's 8 attention heads"},
-        {{3, 0, 3, 0}, false, ERR_UNSUPPORTED, "on 3 ranks cfg=1 ulysses=1 ring=3 would do"},
-        {{6, 0, 0, 2}, false, ERR_UNSUPPORTED, "it may be 1, 2, 4, 8; on 6 ranks cfg=1 ulysses=2 ring=3 would do"},
-        {{6, 0, 3, 0}, true, ERR_UNSUPPORTED, "on 6 ranks cfg=2 ulysses=1 ring=3 would do"},
-        {{2, 2, 0, 0}, false, ERR_UNSUPPORTED, "cfg_degree 2 needs a job with two guidance branches"},
-        {{2, 3, 0, 0}, true, ERR_INVALID, "cfg_degree 3"},
-        {{2, -1, 0, 0}, true, ERR_INVALID, "cfg_degree -1"},
-        {{4, 1, 2, 1}, false, ERR_UNSUPPORTED, "cfg_degree 1 x ulysses_degree 2 x ring_degree 1 is not the 4 ranks"},
-        {{4, 2, 4, 0}, true, ERR_UNSUPPORTED, "cfg_degree 2 x ulysses_degree 4 x ring_degree 1 is not the 4 ranks"},
-        {{4, 0, 0, 3}, false, ERR_UNSUPPORTED, "ring_degree 3 is not the 4 ranks of the group; on 4 ranks cfg=1"},
-        {{3, 2, 0, 0}, true, ERR_UNSUPPORTED, "cfg_degree 2 x ulysses_degree 1 x ring_degree 1 is not the 3 ranks"},
-        {{1, 0, 8, 0}, false, ERR_UNSUPPORTED, "is not the 1 ranks"},
-        {{1, 0, 0, 2}, false, ERR_UNSUPPORTED, "is not the 1 ranks"},
-        {{4, 0, -4, 0}, false, ERR_INVALID, "ulysses_degree -4"},
-        {{4, 0, 0, 65}, false, ERR_INVALID, "ring_degree 65; it may be 1 to 64"},
-        {{0, 0, 0, 0}, false, ERR_INVALID, "0 ranks"},
-        {{COMM_MAX_RANKS + 1, 0, 0, 0}, false, ERR_INVALID, "a group has 1 to 64"},
+        {PLAN(3, 0, 3, 0), false, ERR_UNSUPPORTED, "ulysses_degree 3 does not divide the model's 8 attention heads"},
+        {PLAN(3, 0, 3, 0), false, ERR_UNSUPPORTED, "on 3 ranks cfg=1 ulysses=1 ring=3 would do"},
+        {PLAN(6, 0, 0, 2), false, ERR_UNSUPPORTED, "it may be 1, 2, 4, 8; on 6 ranks cfg=1 ulysses=2 ring=3 would do"},
+        {PLAN(6, 0, 3, 0), true, ERR_UNSUPPORTED, "on 6 ranks cfg=2 ulysses=1 ring=3 would do"},
+        {PLAN(2, 2, 0, 0), false, ERR_UNSUPPORTED, "cfg_degree 2 needs a job with two guidance branches"},
+        {PLAN(2, 3, 0, 0), true, ERR_INVALID, "cfg_degree 3"},
+        {PLAN(2, -1, 0, 0), true, ERR_INVALID, "cfg_degree -1"},
+        {PLAN(4, 1, 2, 1), false, ERR_UNSUPPORTED,
+         "cfg_degree 1 x ulysses_degree 2 x ring_degree 1 is not the 4 ranks"},
+        {PLAN(4, 2, 4, 0), true, ERR_UNSUPPORTED, "cfg_degree 2 x ulysses_degree 4 x ring_degree 1 is not the 4 ranks"},
+        {PLAN(4, 0, 0, 3), false, ERR_UNSUPPORTED, "ring_degree 3 is not the 4 ranks of the group; on 4 ranks cfg=1"},
+        {PLAN(3, 2, 0, 0), true, ERR_UNSUPPORTED, "cfg_degree 2 x ulysses_degree 1 x ring_degree 1 is not the 3 ranks"},
+        {PLAN(1, 0, 8, 0), false, ERR_UNSUPPORTED, "is not the 1 ranks"},
+        {PLAN(1, 0, 0, 2), false, ERR_UNSUPPORTED, "is not the 1 ranks"},
+        {PLAN(4, 0, -4, 0), false, ERR_INVALID, "ulysses_degree -4"},
+        {PLAN(4, 0, 0, 65), false, ERR_INVALID, "ring_degree 65; it may be 1 to 64"},
+        {PLAN(0, 0, 0, 0), false, ERR_INVALID, "0 ranks"},
+        {PLAN(COMM_MAX_RANKS + 1, 0, 0, 0), false, ERR_INVALID, "a group has 1 to 64"},
     };
     const struct model *m = *state;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -547,7 +341,7 @@ static void refused_without_parts(void **state)
     assert_string_equal(err.text,
                         "ring_degree 3: plain has no ring attention; without it the ranks of a branch are the "
                         "ulysses_degree, 1, 2, 4, 8 for the model's 8 attention heads");
-    assert_int_equal(plan_make(&m->info, &k, &(struct plan){3, 1, 3, 1}, false, &plan, &err), ERR_UNSUPPORTED);
+    assert_int_equal(plan_make(&m->info, &k, &(struct plan)PLAN(3, 1, 3, 1), false, &plan, &err), ERR_UNSUPPORTED);
     assert_null(strstr(err.text, "ring="));
 }
 
@@ -557,12 +351,15 @@ static void chosen(void **state)
         struct plan want, made;
         bool cfg;
     } rows[] = {
-        {{1, 0, 0, 0}, {1, 1, 1, 1}, true},  {{2, 0, 0, 0}, {2, 2, 1, 1}, true},    {{2, 0, 2, 0}, {2, 1, 2, 1}, true},
-        {{2, 0, 0, 0}, {2, 1, 2, 1}, false}, {{8, 0, 0, 0}, {8, 2, 4, 1}, true},    {{8, 1, 0, 0}, {8, 1, 8, 1}, true},
-        {{8, 0, 4, 0}, {8, 2, 4, 1}, true},  {{8, 0, 0, 0}, {8, 1, 8, 1}, false},   {{3, 0, 0, 0}, {3, 1, 1, 3}, true},
-        {{6, 0, 0, 0}, {6, 1, 2, 3}, false}, {{6, 0, 0, 0}, {6, 2, 1, 3}, true},    {{6, 1, 0, 0}, {6, 1, 2, 3}, true},
-        {{4, 0, 2, 0}, {4, 1, 2, 2}, false}, {{4, 0, 0, 4}, {4, 1, 1, 4}, true},    {{8, 0, 0, 2}, {8, 2, 2, 2}, true},
-        {{5, 0, 0, 0}, {5, 1, 1, 5}, false}, {{48, 0, 0, 0}, {48, 1, 8, 6}, false},
+        {PLAN(1, 0, 0, 0), PLAN(1, 1, 1, 1), true},    {PLAN(2, 0, 0, 0), PLAN(2, 2, 1, 1), true},
+        {PLAN(2, 0, 2, 0), PLAN(2, 1, 2, 1), true},    {PLAN(2, 0, 0, 0), PLAN(2, 1, 2, 1), false},
+        {PLAN(8, 0, 0, 0), PLAN(8, 2, 4, 1), true},    {PLAN(8, 1, 0, 0), PLAN(8, 1, 8, 1), true},
+        {PLAN(8, 0, 4, 0), PLAN(8, 2, 4, 1), true},    {PLAN(8, 0, 0, 0), PLAN(8, 1, 8, 1), false},
+        {PLAN(3, 0, 0, 0), PLAN(3, 1, 1, 3), true},    {PLAN(6, 0, 0, 0), PLAN(6, 1, 2, 3), false},
+        {PLAN(6, 0, 0, 0), PLAN(6, 2, 1, 3), true},    {PLAN(6, 1, 0, 0), PLAN(6, 1, 2, 3), true},
+        {PLAN(4, 0, 2, 0), PLAN(4, 1, 2, 2), false},   {PLAN(4, 0, 0, 4), PLAN(4, 1, 1, 4), true},
+        {PLAN(8, 0, 0, 2), PLAN(8, 2, 2, 2), true},    {PLAN(5, 0, 0, 0), PLAN(5, 1, 1, 5), false},
+        {PLAN(48, 0, 0, 0), PLAN(48, 1, 8, 6), false},
     };
     const struct model *m = *state;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -608,15 +405,14 @@ static void endings(void **state)
         enum err_code code;
         const char *side, *text;
     } rows[] = {
-        {{4, 2, 2, 1}, ERR_UNSUPPORTED, "32", "two guidance branches"},
-        {{2, 0, 0, 0}, ERR_CANCELLED, "32", "somebody asked to stop"},
-        {{1, 0, 0, 0}, ERR_CANCELLED, "32", "somebody asked to stop"},
-        {{2, 0, 0, 0},
-         ERR_UNSUPPORTED,
-         "512",
+        {PLAN(4, 2, 2, 1), ERR_UNSUPPORTED, "32", "two guidance branches"},
+        {PLAN(2, 0, 0, 0), ERR_CANCELLED, "32", "somebody asked to stop"},
+        {PLAN(1, 0, 0, 0), ERR_CANCELLED, "32", "somebody asked to stop"},
+        {{.ranks = 4, .pipe = 2, .patches = 3}, ERR_CANCELLED, "32", "somebody asked to stop"},
+        {PLAN(2, 0, 0, 0), ERR_UNSUPPORTED, "512",
          "width 512 x height 512 needs 0.07 GiB of activations on each of 2 ranks"},
-        {{1, 0, 0, 0}, ERR_UNSUPPORTED, "512", "but 0.01 GiB are free"},
-        {{1, 0, 0, 0}, ERR_UNSUPPORTED, "512", "the largest square that fits is 112 x 112"},
+        {PLAN(1, 0, 0, 0), ERR_UNSUPPORTED, "512", "but 0.01 GiB are free"},
+        {PLAN(1, 0, 0, 0), ERR_UNSUPPORTED, "512", "the largest square that fits is 112 x 112"},
     };
     const struct model *m = *state;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {

@@ -1,0 +1,69 @@
+#include "worker/loop.h"
+
+#include <stdlib.h>
+
+void loop_schedule(const struct run *r, struct schedule *s)
+{
+    const float *shift = r->job->shift__case ? &r->job->shift : NULL;
+    s->steps = (int)r->job->num_inference_steps;
+    sampler_schedule(&r->model->sampler, s->steps, r->image_tokens, shift, s->sigmas, s->timesteps);
+}
+
+bool loop_my_branch(const struct run *r, int b)
+{
+    return r->pair == NULL || b == comm_rank(r->pair);
+}
+
+int loop_rope(struct run *r, struct span text, struct span image, struct tensor *rope, struct err *err)
+{
+    const struct dit_info *info = &r->model->info;
+    const int64_t count = text.count + image.count, grid_w = r->latent_w / 2;
+    float *ids = calloc((size_t)(count * info->position_axes) + 1, sizeof *ids);
+    float *turns = malloc((size_t)(count * info->head_dim + 1) * sizeof *turns);
+    *rope = arena_tensor(r->branch.arena, DT_F32, 3, count, info->head_dim / 2, 2, 1);
+    if (ids && turns) {
+        for (int64_t i = 0; i < image.count; i++) {
+            float *id = ids + (text.count + i) * info->position_axes;
+            id[1] = (float)((image.start + i) / grid_w);
+            id[2] = (float)((image.start + i) % grid_w);
+        }
+        if (!r->dry)
+            r->model->dit->ops->rope(r->model->dit, ids, count, turns);
+        r->branch.k->upload(r->branch.d, *rope, turns);
+    }
+    const bool short_of_memory = !ids || !turns;
+    free(ids);
+    free(turns);
+    return short_of_memory ? err_set(err, ERR_NO_MEMORY, "no memory for position tables") : 0;
+}
+
+void loop_condition(struct run *r, const struct schedule *s, const struct prompt prompts[BRANCHES], struct span text,
+                    struct dit_cond cond[BRANCHES])
+{
+    float model_time[SAMPLER_MAX_STEPS]; // the model multiplies by 1000 again, as the reference does
+    for (int i = 0; i < s->steps; i++)
+        model_time[i] = s->timesteps[i] / 1000.0F;
+    for (int b = 0; b < r->branches; b++)
+        if (loop_my_branch(r, b))
+            r->model->dit->ops->prepare(r->model->dit, &r->branch, model_time, s->steps, r->job->guidance_scale,
+                                        tensor_rows(prompts[b].embeds, text.start, text.count), prompts[b].pooled,
+                                        &cond[b]);
+}
+
+void loop_exchange(struct run *r, struct tensor v[BRANCHES])
+{
+    if (!r->pair)
+        return;
+    const int64_t bytes = (int64_t)tensor_bytes(v[0]), counts[BRANCHES] = {bytes, bytes};
+    comm_all_gather(r->pair, v[comm_rank(r->pair)].data, v[0].data, counts);
+}
+
+void loop_trace_schedule(struct run *r, const struct schedule *s)
+{
+    if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
+        return;
+    float t0 = s->timesteps[0] / 1000.0F;
+    r->hooks->trace(r->hooks->arg, "sigmas", tensor_1d((float *)s->sigmas, DT_F32, s->steps + 1));
+    r->hooks->trace(r->hooks->arg, "timesteps", tensor_1d((float *)s->timesteps, DT_F32, s->steps));
+    r->hooks->trace(r->hooks->arg, "transformer_timestep_0", tensor_1d(&t0, DT_F32, 1));
+}
