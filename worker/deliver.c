@@ -173,6 +173,27 @@ static int deliver_image(struct delivery *v, uint32_t index, struct err *err)
     return rc;
 }
 
+enum { MAX_IMAGES = 64 };
+
+// What a Result points to while it is packed.
+struct result_parts {
+    Ditfleet__V1__Image *images[MAX_IMAGES];
+    Ditfleet__V1__RankTime times[COMM_MAX_RANKS], *ranks[COMM_MAX_RANKS];
+    char *warnings[4], text[4][128], plan[PLAN_TEXT];
+};
+
+static void fill_ranks(struct result_parts *parts, const struct engine_result *from, Ditfleet__V1__Timing *timing)
+{
+    for (int i = 0; i < from->plan.ranks; i++) {
+        parts->times[i] = (Ditfleet__V1__RankTime)DITFLEET__V1__RANK_TIME__INIT;
+        parts->times[i].compute_seconds = from->ranks[i].compute;
+        parts->times[i].exchange_seconds = from->ranks[i].exchange;
+        parts->times[i].wait_seconds = from->ranks[i].wait;
+        parts->ranks[timing->n_ranks++] = &parts->times[i];
+    }
+    timing->ranks = parts->ranks;
+}
+
 static double queued_seconds(const struct held *h)
 {
     return h->claimed_ms > h->claim.created_ms ? (double)(h->claimed_ms - h->claim.created_ms) / 1000 : 0;
@@ -187,9 +208,8 @@ static int pack_result(const struct delivery *v, struct packed *out, struct err 
     Ditfleet__V1__Output where = DITFLEET__V1__OUTPUT__INIT; // no headers, no query: they are secrets
     Ditfleet__V1__Timing timing = DITFLEET__V1__TIMING__INIT;
     Ditfleet__V1__Result result = DITFLEET__V1__RESULT__INIT;
-    Ditfleet__V1__Image *images[64];
-    char *warnings[4], text[4][128], plan[PLAN_TEXT];
-    plan_print(&h->result.plan, plan);
+    struct result_parts parts;
+    plan_print(&h->result.plan, parts.plan);
     used.output = &where;
     timing.queued_seconds = queued_seconds(h);
     timing.encode_seconds = h->result.encode_seconds;
@@ -198,21 +218,23 @@ static int pack_result(const struct delivery *v, struct packed *out, struct err 
     timing.png_seconds = v->png_seconds;
     timing.upload_seconds = v->upload_seconds;
     timing.gpu_seconds = (h->denoised_at - h->claimed_at) * h->result.plan.ranks;
+    fill_ranks(&parts, &h->result, &timing);
     result.id = (char *)h->claim.fence.id;
     result.state = DITFLEET__V1__STATE__STATE_SUCCEEDED;
-    for (uint32_t i = 0; i < h->job->num_images && i < 64; i++)
-        images[result.n_images++] = &v->images[i];
-    result.images = images;
+    for (uint32_t i = 0; i < h->job->num_images && i < MAX_IMAGES; i++)
+        parts.images[result.n_images++] = &v->images[i];
+    result.images = parts.images;
     result.used = &used;
     result.model_hash = (char *)h->model->hash;
-    result.plan = plan;
+    result.plan = parts.plan;
     result.attempt = (uint32_t)h->claim.fence.epoch;
     for (int i = 0; i < 4; i++)
         if (h->result.prompt_cut[i]) {
-            snprintf(text[i], sizeof text[i], "%s is longer than its encoder takes; the rest was cut off", cut[i]);
-            warnings[result.n_warnings++] = text[i];
+            snprintf(parts.text[i], sizeof parts.text[i], "%s is longer than its encoder takes; the rest was cut off",
+                     cut[i]);
+            parts.warnings[result.n_warnings++] = parts.text[i];
         }
-    result.warnings = warnings;
+    result.warnings = parts.warnings;
     result.timing = &timing;
     result.worker = (char *)v->d->o.worker;
     return result_pack(&result, &out->bytes, &out->length, err);

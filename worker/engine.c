@@ -522,10 +522,24 @@ static void end_run(struct engine *e, struct engine_result *out)
         out->moves = residency_moves(e->residency);
 }
 
+// Every rank's times of the job that began then.
+static void share_times(const struct engine *e, double began, struct comm_times before, struct engine_result *out)
+{
+    const struct comm_times now = comm_times(e->data);
+    struct rank_times mine = {.exchange = now.exchange - before.exchange, .wait = now.wait - before.wait};
+    int64_t counts[COMM_MAX_RANKS];
+    mine.compute = monotonic_seconds() - began - mine.exchange - mine.wait;
+    for (int r = 0; r < out->plan.ranks; r++)
+        counts[r] = sizeof mine;
+    comm_all_gather(e->control, &mine, out->ranks, counts);
+}
+
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                const struct engine_hooks *hooks, struct engine_result *out, struct err *err)
 {
     struct run r;
+    const double began = monotonic_seconds();
+    const struct comm_times before = comm_times(e->data);
     *out = (struct engine_result){0};
     if (e->residency)
         residency_moves(e->residency); // of this job from here on
@@ -545,6 +559,8 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     out->idle_seconds = e->ended > 0 && r.begun > 0 ? r.begun - e->ended : 0;
     e->ended = monotonic_seconds();
     end_run(e, out);
+    if (rc == 0)
+        share_times(e, began, before, out);
     if (rc != 0) {
         if (!r.agreed) // the other ranks do not know: nobody may wait for this one
             comm_abort(e->control, err->text);

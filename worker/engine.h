@@ -57,6 +57,11 @@ struct engine_hooks {
     void *arg;
 };
 
+// Of a rank, seconds of a job. compute holds all that is no talk between ranks: loading of weights, the host's work.
+struct rank_times {
+    double compute, exchange, wait;
+};
+
 struct engine_result {
     uint8_t *pixels; // (num_images, height, width, 3) on rank 0, freed by engine_result_free; NULL elsewhere
     struct plan plan;
@@ -64,8 +69,9 @@ struct engine_result {
     // That the device had nothing to do between the job before and this one: the claim, its examination, the plan, the
     // tokens. 0 for the first job.
     double idle_seconds;
-    bool prompt_cached;           // no prompt had to be encoded: all were among the last few
-    struct residency_moves moves; // of weights, on this rank, for this job
+    bool prompt_cached;                      // no prompt had to be encoded: all were among the last few
+    struct residency_moves moves;            // of weights, on this rank, for this job
+    struct rank_times ranks[COMM_MAX_RANKS]; // of every rank of the plan, on all of them
     bool prompt_cut[4]; // prompt, prompt_2, negative_prompt, negative_prompt_2 were longer than the encoders take
 };
 void engine_result_free(struct engine_result *r);

@@ -48,7 +48,7 @@ static int show_progress(void *arg, enum engine_stage stage, int step, int steps
     return 0;
 }
 
-// One line on stderr: the plan, seconds, memory, and which weights had to make way.
+// A line on stderr: the plan, seconds, memory, and which weights had to make way; then one for each of several ranks.
 static int summarise(const struct generate *g, struct engine *e, const struct model *m, const struct engine_result *out,
                      struct err *err)
 {
@@ -73,6 +73,9 @@ static int summarise(const struct generate *g, struct engine *e, const struct mo
     fprintf(stderr, "; activations by stage: text %.1f, denoise %.1f, decode %.1f MB%s\n",
             (double)stage[ENGINE_TEXT] / 1e6, (double)stage[ENGINE_DENOISE] / 1e6, (double)stage[ENGINE_DECODE] / 1e6,
             evicted);
+    for (int i = 0; out->plan.ranks > 1 && i < out->plan.ranks; i++)
+        fprintf(stderr, "rank %d: computed %.3f, exchanged %.3f, waited %.3f s\n", i, out->ranks[i].compute,
+                out->ranks[i].exchange, out->ranks[i].wait);
     return 0;
 }
 

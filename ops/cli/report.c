@@ -25,6 +25,9 @@ void report_result(const Ditfleet__V1__Result *result)
         printf("seconds  queued %.3f, text %.3f, denoise %.3f, decode %.3f, png %.3f, upload %.3f; %.3f GPU-seconds\n",
                t->queued_seconds, t->encode_seconds, t->denoise_seconds, t->decode_seconds, t->png_seconds,
                t->upload_seconds, t->gpu_seconds);
+    for (size_t i = 0; t && i < t->n_ranks; i++)
+        printf("rank %-3zu computed %.3f, exchanged %.3f, waited %.3f s\n", i, t->ranks[i]->compute_seconds,
+               t->ranks[i]->exchange_seconds, t->ranks[i]->wait_seconds);
     fflush(stdout);
     for (size_t i = 0; i < result->n_warnings; i++)
         fprintf(stderr, "ditfleet: warning: %s\n", result->warnings[i]);

@@ -520,6 +520,40 @@ static int broken_ring_rank(struct comm *c, const void *arg)
     return failed_with(c, *told ? ERR_UNAVAILABLE : ERR_TIMEOUT, *told ? "fell ill" : "missing ranks 1 of");
 }
 
+// Rank 1 comes late: the others waited for it, and it for nobody. Then bytes are moved.
+static int late_rank(struct comm *c, const void *arg)
+{
+    enum { BYTES = 1 << 20, LATE_MS = 120 };
+    (void)arg;
+    const int64_t counts[3] = {BYTES, BYTES, BYTES};
+    uint8_t *all = calloc(3, BYTES);
+    struct comm *pair = NULL;
+    struct err err = {0};
+    if (comm_rank(c) < 2)
+        CHECK(comm_group(c, 0, 1, 2, &pair, &err) == 0);
+    comm_barrier(c);
+    const struct comm_times before = comm_times(c);
+    if (comm_rank(c) == 1)
+        sleep_ms(LATE_MS);
+    comm_barrier(pair ? pair : c); // what groups of a rank do counts as well
+    if (pair)
+        comm_barrier(c);
+    const double waited = comm_times(c).wait - before.wait, moved = comm_times(c).exchange;
+    CHECK(comm_rank(c) == 1 ? waited < LATE_MS / 2e3 : waited > LATE_MS / 2e3);
+    comm_all_gather(c, all + comm_rank(c) * BYTES, all, counts);
+    CHECK(comm_times(c).exchange > moved && comm_check(c, NULL) == 0);
+    comm_free(pair);
+    free(all);
+    return 0;
+}
+
+static void waiting_is_told_from_moving(void **state)
+{
+    (void)state;
+    for (int threads = 0; threads < 2; threads++)
+        assert_int_equal(run_ranks(threads, 3, 65536, late_rank, NULL), 0);
+}
+
 static void broken_rings_end(void **state)
 {
     (void)state;
@@ -866,6 +900,7 @@ int main(void)
         cmocka_unit_test(groups_nest),
         cmocka_unit_test(wrong_groups_are_refused),
         cmocka_unit_test(waits_time_out),
+        cmocka_unit_test(waiting_is_told_from_moving),
         cmocka_unit_test(broken_rings_end),
         cmocka_unit_test(abort_wakes_everybody),
         cmocka_unit_test(abort_comes_from_any_thread),

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "proto/clock.h"
+
 static const char *const op_names[] = {
     [COMM_BARRIER] = "barrier",     [COMM_ALL_TO_ALL] = "all_to_all", [COMM_ALL_GATHER] = "all_gather",
     [COMM_BROADCAST] = "broadcast", [COMM_GROUP] = "group",
@@ -28,6 +30,11 @@ int comm_size(const struct comm *c)
 uint64_t comm_bytes_sent(const struct comm *c)
 {
     return c->bytes_sent;
+}
+
+struct comm_times comm_times(const struct comm *c)
+{
+    return (struct comm_times){c->root->within - c->root->waiting, c->root->waiting};
 }
 
 void comm_set_timeout(struct comm *c, int timeout_ms)
@@ -104,6 +111,7 @@ void comm_abort(struct comm *c, const char *reason)
 static bool begin(struct comm *c, enum comm_op op)
 {
     c->sequence += op != COMM_GROUP;
+    c->root->began = monotonic_seconds();
     if (c->rank < 0)
         comm_fail(c, ERR_INVALID, op, "a watcher takes no part");
     return comm_check(c, NULL) == ERR_NONE;
@@ -119,6 +127,11 @@ static bool counts_valid(struct comm *c, enum comm_op op, const int64_t *counts)
         }
     }
     return true;
+}
+
+static void end(struct comm *c)
+{
+    c->root->within += monotonic_seconds() - c->root->began;
 }
 
 static void count_sent(struct comm *c, int64_t bytes)
@@ -141,6 +154,7 @@ void comm_all_to_all(struct comm *c, const void *send, const int64_t *send_count
     for (int r = 0; r < c->size; r++)
         count_sent(c, r == c->rank ? 0 : send_counts[r]);
     c->ops->all_to_all(c, send, send_counts, send_offsets, recv, recv_counts, recv_offsets);
+    end(c);
 }
 
 // An all-to-all of one piece a rank, whatever the backend: it moves no byte more and says as much when ranks disagree.
@@ -161,6 +175,7 @@ void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t
         return;
     count_sent(c, counts[c->rank] * (c->size - 1));
     c->ops->all_gather(c, send, recv, counts);
+    end(c);
 }
 
 void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root)
@@ -174,12 +189,15 @@ void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root)
     if (root == c->rank)
         count_sent(c, bytes * (c->size - 1));
     c->ops->broadcast(c, buffer, bytes, root);
+    end(c);
 }
 
 void comm_barrier(struct comm *c)
 {
-    if (begin(c, COMM_BARRIER))
-        c->ops->barrier(c);
+    if (!begin(c, COMM_BARRIER))
+        return;
+    c->ops->barrier(c);
+    end(c);
 }
 
 int comm_group(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err)
@@ -194,7 +212,9 @@ int comm_group(struct comm *c, int first, int stride, int count, struct comm **o
                        count, first, stride);
     if (!begin(c, COMM_GROUP))
         return comm_check(c, err);
-    TRY(c->ops->group(c, first, stride, count, out, err));
+    const int code = c->ops->group(c, first, stride, count, out, err);
+    end(c);
+    TRY(code);
     (*out)->root = c->root;
     (*out)->parent = c;
     return 0;

@@ -22,6 +22,12 @@ int comm_check(struct comm *c, struct err *err);
 void comm_free(struct comm *c);
 // To other ranks since c was made, by c and the groups made from it; a piece sent to k ranks counts k times.
 uint64_t comm_bytes_sent(const struct comm *c);
+// Seconds of this rank in collectives, in all its communicators since the first was made: moving bytes, and waiting for
+// ranks that came later.
+struct comm_times {
+    double exchange, wait;
+};
+struct comm_times comm_times(const struct comm *c);
 
 // Rank r gets send_counts[r] bytes from send + send_offsets[r] and puts what rank r sends at recv + recv_offsets[r].
 // Counts may be zero. recv_counts[r] equals what rank r sends here (each rank derives both from the plan).

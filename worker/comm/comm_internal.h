@@ -44,6 +44,8 @@ struct comm {
     struct err error; // the first failure
     struct abort_note *note;
     int timeout_ms;
+    double began;           // the collective in hand
+    double within, waiting; // seconds in collectives; of these, waiting for others: the backend adds to it
 };
 
 // Fills a root's common part.

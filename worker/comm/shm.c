@@ -182,11 +182,8 @@ static bool spin_until(const _Atomic uint64_t *word, uint64_t mask, uint64_t val
     return false;
 }
 
-// Waits until *word under mask is value. 0, ERR_UNAVAILABLE after an abort, or ERR_TIMEOUT; it records nothing.
-static int wait_until(const struct shm_comm *c, const _Atomic uint64_t *word, uint64_t mask, uint64_t value)
+static int sleep_until(const struct shm_comm *c, const _Atomic uint64_t *word, uint64_t mask, uint64_t value)
 {
-    if ((atomic_load(word) & mask) == value || (c->at->spin && spin_until(word, mask, value)))
-        return 0;
     atomic_uint *asleep = &c->at->header->ranks[c->at->rank].asleep;
     int timeout_ms = c->base.root->timeout_ms;
     int64_t end = now_ns() + timeout_ms * INT64_C(1000000);
@@ -205,6 +202,18 @@ static int wait_until(const struct shm_comm *c, const _Atomic uint64_t *word, ui
         syscall(SYS_futex, asleep, FUTEX_WAIT, 1, timeout_ms > 0 ? &t : NULL, NULL, 0);
     }
     atomic_store(asleep, 0);
+    return code;
+}
+
+// Waits until *word under mask is value. 0, ERR_UNAVAILABLE after an abort, or ERR_TIMEOUT; of these it records
+// nothing.
+static int wait_until(const struct shm_comm *c, const _Atomic uint64_t *word, uint64_t mask, uint64_t value)
+{
+    if ((atomic_load(word) & mask) == value)
+        return 0;
+    const int64_t began = now_ns();
+    const int code = c->at->spin && spin_until(word, mask, value) ? 0 : sleep_until(c, word, mask, value);
+    c->base.root->waiting += 1e-9 * (double)(now_ns() - began);
     return code;
 }
 
