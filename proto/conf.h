@@ -29,18 +29,18 @@ enum conf_device { CONF_DEVICE_CPU, CONF_DEVICE_CUDA };
 // [group NAME]: ranks that make one image together.
 struct conf_group {
     char *name;
-    int device;             // enum conf_device
-    int gpu;                // cuda: which one, as nvidia-smi counts; 0 on the CPU
-    int precision;          // a Ditfleet__V1__Precision of proto/job.h that all its jobs compute in; 0: the models' own
-    int ranks;              // processes, 1 to 64
-    int threads;            // threads a rank computes with; 0: conf_group_threads decides
-    int cfg_degree;         // 0: the planner decides
-    int ulysses_degree;     // 0: the planner decides
-    int ring_degree;        // 0: the planner decides
+    int device;         // enum conf_device
+    int gpu;            // cuda: which one, as nvidia-smi counts; 0 on the CPU
+    int precision;      // a Ditfleet__V1__Precision of proto/job.h that all its jobs compute in; 0: the models' own
+    int ranks;          // processes, 1 to 64
+    int threads;        // threads a rank computes with; 0: conf_group_threads decides
+    int cfg_degree;     // 0: the planner decides
+    int ulysses_degree; // 0: the planner decides
+    int ring_degree;    // 0: the planner decides
     int pipefusion_degree, num_pipeline_patch, warmup_steps;
-    int64_t memory_budget;  // bytes of a GPU that a rank may take; 0: all that is free, and on the CPU
-    int64_t slab_bytes;     // each rank's window in the shared-memory region
-    struct conf_list model; // as written: name@version=directory
+    int64_t memory_budget;     // bytes of a GPU that a rank may take; 0: all that is free, and on the CPU
+    int64_t slab_bytes;        // each rank's window in the shared-memory region
+    struct conf_list model;    // as written: name@version=directory
     struct conf_model *models; // (model.count), the same, taken apart
 };
 
