@@ -80,7 +80,7 @@ static void trace_rows(struct run *r, const struct loop *l, const char *name, st
 static void trace_predictions(struct run *r, struct loop *l, int step)
 {
     static const char *const names[BRANCHES] = {"noise_pred_step_%d", "negative_noise_pred_step_%d"};
-    for (int b = 0; b < r->branches; b++) {
+    for (int b = 0; b < BRANCHES && b < r->branches; b++) {
         char name[48];
         snprintf(name, sizeof name, names[b], step);
         trace_rows(r, l, name, l->v[b]);

@@ -24,8 +24,9 @@ int loop_rope(struct run *r, struct span text, struct span image, struct tensor 
     if (ids && turns) {
         for (int64_t i = 0; i < image.count; i++) {
             float *id = ids + (text.count + i) * info->position_axes;
-            id[1] = (float)((image.start + i) / grid_w);
-            id[2] = (float)((image.start + i) % grid_w);
+            const int64_t row = (image.start + i) / grid_w;
+            id[1] = (float)row;
+            id[2] = (float)(image.start + i - row * grid_w);
         }
         if (!r->dry)
             r->model->dit->ops->rope(r->model->dit, ids, count, turns);

@@ -258,7 +258,7 @@ static int end_step(struct pipe *p, const struct passes *q, int step, struct err
 {
     static const char *const names[BRANCHES] = {"noise_pred_step_%d", "negative_noise_pred_step_%d"};
     char name[48];
-    for (int b = 0; b < p->r->branches; b++) {
+    for (int b = 0; b < BRANCHES && b < p->r->branches; b++) {
         snprintf(name, sizeof name, names[b], step);
         trace(p, q->patches, q->count, b, name);
     }

@@ -155,24 +155,29 @@ static int threads_here(void)
     return cpus < MAX_THREADS ? cpus : MAX_THREADS;
 }
 
-static int start(struct device *d, struct err *err)
+// As many couriers as can be had, one at least; NULL and *err.
+static struct loader *start(struct device *d, struct err *err)
 {
     struct loader *l = calloc(1, sizeof *l);
-    if (!l)
-        return err_set(err, ERR_NO_MEMORY, "no memory for loading weights");
+    if (!l) {
+        err_set(err, ERR_NO_MEMORY, "no memory for loading weights");
+        return NULL;
+    }
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->change, NULL);
     l->gpu = d->gpu;
-    d->loader = l;
     for (int n = threads_here(); l->count < n; l->count++) {
         struct courier *c = &l->couriers[l->count];
         c->loader = l;
-        if (!cuda_ok(d, equip(c), "loading weights"))
-            return check_report(&d->check, err);
-        if (pthread_create(&c->thread, NULL, work, c) != 0)
+        if (!cuda_ok(d, equip(c), "loading weights") || pthread_create(&c->thread, NULL, work, c) != 0)
             break;
     }
-    return l->count ? 0 : err_set(err, ERR_NO_MEMORY, "loading weights: no thread can be started");
+    if (check_report(&d->check, err) == 0 && l->count > 0)
+        return l;
+    if (l->count == 0 && d->check.failure.code == 0)
+        err_set(err, ERR_NO_MEMORY, "loading weights: no thread can be started");
+    loader_free(l);
+    return NULL;
 }
 
 static void put(struct loader *l, struct tensor dst, struct tensor src)
@@ -207,8 +212,8 @@ int loader_put(struct device *d, struct tensor dst, struct tensor src, struct er
     const int64_t rows = rows_of(src), row = tensor_count(src) / rows;
     const int64_t some = PIECE_BYTES / (row * (int64_t)dtype_size(src.dtype));
     const bool whole = src.dims == 1 || src.ld == row;
-    if (!d->loader)
-        TRY(start(d, err));
+    if (!d->loader && !(d->loader = start(d, err)))
+        return (int)err->code;
     d->loader->busy = true;
     if (dst.dtype == DT_E4M3 && some == 0)
         return err_set(err, ERR_UNSUPPORTED, "a weight with rows of %lld numbers cannot be E4M3", (long long)row);
