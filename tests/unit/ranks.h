@@ -58,6 +58,20 @@ static inline void record(void *arg, const char *name, struct tensor t)
     o->used += tensor_count(t);
 }
 
+// ---- the model that all tests of a file share
+
+static inline int ranks_set_up(void **state)
+{
+    *state = demo_model();
+    return 0;
+}
+
+static inline int ranks_tear_down(void **state)
+{
+    model_free(*state);
+    return 0;
+}
+
 // ---- a group of ranks
 
 struct group {

@@ -339,18 +339,6 @@ static void plans(void **state)
     }
 }
 
-static int set_up(void **state)
-{
-    *state = demo_model();
-    return 0;
-}
-
-static int tear_down(void **state)
-{
-    model_free(*state);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -362,5 +350,5 @@ int main(void)
         cmocka_unit_test(stale_steps_with_guidance),
         cmocka_unit_test(ranks_as_threads),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, ranks_set_up, ranks_tear_down);
 }

@@ -476,18 +476,6 @@ static void cached_prompts(void **state)
     job_free(job);
 }
 
-static int set_up(void **state)
-{
-    *state = demo_model();
-    return 0;
-}
-
-static int tear_down(void **state)
-{
-    model_free(*state);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -511,5 +499,5 @@ int main(void)
         cmocka_unit_test(endings),
         cmocka_unit_test(cached_prompts),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, ranks_set_up, ranks_tear_down);
 }
