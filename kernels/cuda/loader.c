@@ -12,9 +12,9 @@ struct piece {
     struct tensor dst, src; // (rows, n), at most PIECE_BYTES of src
 };
 
-// Pinned memory, and where a piece waits on the device for its conversion.
 struct buffer {
-    void *host, *stage;
+    void *host;  // pinned
+    void *stage; // where a piece waits on the device for its conversion; NULL until one has to
     cudaEvent_t sent; // the buffer is free again
 };
 
@@ -66,10 +66,12 @@ static void gather(char *to, struct tensor src)
 static cudaError_t send(struct courier *c, struct buffer *b, const struct piece *p)
 {
     const bool same = p->dst.dtype == p->src.dtype;
-    struct tensor stage = tensor_2d(b->stage, p->src.dtype, p->src.n[0], p->src.n[1]);
     cudaError_t e = cudaEventSynchronize(b->sent);
+    if (e == cudaSuccess && !same && !b->stage)
+        e = cudaMalloc(&b->stage, (size_t)PIECE_BYTES);
     if (e != cudaSuccess)
         return e;
+    struct tensor stage = tensor_2d(b->stage, p->src.dtype, p->src.n[0], p->src.n[1]);
     gather(b->host, p->src);
     e = cudaMemcpyAsync(same ? p->dst.data : b->stage, b->host, tensor_bytes(stage), cudaMemcpyHostToDevice, c->stream);
     if (e == cudaSuccess && !same) {
@@ -109,8 +111,6 @@ static cudaError_t equip(struct courier *c)
     for (int i = 0; e == cudaSuccess && i < BUFFERS; i++) {
         struct buffer *b = &c->buffers[i];
         e = cudaHostAlloc(&b->host, (size_t)PIECE_BYTES, cudaHostAllocDefault);
-        if (e == cudaSuccess)
-            e = cudaMalloc(&b->stage, (size_t)PIECE_BYTES);
         if (e == cudaSuccess)
             e = cudaEventCreateWithFlags(&b->sent, cudaEventDisableTiming);
     }
