@@ -204,8 +204,7 @@ static bool write_lines(const struct algo_cache *c, FILE *f)
 // 21 characters a number of the key, 17 a word of the algorithm
 _Static_assert(ALGO_KEY_MAX * 21 + ALGO_WORDS * 17 + 32 < LINE, "a line has room for an entry");
 
-// The folder and those above it.
-static void make_folder(const char *folder)
+void algo_cache_make_folder(const char *folder)
 {
     char path[PATH_MAX];
     snprintf(path, sizeof path, "%s", folder);
@@ -224,7 +223,7 @@ void algo_cache_save(struct algo_cache *c)
         return;
     c->fresh = false; // whatever comes of it: there is no second try until something is new
     read_file(c);
-    make_folder(c->folder);
+    algo_cache_make_folder(c->folder);
     snprintf(name, sizeof name, "%s.XXXXXX", c->path);
     const int fd = mkostemp(name, O_CLOEXEC);
     if (fd < 0)

@@ -19,6 +19,8 @@ struct algo_cache;
 
 // The user's folder for it, $XDG_CACHE_HOME/ditfleet or ~/.cache/ditfleet, without a slash at its end; false: none.
 bool algo_cache_folder(char *out, size_t size);
+// Makes it (0700) and the folders above it, where they are missing. What fails shows when a file is opened there.
+void algo_cache_make_folder(const char *folder);
 
 // Reads <folder>/<library>-<hash of words>.txt. words: a line, printable; key_n: numbers in a key, 1 to ALGO_KEY_MAX.
 // folder NULL: nothing is read or written. NULL: no memory.

@@ -52,12 +52,22 @@ static void dry_free(struct device *d, void *p)
     (void)d, (void)p;
 }
 
-// Each operand read or written once; in-place operands count twice.
+static double bytes_of(int operands, const struct tensor *list)
+{
+    double bytes = 0;
+    for (int i = 0; i < operands; i++)
+        bytes += (double)tensor_bytes(list[i]);
+    return bytes;
+}
+
+// An operation, each operand read or written once; in-place operands count twice.
 static void count(struct device *d, double flops, int operands, const struct tensor *list)
 {
+    const double bytes = bytes_of(operands, list);
     d->cost.flops += flops;
-    for (int i = 0; i < operands; i++)
-        d->cost.bytes += (double)tensor_bytes(list[i]);
+    d->cost.bytes += bytes;
+    d->cost.row_bytes += flops > 0 ? 0 : bytes;
+    d->cost.calls++;
 }
 
 #define COUNT(flops, ...)                                                                                              \
@@ -121,8 +131,7 @@ static void dry_linear(struct device *d, struct tensor y, struct tensor x, const
     if (!check_linear(&d->check, y, x, w))
         return;
     COUNT(2.0 * (double)y.n[0] * (double)w->n * (double)w->k, y, x);
-    count(d, 0, w->parts, w->w);
-    count(d, 0, w->parts, w->b);
+    d->cost.bytes += bytes_of(w->parts, w->w) + bytes_of(w->parts, w->b);
 }
 
 static void dry_activate(struct device *d, struct tensor x, enum act act)
@@ -214,14 +223,19 @@ static void dry_attention(struct device *d, struct tensor out, struct tensor q, 
     if (!check_attention(&d->check, out, q, k, v, opts))
         return;
     double m = (double)q.n[0], s = (double)k.n[0], pairs = opts->causal ? m * (m + 1) / 2 : m * s;
-    COUNT(4 * pairs * (double)q.n[1] * (double)q.n[2], out, q, k, v, opts->bias);
+    const double flops = 4 * pairs * (double)q.n[1] * (double)q.n[2];
+    COUNT(flops, out, q, k, v, opts->bias);
+    d->cost.attention += flops;
 }
 
 static void dry_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                                struct tensor v, const struct attention_opts *opts)
 {
-    if (check_attention_part(&d->check, out, lse, q, k, v, opts))
-        COUNT(4.0 * (double)tensor_count(q) * (double)k.n[0], out, lse, q, k, v, opts->bias);
+    if (!check_attention_part(&d->check, out, lse, q, k, v, opts))
+        return;
+    const double flops = 4.0 * (double)tensor_count(q) * (double)k.n[0];
+    COUNT(flops, out, lse, q, k, v, opts->bias);
+    d->cost.attention += flops;
 }
 
 static void dry_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse)

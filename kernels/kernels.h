@@ -54,8 +54,11 @@ struct device_options {
 
 // What dry counted since it was opened.
 struct kernel_cost {
-    double flops; // 2 for each multiply-add of linear, attention and conv2d
-    double bytes; // each operand read or written once
+    double flops;     // 2 for each multiply-add of linear, attention and conv2d
+    double attention; // of these, attention's
+    double bytes;     // each operand read or written once
+    double row_bytes; // of these, of operations without flops
+    double calls;     // operations
 };
 
 struct kernels {

@@ -7,8 +7,9 @@
 
 #include "proto/clock.h"
 #include "worker/stages.h"
+#include "worker/tuned.h"
 
-enum { ESTIMATES = 16, KEY = 256 };
+enum { ESTIMATES = 16, PRICE_LISTS = 8, KEY = 256 };
 
 // What a job takes of a rank's memory besides weights.
 struct demand {
@@ -36,6 +37,14 @@ struct engine {
         struct engine_estimate estimate;
     } estimates[ESTIMATES]; // a ring
     int next_estimate;
+    bool tuned, priced;     // priced: on rank 0, by the machine's parameters
+    struct machine machine; // of this group
+    struct price_list {
+        char key[KEY];
+        struct price list[PLAN_MAX_CHOICES];
+        int n;
+    } prices[PRICE_LISTS]; // a ring
+    int next_prices;
 };
 
 // The budget of a device with memory of its own.
@@ -53,6 +62,18 @@ static int open_residency(struct engine *e, int64_t budget, struct err *err)
     return 0;
 }
 
+// Prices are rank 0's alone: files and free memory are not the same to all.
+static void open_prices(struct engine *e, const struct engine_options *options)
+{
+    const struct precision precision = {.activation = options->device.activation, .fp8 = options->fp8};
+    struct tuned_key key;
+    e->tuned = options->tuned && comm_size(e->control) > 1;
+    if (!e->tuned || comm_rank(e->control) != 0)
+        return;
+    tuned_key_of(options->kernels, comm_size(e->control), options->device.threads, &precision, &key);
+    e->priced = tuned_load(NULL, &key, &e->machine);
+}
+
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err)
 {
     *out = NULL;
@@ -66,6 +87,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->control = options->control;
     e->memory_limit = options->memory_limit;
     e->fp8 = options->fp8;
+    open_prices(e, options);
     int rc = e->k->open(&options->device, &e->d, err);
     if (rc == 0)
         rc = open_residency(e, options->memory_budget, err);
@@ -245,6 +267,7 @@ static int predict(struct run *r, int rank, enum dtype activation, struct engine
     }
     if (rc == 0)
         kernels_dry.cost(d, &out->cost);
+    out->loop = r->loop;
     run_leave(r);
     arena_free(arena);
     if (d)
@@ -253,23 +276,36 @@ static int predict(struct run *r, int rank, enum dtype activation, struct engine
     return rc;
 }
 
-static int predict_anew(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
-                        const struct plan *plan, struct engine_estimate *out, struct err *err)
+int engine_predict_rank(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, int rank,
+                        enum dtype activation, struct engine_estimate *out, struct err *err)
 {
     struct run r;
     *out = (struct engine_estimate){0};
     run_init(&r, m, job, plan);
-    return predict(&r, comm_rank(e->data), e->k->activation, out, err);
+    return predict(&r, rank, activation, out, err);
+}
+
+static int predict_anew(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
+                        const struct plan *plan, struct engine_estimate *out, struct err *err)
+{
+    return engine_predict_rank(m, job, plan, comm_rank(e->data), e->k->activation, out, err);
+}
+
+// What an estimate depends on, besides the engine.
+static void key_of(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, char key[KEY])
+{
+    char plan_text[PLAN_TEXT];
+    plan_print(plan, plan_text);
+    snprintf(key, KEY, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d %s", m->hash, m->home && m->home->fp8,
+             job->width, job->height, job->num_inference_steps, job->max_sequence_length, job->num_images,
+             job_true_cfg(job) ? 2 : 1, plan_text);
 }
 
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
                    struct engine_estimate *out, struct err *err)
 {
-    char key[KEY], plan_text[PLAN_TEXT];
-    plan_print(plan, plan_text);
-    snprintf(key, sizeof key, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d %s", m->hash,
-             m->home && m->home->fp8, job->width, job->height, job->num_inference_steps, job->max_sequence_length,
-             job->num_images, job_true_cfg(job) ? 2 : 1, plan_text);
+    char key[KEY];
+    key_of(m, job, plan, key);
     for (int i = 0; i < ESTIMATES; i++)
         if (strcmp(e->estimates[i].key, key) == 0) {
             *out = e->estimates[i].estimate;
@@ -284,8 +320,7 @@ int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__
 
 // ---- memory
 
-// Bytes the host could still give, from the kernel's own estimate.
-static int64_t host_memory_free(void)
+int64_t engine_host_memory_free(void)
 {
     long long kib = INT64_MAX / 1024;
     char line[128];
@@ -384,7 +419,7 @@ static int reserve_on_host(struct engine *e, const struct model *m, const Ditfle
     if (bytes <= e->arena_bytes)
         return 0;
     drop_arena(e);
-    const int64_t limit = e->memory_limit ? e->memory_limit : host_memory_free() / plan->ranks;
+    const int64_t limit = e->memory_limit ? e->memory_limit : engine_host_memory_free() / plan->ranks;
     if ((int64_t)bytes <= limit)
         return grow_arena(e, bytes, err);
     print_largest(e, m, job, plan, extra, limit, largest);
@@ -498,13 +533,69 @@ static int agree(struct comm *control, int rc, struct err *err)
     return 0;
 }
 
+// ---- the choice of a plan
+
+static int price(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+                 const struct price_list **out, struct err *err)
+{
+    char key[KEY];
+    key_of(m, job, want, key);
+    for (int i = 0; i < PRICE_LISTS; i++)
+        if (strcmp(e->prices[i].key, key) == 0) {
+            *out = &e->prices[i];
+            return 0;
+        }
+    struct price_list *p = &e->prices[e->next_prices];
+    p->key[0] = '\0';
+    TRY(cost_all(&e->machine, m, e->k, job, want, p->list, &p->n, err));
+    memcpy(p->key, key, sizeof key);
+    e->next_prices = (e->next_prices + 1) % PRICE_LISTS;
+    *out = p;
+    return 0;
+}
+
+// The cheapest plan that fits; where none does, the one that takes least, to be refused.
+static int cheapest(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+                    size_t extra, struct plan *out, struct err *err)
+{
+    const struct price_list *prices;
+    double seconds[PLAN_MAX_CHOICES];
+    int least = 0;
+    TRY(price(e, m, job, want, &prices, err));
+    int64_t limit = e->memory_limit ? e->memory_limit : engine_host_memory_free() / want->ranks;
+    limit = limit > (int64_t)e->arena_bytes ? limit : (int64_t)e->arena_bytes;
+    for (int i = 0; i < prices->n; i++) {
+        const struct demand d = demand_of(e, m, job, &prices->list[i].most, extra);
+        seconds[i] = fits(e, m, &d, limit) ? price_seconds(&prices->list[i]) : -1;
+        if (prices->list[i].most.activation_bytes < prices->list[least].most.activation_bytes)
+            least = i;
+    }
+    const int picked = cost_pick(seconds, prices->n);
+    *out = prices->list[picked < 0 ? least : picked].plan;
+    return 0;
+}
+
+// Rank 0's choice, where it has prices; else *want, whose open degrees plan_make fills in.
+static int choose(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+                  size_t extra, struct plan *out, struct err *err)
+{
+    int rc = 0;
+    *out = *want;
+    if (e->priced)
+        rc = cheapest(e, m, job, want, extra, out, err);
+    if (e->tuned)
+        comm_broadcast(e->control, out, sizeof *out, 0);
+    return rc ? rc : comm_check(e->control, err);
+}
+
 // What can be known before any work: the plan, and whether it fits.
 static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
                             struct err *err)
 {
-    struct plan here = *want;
-    here.ranks = comm_size(e->data);
+    struct plan open = *want, here;
+    open.ranks = comm_size(e->data);
+    TRY(choose(e, m, job, &open, trace_bytes(hooks, job), &here, err));
     TRY(plan_make(&m->info, e->k, &here, job_true_cfg(job), plan, err));
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
 }

@@ -22,6 +22,9 @@ struct engine_options {
     // Of a device with memory of its own: bytes of it that this process may take for everything, context and libraries
     // included; 0: what is free now.
     int64_t memory_budget;
+    // Of several ranks: rank 0 chooses the degrees that are 0 by price, where this machine was measured
+    // (worker/tuned.h), and all follow it. All ranks say the same.
+    bool tuned;
 };
 
 // Of a budget, what contexts and the workspaces of libraries take.
@@ -32,6 +35,9 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
 void engine_free(struct engine *e);
 // Where models are to be loaded that this engine runs. They are freed before the engine.
 struct home engine_home(const struct engine *e);
+
+// Bytes the host could still give, from the operating system's own estimate.
+int64_t engine_host_memory_free(void);
 
 // What a precision means where it is computed. fp8: the linear layers of blocks are E4M3, and so are their inputs; the
 // rest has the activation type, bf16.
@@ -83,13 +89,23 @@ void engine_result_free(struct engine_result *r);
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                const struct engine_hooks *hooks, struct engine_result *out, struct err *err);
 
-// What engine_run would take on this rank, from the same forward pass over the dry backend. The last few are
-// remembered.
+// Of a rank: what it computes, and what it says to others.
+struct engine_work {
+    struct kernel_cost cost;
+    double sent, collectives; // bytes to other ranks; messages, each of which waits for them
+};
+
+// What engine_run would take on a rank, from the same forward pass over the dry backend.
 struct engine_estimate {
     size_t activation_bytes;           // the largest live set
     size_t stage_bytes[ENGINE_STAGES]; // that of each stage
-    struct kernel_cost cost;           // of this rank, all steps
+    struct kernel_cost cost;           // of all
+    struct engine_work loop;           // of the denoising steps alone, all of them
 };
+// Any rank of a plan, without an engine. activation: the type that the plan's ranks compute in.
+int engine_predict_rank(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, int rank,
+                        enum dtype activation, struct engine_estimate *out, struct err *err);
+// This rank. The last few are remembered.
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
                    struct engine_estimate *out, struct err *err);
 

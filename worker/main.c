@@ -120,7 +120,8 @@ static int open_engine(struct worker *w, const struct arguments *a, struct err *
         .fp8 = w->precision.fp8,
         .data = w->comm,
         .control = w->comm,
-        .memory_budget = w->group->memory_budget};
+        .memory_budget = w->group->memory_budget,
+        .tuned = true};
     const int rc = engine_new(&options, &w->engine, err);
     if (rc != 0 && cuda)
         err_context(err, "gpu %d of group %s", w->group->gpu, w->group->name);

@@ -345,12 +345,17 @@ void model_evict(struct model *m, enum model_part which)
     free_part(&now, which);
 }
 
-int64_t model_bytes(const struct model *m)
+int64_t model_part_bytes(const struct model *m, enum model_part p)
 {
     const struct model_parts now = parts_of(m);
+    return weights_bytes(weights_of(&now, p));
+}
+
+int64_t model_bytes(const struct model *m)
+{
     int64_t sum = 0;
     for (enum model_part p = 0; p < PARTS; p++)
-        sum += weights_bytes(weights_of(&now, p));
+        sum += model_part_bytes(m, p);
     return sum;
 }
 

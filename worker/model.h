@@ -67,9 +67,10 @@ void model_free(struct model *m);
 // Writes the weights of all parts into dir, where the parts' folders are (worker/invent.h makes them): model_load's, as
 // soon as the tokenizers are beside them. No file is overwritten; on failure none of them is left.
 int model_save(const struct model *m, const char *dir, struct err *err);
-int64_t model_bytes(const struct model *m);                        // of all weights, in their files
-int64_t model_placed_bytes(const struct model *m, unsigned parts); // of these on the device, 0 where they are mapped
-const char *model_part_name(enum model_part part);                 // the folder's name
+int64_t model_bytes(const struct model *m);                         // of all weights, in their files
+int64_t model_part_bytes(const struct model *m, enum model_part p); // of this part's
+int64_t model_placed_bytes(const struct model *m, unsigned parts);  // of these on the device, 0 where they are mapped
+const char *model_part_name(enum model_part part);                  // the folder's name
 
 // For a residency alone. A part that is away comes to its device; one that is there is freed, when no work reads it.
 int model_bring(struct model *m, enum model_part part, struct err *err);

@@ -140,6 +140,29 @@ int plan_make(const struct dit_info *model, const struct kernels *k, const struc
     return check_pipe(model, out, err);
 }
 
+int plan_choices(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
+                 struct plan_choice out[PLAN_MAX_CHOICES])
+{
+    const int pipe = want->pipe > 1 ? want->pipe : 1;
+    int n = 0;
+    for (int cfg = 2; cfg >= 1; cfg--)
+        for (int u = want->ranks < COMM_MAX_RANKS ? want->ranks : COMM_MAX_RANKS; u >= 1; u--) {
+            struct plan p = *want;
+            p.cfg = cfg;
+            p.ulysses = u;
+            p.ring = want->ranks / (cfg * pipe * u);
+            const bool whole = p.ring >= 1 && cfg * pipe * u * p.ring == want->ranks && n < PLAN_MAX_CHOICES;
+            if (!whole || (want->cfg && want->cfg != cfg) || (want->ulysses && want->ulysses != u) ||
+                (want->ring && want->ring != p.ring))
+                continue;
+            out[n] = (struct plan_choice){.plan = p, .why.code = ERR_NONE};
+            if (plan_make(model, k, &p, true_cfg, &out[n].plan, &out[n].why) == 0)
+                out[n].why.code = ERR_NONE;
+            n++;
+        }
+    return n;
+}
+
 void plan_print(const struct plan *p, char text[PLAN_TEXT])
 {
     const int at = snprintf(text, PLAN_TEXT, "cfg=%d ulysses=%d ring=%d", p->cfg, p->ulysses, p->ring);

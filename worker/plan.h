@@ -33,6 +33,19 @@ static inline bool plan_in_patches(const struct plan *p)
 // ERR_INVALID: a degree that no plan has. ERR_UNSUPPORTED says what does not fit, and what would.
 int plan_make(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
               struct plan *out, struct err *err);
+
+// A way to deal out ranks, and why not, where it cannot be.
+struct plan_choice {
+    struct plan plan;
+    struct err why; // code ERR_NONE: it can
+};
+enum { PLAN_MAX_CHOICES = 32 };
+// Every way to make up want->ranks by degrees of guidance, Ulysses and ring that has want's where they are set, and
+// want's PipeFusion: never one that is not asked for. What plan_make would choose comes before other legal ones.
+// Returns how many.
+int plan_choices(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
+                 struct plan_choice out[PLAN_MAX_CHOICES]);
+
 void plan_print(const struct plan *p, char text[PLAN_TEXT]); // "cfg=1 ulysses=2 ring=1", PipeFusion's numbers behind
 
 #endif

@@ -84,11 +84,32 @@ void run_enter(struct run *r, enum engine_stage stage)
     r->since = now;
 }
 
+// What was done since the last step's end, or the loop's beginning, was a step.
+static void note_step(struct run *r, int step)
+{
+    const struct engine_work last = r->seen;
+    struct engine_work *now = &r->seen, *loop = &r->loop;
+    r->world.k->cost(r->world.d, &now->cost);
+    now->sent = (double)comm_bytes_sent(r->world.comm);
+    now->collectives = (double)comm_collectives(r->world.comm);
+    if (step == 0)
+        return;
+    loop->cost.flops += now->cost.flops - last.cost.flops;
+    loop->cost.attention += now->cost.attention - last.cost.attention;
+    loop->cost.bytes += now->cost.bytes - last.cost.bytes;
+    loop->cost.row_bytes += now->cost.row_bytes - last.cost.row_bytes;
+    loop->cost.calls += now->cost.calls - last.cost.calls;
+    loop->sent += now->sent - last.sent;
+    loop->collectives += now->collectives - last.collectives;
+}
+
 int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err)
 {
     const bool within =
         stage == ENGINE_DENOISE && step > 0; // a loop keeps the device busy; a stage begins when all is done
     TRY((within ? exec_pace : exec_check)(&r->world, err));
+    if (r->dry && stage == ENGINE_DENOISE)
+        note_step(r, step);
     if (r->dry)
         return 0;
     if (!within)

@@ -21,13 +21,14 @@ struct run {
     bool prompt_cached;          // no prompt had to be encoded
     int stage;                   // enum engine_stage in hand, and since when
     double since, seconds[ENGINE_STAGES];
-    double begun;                // when the device was first given something to do; 0: not yet
-    size_t peaks[ENGINE_STAGES]; // bytes of the arena in each stage, in a dry run
-    bool dry;                    // the stages run over the dry backend: no ids, no noise, no waiting for others
-    struct exec world;           // all ranks: text, decoding
-    struct exec branch;          // the ranks that share the rows of one guidance branch, in one stage: denoising
-    struct comm *pipe;           // the same rows in the other stages, in their order
-    struct attention_link stale; // of a plan with patches
+    double begun;                  // when the device was first given something to do; 0: not yet
+    size_t peaks[ENGINE_STAGES];   // bytes of the arena in each stage, in a dry run
+    struct engine_work seen, loop; // of a dry run: when a step ended last; of all steps so far
+    bool dry;                      // the stages run over the dry backend: no ids, no noise, no waiting for others
+    struct exec world;             // all ranks: text, decoding
+    struct exec branch;            // the ranks that share the rows of one guidance branch, in one stage: denoising
+    struct comm *pipe;             // the same rows in the other stages, in their order
+    struct attention_link stale;   // of a plan with patches
     const struct runner *runner;
     struct ulysses_groups usp;     // within the branch: neighbours share heads, groups of them make a ring
     struct attention_link ulysses; // over usp

@@ -1,23 +1,17 @@
-// ditfleet generate: one job on this machine, with no Redis and no supervisor. The process is rank 0; further ranks are
-// forked before any thread starts and die with it.
+// ditfleet generate: one job on this machine, with no Redis and no supervisor.
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "kernels/backend.h"
 #include "ops/cli/cli.h"
+#include "ops/cli/ranks.h"
 #include "ops/cli/recorder.h"
 #include "proto/conf.h"
 #include "worker/engine.h"
 #include "worker/output/describe.h"
-
-enum { SLAB_BYTES = 4 << 20 };
 
 struct generate {
     const char *model_dir, *device, *out, *latents, *budget;
@@ -30,7 +24,7 @@ struct generate {
     struct model *model;
     struct recorder *recorder;
     bool terminal;
-    pid_t children[COMM_MAX_RANKS];
+    struct engine_result result;
 };
 
 static int show_progress(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
@@ -85,7 +79,8 @@ static int open_engine(const struct generate *g, struct comm *comm, struct engin
                                      .device.threads = g->threads,
                                      .data = comm,
                                      .control = comm,
-                                     .memory_budget = g->memory_budget};
+                                     .memory_budget = g->memory_budget,
+                                     .tuned = true};
     struct precision precision;
     TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
     options.device.activation = precision.activation;
@@ -93,8 +88,10 @@ static int open_engine(const struct generate *g, struct comm *comm, struct engin
     return engine_new(&options, out, err);
 }
 
-static int run_rank(struct generate *g, struct comm *comm, bool leader, struct engine_result *out, struct err *err)
+static int run_rank(void *arg, struct comm *comm, struct err *err)
 {
+    struct generate *g = arg;
+    const bool leader = comm_rank(comm) == 0;
     const struct engine_hooks hooks = {
         .progress = leader && !g->quiet ? show_progress : NULL, .trace = g->latents ? recorder_put : NULL, .arg = g};
     struct engine_hooks mine = hooks;
@@ -109,84 +106,11 @@ static int run_rank(struct generate *g, struct comm *comm, bool leader, struct e
     if (rc != 0)
         comm_abort(comm, err->text); // nobody may wait for this rank
     else
-        rc = engine_run(e, placed ? placed : g->model, g->job, &g->want, &mine, out, err);
+        rc = engine_run(e, placed ? placed : g->model, g->job, &g->want, &mine, &g->result, err);
     if (rc == 0 && leader && !g->quiet)
-        rc = summarise(g, e, placed ? placed : g->model, out, err);
+        rc = summarise(g, e, placed ? placed : g->model, &g->result, err);
     model_free(placed);
     engine_free(e);
-    return rc;
-}
-
-// The life of a forked rank; its exit status tells the leader's watcher.
-static int child_main(struct generate *g, int region, int rank, pid_t parent)
-{
-    struct err err = {.code = ERR_NONE};
-    struct engine_result unused;
-    struct comm *comm;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent)
-        return CLI_FAILED;
-    int rc = comm_shm_attach(region, rank, &comm, &err);
-    if (rc == 0) {
-        rc = run_rank(g, comm, false, &unused, &err);
-        if (comm_check(comm, NULL) == 0) // a job that is refused is refused on all ranks: the leader knows
-            rc = 0;
-        comm_free(comm);
-    }
-    return rc == 0 ? CLI_OK : CLI_FAILED;
-}
-
-struct watcher {
-    struct comm *comm;
-    int expected; // children still to come
-};
-
-// A rank that dies would leave the others waiting for ever.
-static void *watch_children(void *arg)
-{
-    struct watcher *w = arg;
-    int status;
-    for (; w->expected > 0; w->expected--) {
-        pid_t pid = wait(&status);
-        if (pid < 0)
-            break;
-        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-            comm_abort(w->comm, "a rank process died");
-    }
-    return NULL;
-}
-
-static int run_group(struct generate *g, struct engine_result *out, struct err *err)
-{
-    struct comm *comm;
-    if (g->ranks == 1) {
-        TRY(comm_self_new(&comm, err));
-        int rc = run_rank(g, comm, true, out, err);
-        comm_free(comm);
-        return rc;
-    }
-    int region = comm_shm_region(g->ranks, SLAB_BYTES, err);
-    if (region < 0)
-        return err->code;
-    const pid_t parent = getpid();
-    for (int r = 1; r < g->ranks; r++) {
-        g->children[r] = fork();
-        if (g->children[r] == 0)
-            _exit(child_main(g, region, r, parent));
-        if (g->children[r] < 0)
-            return err_set(err, ERR_NO_MEMORY, "rank %d cannot be started", r);
-    }
-    TRY(comm_shm_attach(region, 0, &comm, err));
-    struct watcher watcher = {comm, g->ranks - 1};
-    pthread_t thread;
-    const bool watching = pthread_create(&thread, NULL, watch_children, &watcher) == 0;
-    int rc = run_rank(g, comm, true, out, err);
-    if (rc != 0)
-        comm_abort(comm, err->text);
-    if (watching)
-        pthread_join(thread, NULL);
-    comm_free(comm);
-    close(region);
     return rc;
 }
 
@@ -231,22 +155,22 @@ static void warn_cut(const struct engine_result *r)
 
 static int generate(struct generate *g, struct err *err)
 {
-    struct engine_result result = {0};
     TRY(job_check_fields(g->job, err));
     TRY(model_load(g->model_dir, &g->model, err));
     TRY(model_resolve_job(g->model, g->job, err));
     if (g->latents && !(g->recorder = recorder_new()))
         return err_set(err, ERR_NO_MEMORY, "no memory to record latents");
-    int rc = run_group(g, &result, err);
+    int rc = ranks_run(g->ranks, run_rank, g, err);
     if (rc == 0) {
-        warn_cut(&result);
-        rc = write_pictures(g, &result, err);
+        warn_cut(&g->result);
+        rc = write_pictures(g, &g->result, err);
     }
     if (rc == 0 && g->latents) {
-        recorder_put(g->recorder, "image_u8", tensor_of(result.pixels, DT_U8, 3, g->job->height, g->job->width, 3, 1));
+        recorder_put(g->recorder, "image_u8",
+                     tensor_of(g->result.pixels, DT_U8, 3, g->job->height, g->job->width, 3, 1));
         rc = recorder_write(g->recorder, g->latents, err);
     }
-    engine_result_free(&result);
+    engine_result_free(&g->result);
     return rc;
 }
 

@@ -32,6 +32,11 @@ uint64_t comm_bytes_sent(const struct comm *c)
     return c->bytes_sent;
 }
 
+uint64_t comm_collectives(const struct comm *c)
+{
+    return c->collectives;
+}
+
 struct comm_times comm_times(const struct comm *c)
 {
     return (struct comm_times){c->root->within - c->root->waiting, c->root->waiting};
@@ -111,6 +116,8 @@ void comm_abort(struct comm *c, const char *reason)
 static bool begin(struct comm *c, enum comm_op op)
 {
     c->sequence += op != COMM_GROUP;
+    for (struct comm *of = c; of != NULL && c->size > 1 && op != COMM_GROUP; of = of->parent)
+        of->collectives++;
     c->root->began = monotonic_seconds();
     if (c->rank < 0)
         comm_fail(c, ERR_INVALID, op, "a watcher takes no part");

@@ -22,6 +22,8 @@ int comm_check(struct comm *c, struct err *err);
 void comm_free(struct comm *c);
 // To other ranks since c was made, by c and the groups made from it; a piece sent to k ranks counts k times.
 uint64_t comm_bytes_sent(const struct comm *c);
+// Collectives begun since c was made, by c and the groups made from it, where there was another rank to wait for.
+uint64_t comm_collectives(const struct comm *c);
 // Seconds of this rank in collectives, in all its communicators since the first was made: moving bytes, and waiting for
 // ranks that came later.
 struct comm_times {

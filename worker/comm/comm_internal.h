@@ -40,6 +40,7 @@ struct comm {
     int rank, size;
     uint64_t sequence; // collectives begun: errors name it
     uint64_t bytes_sent;
+    uint64_t collectives; // of this and its groups, where there is another rank
     // of the root alone
     struct err error; // the first failure
     struct abort_note *note;

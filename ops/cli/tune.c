@@ -1,0 +1,511 @@
+// ditfleet tune: measures what worker/cost.h asks of this machine, with all ranks at it, and keeps it for the planner.
+//
+// A sample is some operations of a transformer's block; the dry backend counts what they are. Each is run at several
+// sizes, in batches that are long beside a time slice of the scheduler: where ranks are more than cores, shorter ones
+// would see a core of their own. The middle batch counts, then the middle size, then the middle rank.
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/backend.h"
+#include "ops/cli/cli.h"
+#include "ops/cli/json.h"
+#include "ops/cli/ranks.h"
+#include "proto/clock.h"
+#include "proto/conf.h"
+#include "worker/invent.h"
+#include "worker/tuned.h"
+
+enum { MAX_SIZES = 8, MAX_BLOCKS = 16, BATCHES = 5, WEIGHTS = 4 };
+static const double BATCH_SECONDS = 0.02;
+
+// What was found at each size, lowest and highest.
+struct found {
+    double middle, low, high;
+    int sizes;
+};
+
+// What all parameters come to on a rank. Floats of one struct, so that ranks can exchange it.
+struct findings {
+    struct found products, attention, rows, operation, exchange, collective;
+};
+
+struct tuning {
+    const char *device;
+    int ranks, threads;
+    bool json;
+    Ditfleet__V1__Job *job; // its precision alone
+    const struct kernels *kernels;
+    struct precision precision;
+    struct tuned_key key;
+    struct findings found; // on rank 0
+};
+
+// Tensors of a block of a given width, for some rows at most.
+struct bed {
+    struct kernels k; // saying the activation type
+    struct device *d, *dry;
+    struct comm *comm;
+    struct invention *invention;
+    void *blocks[MAX_BLOCKS];
+    int n_blocks;
+    int64_t rows, width, head_dim;
+    struct linear w[WEIGHTS]; // qkv, out, up, down
+    struct tensor x, a, y;    // (rows, width)
+    struct tensor qkv, up;    // (rows, 3 * width), (rows, 4 * width)
+    struct tensor gate;       // (width)
+    struct tensor norm, rope; // (head_dim), (rows, head_dim / 2, 2) f32
+};
+
+typedef void (*sample)(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows);
+
+// ---- samples
+
+static void products(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    struct tensor x = tensor_rows(b->x, 0, rows), y = tensor_rows(b->y, 0, rows), up = tensor_rows(b->up, 0, rows);
+    k->linear(d, tensor_rows(b->qkv, 0, rows), x, &b->w[0], ACT_NONE);
+    k->linear(d, y, x, &b->w[1], ACT_NONE);
+    k->linear(d, up, x, &b->w[2], ACT_GELU_TANH);
+    k->linear(d, y, up, &b->w[3], ACT_NONE);
+}
+
+static struct tensor heads(const struct bed *b, struct tensor t, int64_t rows, int part)
+{
+    const struct tensor columns = tensor_cols(tensor_rows(t, 0, rows), part * b->width, b->width);
+    return tensor_reshape(columns, 3, rows, b->width / b->head_dim, b->head_dim, 1);
+}
+
+static void attention(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    const struct attention_opts opts = {.scale = 1.0F / (float)b->head_dim};
+    k->attention(d, heads(b, b->y, rows, 0), heads(b, b->qkv, rows, 0), heads(b, b->qkv, rows, 1),
+                 heads(b, b->qkv, rows, 2), &opts);
+}
+
+static void row_wise(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    const struct tensor y = tensor_rows(b->y, 0, rows);
+    k->gate_add_modulate(d, tensor_rows(b->x, 0, rows), b->gate, tensor_rows(b->a, 0, rows), y, b->gate, b->gate,
+                         1e-6F);
+    k->qk_norm_rope(d, heads(b, b->qkv, rows, 0), heads(b, b->qkv, rows, 1), b->norm, b->norm, 1e-6F,
+                    tensor_rows(b->rope, 0, rows));
+    k->copy(d, tensor_cols(tensor_rows(b->up, 0, rows), 0, b->width), y);
+}
+
+// What a layer is to a group: work, then a word to everybody. Ranks that come from work do not come at the same moment.
+static void products_and_word(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    enum { WORD = 16 };
+    char send[COMM_MAX_RANKS * WORD] = {0}, recv[COMM_MAX_RANKS * WORD];
+    int64_t counts[COMM_MAX_RANKS], offsets[COMM_MAX_RANKS];
+    for (int r = 0; r < comm_size(b->comm); r++) {
+        counts[r] = WORD;
+        offsets[r] = r * WORD;
+    }
+    products(b, k, d, rows);
+    comm_all_to_all(b->comm, send, counts, offsets, recv, counts, offsets);
+}
+
+// ---- the bed
+
+static int make(struct bed *b, enum dtype type, int64_t rows, int64_t columns, float scale, struct tensor *out,
+                struct err *err)
+{
+    struct tensor t = tensor_2d(NULL, type, rows, columns);
+    uint32_t state = 1;
+    float *host = malloc((size_t)(rows * columns) * sizeof *host);
+    if (!host)
+        return err_set(err, ERR_NO_MEMORY, "no memory to measure with");
+    for (int64_t i = 0; i < rows * columns; i++) {
+        state = state * 1664525U + 1013904223U;
+        host[i] = scale * ((float)(state >> 8) / (float)(1 << 23) - 1);
+    }
+    int rc = b->k.alloc(b->d, tensor_bytes(t), &t.data, err);
+    if (rc == 0) {
+        b->blocks[b->n_blocks++] = t.data;
+        b->k.upload(b->d, t, host);
+        rc = b->k.sync(b->d, err);
+    }
+    free(host);
+    *out = t;
+    return rc;
+}
+
+static int make_weights(struct bed *b, bool fp8, struct err *err)
+{
+    const int64_t w = b->width, shapes[WEIGHTS][2] = {{3 * w, w}, {w, w}, {4 * w, w}, {w, 4 * w}};
+    for (int i = 0; i < WEIGHTS; i++) {
+        struct tensor t;
+        TRY(invention_tensor(b->invention, "a weight", 2, shapes[i], &t, err));
+        TRY(linear_init(&b->w[i], 1, &t, NULL, err));
+        TRY(b->k.place_linear(b->d, &b->w[i], fp8 ? DT_E4M3 : b->k.activation, err));
+    }
+    return 0;
+}
+
+static int make_bed(struct bed *b, int64_t rows, int64_t width, int64_t head_dim, bool fp8, struct err *err)
+{
+    const enum dtype type = b->k.activation;
+    b->rows = rows;
+    b->width = width;
+    b->head_dim = head_dim;
+    TRY(invention_new((size_t)(4 * width * width) * sizeof(uint16_t), 1, &b->invention, err));
+    TRY(make_weights(b, fp8, err));
+    TRY(make(b, type, rows, width, 1, &b->x, err));
+    TRY(make(b, type, rows, width, 1, &b->a, err));
+    TRY(make(b, type, rows, width, 1, &b->y, err));
+    TRY(make(b, type, rows, 3 * width, 1, &b->qkv, err));
+    TRY(make(b, type, rows, 4 * width, 1, &b->up, err));
+    TRY(make(b, type, 1, width, 1e-6F, &b->gate, err)); // x stays what it is, however often it is added to
+    TRY(make(b, type, 1, head_dim, 1, &b->norm, err));
+    TRY(make(b, DT_F32, rows, head_dim, 1, &b->rope, err));
+    b->gate = tensor_reshape(b->gate, 1, width, 1, 1, 1);
+    b->norm = tensor_reshape(b->norm, 1, head_dim, 1, 1, 1);
+    b->rope = tensor_reshape(b->rope, 3, rows, head_dim / 2, 2, 1);
+    return 0;
+}
+
+static void clear_bed(struct bed *b)
+{
+    b->k.sync(b->d, &(struct err){0});
+    for (int i = 0; i < WEIGHTS; i++)
+        for (int j = 0; j < b->w[i].parts; j++)
+            b->k.displace(b->d, b->w[i].w[j]);
+    memset(b->w, 0, sizeof b->w);
+    while (b->n_blocks > 0)
+        b->k.free(b->d, b->blocks[--b->n_blocks]);
+    invention_free(b->invention);
+    b->invention = NULL;
+}
+
+// ---- measuring
+
+static int ascending(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static struct found found_of(double *values, int n)
+{
+    qsort(values, (size_t)n, sizeof *values, ascending);
+    return (struct found){n % 2 ? values[n / 2] : (values[n / 2] + values[n / 2 - 1]) / 2, values[0], values[n - 1], n};
+}
+
+static int count(struct bed *b, sample s, int64_t rows, struct kernel_cost *out, struct err *err)
+{
+    struct kernels dry = kernels_dry;
+    struct kernel_cost before;
+    dry.cost(b->dry, &before);
+    s(b, &dry, b->dry, rows);
+    TRY(dry.sync(b->dry, err));
+    dry.cost(b->dry, out);
+    out->flops -= before.flops;
+    out->attention -= before.attention;
+    out->row_bytes -= before.row_bytes;
+    out->calls -= before.calls;
+    return 0;
+}
+
+// Seconds of one run, while the other ranks do the same. runs: in a batch; 0: as many as fill it.
+static int time_sample(struct bed *b, sample s, int64_t rows, int runs, double *out, struct err *err)
+{
+    double batches[BATCHES], from = 0;
+    for (int warm = 0; warm < 3; warm++) {
+        TRY(b->k.sync(b->d, err));
+        from = monotonic_seconds();
+        s(b, &b->k, b->d, rows);
+    }
+    TRY(b->k.sync(b->d, err));
+    const double once = monotonic_seconds() - from;
+    if (runs == 0)
+        runs = once < BATCH_SECONDS ? (int)(BATCH_SECONDS / once) + 1 : 1;
+    comm_barrier(b->comm);
+    for (int i = 0; i < BATCHES; i++) {
+        from = monotonic_seconds();
+        for (int j = 0; j < runs; j++)
+            s(b, &b->k, b->d, rows);
+        TRY(b->k.sync(b->d, err));
+        batches[i] = (monotonic_seconds() - from) / runs;
+    }
+    *out = found_of(batches, BATCHES).middle;
+    return comm_check(b->comm, err);
+}
+
+// What a size gives, in a list of such.
+struct sizes {
+    double values[MAX_SIZES];
+    int n;
+};
+
+// Adds amount / seconds at a size: a rate. operation: seconds of each, which are not its work.
+static int add_rate(struct bed *b, sample s, int64_t rows, double operation, struct sizes *to, struct err *err)
+{
+    struct kernel_cost cost;
+    double seconds;
+    TRY(count(b, s, rows, &cost, err));
+    TRY(time_sample(b, s, rows, 0, &seconds, err));
+    const double work = seconds - cost.calls * operation, amount = cost.flops > 0 ? cost.flops : cost.row_bytes;
+    to->values[to->n++] = amount / (work > seconds / 10 ? work : seconds / 10);
+    return 0;
+}
+
+// Widths and rows that are measured: of small models and of large ones, of thin slices and of thick.
+struct size {
+    int64_t width, head_dim, rows[3]; // 0: none
+};
+static const struct size cpu_sizes[] = {{256, 32, {64, 256, 1024}}, {1024, 128, {64, 256, 0}}};
+static const struct size gpu_sizes[] = {{1024, 64, {512, 2048, 0}}, {3072, 128, {512, 2304, 4608}}};
+
+static int measure_collective(struct bed *b, int64_t rows, struct findings *f, struct err *err)
+{
+    enum { RUNS = 60, LEAST_NS = 100 }; // the same on all ranks
+    double alone, with;
+    TRY(time_sample(b, products, rows, RUNS, &alone, err));
+    TRY(time_sample(b, products_and_word, rows, RUNS, &with, err));
+    with = with - alone > LEAST_NS * 1e-9 ? with - alone : LEAST_NS * 1e-9;
+    f->collective = found_of(&with, 1);
+    return 0;
+}
+
+static int measure_bed(struct bed *b, const struct size *size, struct findings *f, struct sizes lists[3],
+                       struct err *err)
+{
+    if (f->operation.sizes == 0 && comm_size(b->comm) > 1)
+        TRY(measure_collective(b, size->rows[0], f, err));
+    if (f->operation.sizes == 0) { // of the smallest there are: one row
+        struct kernel_cost cost;
+        double seconds;
+        TRY(count(b, row_wise, 1, &cost, err));
+        TRY(time_sample(b, row_wise, 1, 0, &seconds, err));
+        seconds /= cost.calls;
+        f->operation = found_of(&seconds, 1);
+    }
+    static const sample samples[3] = {products, attention, row_wise};
+    for (int i = 0; i < 3 && size->rows[i] > 0; i++)
+        for (int s = 0; s < 3; s++)
+            TRY(add_rate(b, samples[s], size->rows[i], f->operation.middle, &lists[s], err));
+    return 0;
+}
+
+static int measure_compute(struct bed *b, bool cpu, bool fp8, struct findings *f, struct err *err)
+{
+    struct sizes lists[3] = {0};
+    for (int i = 0; i < 2; i++) {
+        const struct size *size = cpu ? &cpu_sizes[i] : &gpu_sizes[i];
+        int64_t most = 0;
+        for (int j = 0; j < 3; j++)
+            most = size->rows[j] > most ? size->rows[j] : most;
+        int rc = make_bed(b, most, size->width, size->head_dim, fp8, err);
+        if (rc == 0)
+            rc = measure_bed(b, size, f, lists, err);
+        clear_bed(b);
+        TRY(rc);
+    }
+    f->products = found_of(lists[0].values, lists[0].n);
+    f->attention = found_of(lists[1].values, lists[1].n);
+    f->rows = found_of(lists[2].values, lists[2].n);
+    return 0;
+}
+
+// Seconds of an all-to-all of so many bytes to every rank.
+static double time_exchange(struct comm *c, char *send, char *recv, int64_t bytes)
+{
+    const int ranks = comm_size(c);
+    int64_t counts[COMM_MAX_RANKS], offsets[COMM_MAX_RANKS];
+    double batches[BATCHES];
+    for (int r = 0; r < ranks; r++) {
+        counts[r] = bytes;
+        offsets[r] = r * bytes;
+    }
+    const int runs = bytes > 1 << 18 ? 8 : 200; // the same on all ranks
+    for (int i = -1; i < BATCHES; i++) {
+        const double from = monotonic_seconds();
+        for (int j = 0; j < runs; j++)
+            comm_all_to_all(c, send, counts, offsets, recv, counts, offsets);
+        if (i >= 0)
+            batches[i] = (monotonic_seconds() - from) / runs;
+    }
+    return found_of(batches, BATCHES).middle;
+}
+
+static int measure_exchange(struct bed *b, struct findings *f, struct err *err)
+{
+    enum { SIZES = 4 };
+    static const int64_t sizes[SIZES] = {32 << 10, 128 << 10, 512 << 10, 2 << 20}; // to all other ranks together
+    const int others = comm_size(b->comm) - 1;
+    const size_t room = (size_t)comm_size(b->comm) * (2 << 20);
+    double rates[SIZES];
+    char *send = calloc(1, room), *recv = calloc(1, room);
+    if (!send || !recv) {
+        free(send);
+        free(recv);
+        return err_set(err, ERR_NO_MEMORY, "no memory to measure with");
+    }
+    memset(recv, 1, room);
+    const double collective = time_exchange(b->comm, send, recv, 16);
+    for (int i = 0; i < SIZES; i++) {
+        const double seconds = time_exchange(b->comm, send, recv, sizes[i] / others), moving = seconds - collective;
+        rates[i] = (double)(sizes[i] / others * others) / (moving > seconds / 10 ? moving : seconds / 10);
+    }
+    f->exchange = found_of(rates, SIZES);
+    free(send);
+    free(recv);
+    return comm_check(b->comm, err);
+}
+
+// *f becomes the middle of all ranks'.
+static int middle_rank(struct comm *c, struct findings *f, struct err *err)
+{
+    enum { FOUND = sizeof *f / sizeof(struct found) };
+    struct findings all[COMM_MAX_RANKS];
+    int64_t counts[COMM_MAX_RANKS];
+    for (int r = 0; r < comm_size(c); r++)
+        counts[r] = sizeof *f;
+    comm_all_gather(c, f, all, counts);
+    TRY(comm_check(c, err));
+    for (int i = 0; i < FOUND; i++) {
+        double middles[COMM_MAX_RANKS];
+        for (int r = 0; r < comm_size(c); r++)
+            middles[r] = ((const struct found *)&all[r])[i].middle;
+        ((struct found *)f)[i].middle = found_of(middles, comm_size(c)).middle;
+    }
+    return 0;
+}
+
+static int measure(void *arg, struct comm *comm, struct err *err)
+{
+    struct tuning *t = arg;
+    const bool cpu = t->kernels == &kernels_cpu;
+    const struct device_options options = {.threads = t->threads, .activation = t->precision.activation};
+    struct bed b = {.k = *t->kernels, .comm = comm};
+    b.k.activation = t->precision.activation;
+    int rc = b.k.open(&options, &b.d, err);
+    if (rc == 0)
+        rc = kernels_dry.open(&options, &b.dry, err);
+    if (rc == 0)
+        rc = measure_compute(&b, cpu, t->precision.fp8, &t->found, err);
+    if (rc == 0 && comm_size(comm) > 1)
+        rc = measure_exchange(&b, &t->found, err);
+    if (rc == 0)
+        rc = middle_rank(comm, &t->found, err);
+    if (rc != 0)
+        comm_abort(comm, err->text); // nobody may wait for this rank
+    if (b.dry)
+        kernels_dry.close(b.dry);
+    if (b.d)
+        b.k.close(b.d);
+    return rc;
+}
+
+// ---- what comes of it
+
+// A single rank exchanges nothing.
+static struct machine machine_of(const struct tuning *t)
+{
+    struct machine c = machine_default(&t->key);
+    c.products = t->found.products.middle;
+    c.attention = t->found.attention.middle;
+    c.rows = t->found.rows.middle;
+    c.operation = t->found.operation.middle;
+    if (t->found.exchange.sizes > 0) {
+        c.exchange = t->found.exchange.middle;
+        c.collective = t->found.collective.middle;
+    }
+    return c;
+}
+
+static void print_found(const char *name, const struct found *f, double unit, const char *unit_name)
+{
+    printf("%-11s %9.2f %s", name, f->middle / unit, unit_name);
+    if (f->sizes > 1)
+        printf(" (%d sizes: %.2f to %.2f)", f->sizes, f->low / unit, f->high / unit);
+    putchar('\n');
+}
+
+static void print_all(const struct tuning *t)
+{
+    const struct findings *f = &t->found;
+    printf("%s in %s, %d ranks", t->key.device, t->key.precision, t->ranks);
+    printf(t->key.threads ? " of %d threads\n" : "\n", t->key.threads);
+    print_found("products", &f->products, 1e9, "GFLOP/s");
+    print_found("attention", &f->attention, 1e9, "GFLOP/s");
+    print_found("rows", &f->rows, 1e9, "GB/s");
+    print_found("operation", &f->operation, 1e-6, "us");
+    if (f->exchange.sizes > 0) {
+        print_found("exchange", &f->exchange, 1e9, "GB/s");
+        print_found("collective", &f->collective, 1e-6, "us");
+    }
+}
+
+static json_t *found_json(const struct found *f)
+{
+    return json_pack("{s:f, s:f, s:f, s:i}", "median", f->middle, "min", f->low, "max", f->high, "sizes", f->sizes);
+}
+
+static void print_json(const struct tuning *t, const char *path)
+{
+    const struct findings *f = &t->found;
+    json_t *object =
+        json_pack("{s:s, s:s, s:i, s:i, s:s, s:o, s:o, s:o, s:o}", "device", t->key.device, "precision",
+                  t->key.precision, "ranks", t->ranks, "threads", t->key.threads, "file", path, "products_flop_per_s",
+                  found_json(&f->products), "attention_flop_per_s", found_json(&f->attention), "rows_byte_per_s",
+                  found_json(&f->rows), "operation_s", found_json(&f->operation));
+    if (f->exchange.sizes > 0)
+        json_object_update_new(object, json_pack("{s:o, s:o}", "exchange_byte_per_s", found_json(&f->exchange),
+                                                 "collective_s", found_json(&f->collective)));
+    json_print(object);
+}
+
+static int tune(struct tuning *t, struct err *err)
+{
+    const struct conf_group one = {.ranks = 1};
+    const int cores = conf_group_threads(&one);
+    char path[4096];
+    if (strcmp(t->device, "dry") == 0)
+        return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
+    const bool cuda = strcmp(t->device, "cuda") == 0;
+    if (cuda && t->ranks > 1)
+        return err_set(err, ERR_INVALID, "--device cuda takes --ranks 1: GPUs do not share a picture yet");
+    if (t->ranks == 0)
+        t->ranks = cuda ? 1 : cores < 2 ? 2 : cores < COMM_MAX_RANKS ? cores : COMM_MAX_RANKS;
+    const struct conf_group group = {.ranks = t->ranks, .threads = t->threads};
+    t->threads = conf_group_threads(&group);
+    TRY(backend_find(t->device, &t->kernels, err));
+    TRY(engine_precision(t->kernels, t->job->precision, t->job->precision, &t->precision, err));
+    tuned_key_of(t->kernels, t->ranks, t->threads, &t->precision, &t->key);
+    TRY(ranks_run(t->ranks, measure, t, err));
+    const struct machine c = machine_of(t);
+    const int rc = tuned_save(NULL, &t->key, &c, path, sizeof path, err);
+    if (!t->json)
+        print_all(t);
+    else if (rc == 0)
+        print_json(t, path);
+    if (rc == 0 && !t->json)
+        printf("written to %s\n", path);
+    return rc;
+}
+
+static int run(const struct cli_command *self, int argc, char **argv)
+{
+    struct tuning t = {.device = "cpu", .job = job_new()};
+    const char *precision = NULL;
+    const struct cli_flag flags[] = {
+        {"--device", "cpu|cuda", "what the ranks are; cuda is one GPU (default cpu)", CLI_STRING, &t.device, 0, 0},
+        {"--ranks", "N", "processes that share the machine; default: cores, two at least", CLI_INT, &t.ranks, 1,
+         COMM_MAX_RANKS},
+        {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &t.threads, 1, 1024},
+        {"--precision", "NAME", "of a GPU: fp32, bf16, fp16 or fp8 (default bf16)", CLI_STRING, &precision, 0, 0},
+        {"--json", NULL, "one JSON object instead of lines", CLI_BOOL, &t.json, 0, 0},
+    };
+    struct err err = {.code = ERR_NONE};
+    int rc = t.job ? cli_parse(self, flags, sizeof flags / sizeof *flags, NULL, argc, argv, NULL, NULL) : CLI_FAILED;
+    if (rc < 0 && precision && job_set_field(t.job, "precision", precision, &err) != 0)
+        rc = cli_fail(&err);
+    if (rc < 0)
+        rc = tune(&t, &err) == 0 ? CLI_OK : cli_fail(&err);
+    job_free(t.job);
+    return rc;
+}
+
+const struct cli_command cli_tune = {"tune", "", "measure what plans cost on this machine, for the planner", run, true};
