@@ -785,6 +785,32 @@ int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
     return 0;
 }
 
+int queue_pools(struct queue *q, struct queue_pool **list, size_t *count, struct err *e)
+{
+    enum { FIELDS = 8 }; // of a pool in the answer
+    struct args a;
+    AUTO_REPLY reply = NULL;
+    *list = NULL;
+    *count = 0;
+    ARGS(&a, "pools");
+    TRY(queue_eval(q, &a, &reply, e));
+    const size_t n = reply_count(reply) / FIELDS;
+    struct queue_pool *pools = calloc(n + 1, sizeof *pools);
+    if (!pools)
+        return no_memory(e);
+    for (size_t i = 0; i < n; i++) {
+        struct queue_pool *p = &pools[i];
+        uint64_t *const numbers[] = {&p->queued,     &p->delayed,    &p->working,  &p->queued_ms,
+                                     &p->delayed_ms, &p->working_ms, &p->oldest_ms};
+        copy_text(p->name, sizeof p->name, reply_at(reply, FIELDS * i));
+        for (size_t k = 0; k < FIELDS - 1; k++)
+            *numbers[k] = reply_number(reply_at(reply, FIELDS * i + 1 + k));
+    }
+    *list = pools;
+    *count = n;
+    return 0;
+}
+
 int queue_live(struct queue *q, size_t max, struct queue_name **list, size_t *count, struct err *e)
 {
     struct args a;

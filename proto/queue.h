@@ -228,6 +228,19 @@ struct queue_stats {
 };
 int queue_stats(struct queue *q, struct queue_stats *stats, struct err *e);
 
+// One pool's share of the backlog. queued + working is what to scale on: a delayed job needs no GPU yet.
+struct queue_pool {
+    char name[JOB_MODEL_SIZE];
+    uint64_t queued;                            // jobs QUEUED
+    uint64_t delayed;                           // DELAYED, RETRY_WAIT
+    uint64_t working;                           // LEASED, RUNNING, UPLOADING
+    uint64_t queued_ms, delayed_ms, working_ms; // the same in GPU-milliseconds
+    uint64_t oldest_ms;                         // how long the oldest QUEUED job has been claimable; 0: there is none
+};
+// The pools that are published or have jobs, by name; costs the server no more for a long queue than for a short one.
+// *list is the caller's to free().
+int queue_pools(struct queue *q, struct queue_pool **list, size_t *count, struct err *e);
+
 // Non-final jobs, oldest check first, for listings: at most max, *list is the caller's to free().
 struct queue_name {
     char tenant[JOB_MAX_TENANT + 1];

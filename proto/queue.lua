@@ -100,9 +100,16 @@ local function load_member(m)
   return load(tenant or '', id or '')
 end
 
--- `stats` counts what the sizes of the indexes do not tell: see ops.stats.
+-- `stats` counts what the sizes of the indexes do not tell: see ops.stats and ops.pools.
 local COUNTED = { RUNNING = true, UPLOADING = true, RETRY_WAIT = true }
+local PLACE = { QUEUED = 'queued', DELAYED = 'delayed', RETRY_WAIT = 'delayed',
+                LEASED = 'working', RUNNING = 'working', UPLOADING = 'working' }
 local function count(field, by) call('HINCRBY', P .. 'stats', field, by) end
+local function count_place(place, r, by) -- jobs of a pool, and what they cost
+  if not place then return end
+  count(place .. ':' .. r.pool, by)
+  count(place .. '_ms:' .. r.pool, 0 + by * r.gpu_ms) -- 0 +: of a free job it would be -0, which is no integer to Redis
+end
 
 local function tell(r, e, eta) -- an event for whoever watches this job
   local k = P .. 'ev:' .. r.tenant .. ':' .. r.id
@@ -167,7 +174,7 @@ local function settle(r, k) -- a record that became final
   call('ZREM', P .. 'live', member(r))
   call('PEXPIRE', k, retention)
   count(r.state, 1)
-  count('gpu_ms:' .. r.pool, -r.gpu_ms)
+  count('gpu_ms:' .. r.pool, 0 - r.gpu_ms)
   if r.callback ~= '' then
     call('XADD', P .. 'outbox', 'MAXLEN', '~', conf('outbox_max'), '*', 'tenant', r.tenant, 'id', r.id,
       'state', r.state, 'url', r.callback)
@@ -179,6 +186,10 @@ local function move(r, state, set, e, eta)
   if from ~= '' and not stays then leave(r) end
   if COUNTED[from] then count(from, -1) end
   if COUNTED[state] then count(state, 1) end
+  if PLACE[from] ~= PLACE[state] then
+    count_place(PLACE[from], r, -1)
+    count_place(PLACE[state], r, 1)
+  end
   r.state = state
   if not stays then enter(r) end
   -- The payload may hold secrets (headers, signed URLs). DEAD keeps it: a dead job can be looked into.
@@ -605,7 +616,7 @@ function ops.stats()
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
     if counted[i]:sub(1, 7) == 'gpu_ms:' then n.gpu_ms = n.gpu_ms + counted[i + 1]
-    else n[counted[i]] = tonumber(counted[i + 1]) end
+    elseif not counted[i]:find(':', 1, true) then n[counted[i]] = tonumber(counted[i + 1]) end -- a pool's: see ops.pools
   end
   for _, tenant in ipairs(call('HKEYS', P .. 'tenants')) do
     n.waiting = n.waiting + call('XLEN', P .. 'in:' .. tenant)
@@ -615,6 +626,51 @@ function ops.stats()
   n.LEASED = call('ZCARD', P .. 'lease') - (n.RUNNING or 0) - (n.UPLOADING or 0)
   n.DELAYED = call('ZCARD', P .. 'delayed') - (n.RETRY_WAIT or 0)
   for field, value in pairs(n) do out[#out + 1], out[#out + 2] = field, int(value) end
+  return out
+end
+
+-- Since when a pool's oldest QUEUED job could be claimed, milliseconds; nil: there is none. A ready set is in order of
+-- admission, so that only its first is looked at; and of each class only the first K tenants.
+local function oldest(pool)
+  local since
+  for _, class in ipairs(CLASSES) do
+    for _, tenant in ipairs(call('ZRANGE', ring_key(pool, class), 0, K - 1)) do
+      local first = call('ZRANGE', P .. 'ready:' .. pool .. ':' .. class .. ':' .. tenant, 0, 0, 'WITHSCORES')
+      if first[1] then
+        local due_ms = tonumber(call('HGET', record_key(first[1]:match('^([^:]*):(.*)$')), 'due_ms') or 0) or 0
+        since = min(since or now(), max(first[2] / 1000, due_ms))
+      end
+    end
+  end
+  return since
+end
+
+-- pools: {pool, queued, delayed, working, queued_ms, delayed_ms, working_ms, oldest_ms, ...}: jobs, their GPU-milliseconds,
+-- and how long the oldest QUEUED one has been claimable. Pools that are published or have jobs; no job is read but the first of
+-- each ready set.
+function ops.pools()
+  local pools, names, out = {}, {}, {}
+  local function seen(pool)
+    if not pools[pool] then pools[pool], names[#names + 1] = {}, pool end
+    return pools[pool]
+  end
+  for _, name in ipairs(call('HKEYS', P .. 'models')) do
+    if name:find('@', 1, true) then seen(name) end
+  end
+  local counted = call('HGETALL', P .. 'stats')
+  for i = 1, #counted, 2 do
+    local field, pool = counted[i]:match('^([^:]*):(.*)$')
+    if field and field ~= 'gpu_ms' and counted[i + 1] ~= '0' then seen(pool)[field] = tonumber(counted[i + 1]) end
+  end
+  table.sort(names)
+  for _, pool in ipairs(names) do
+    out[#out + 1] = pool
+    for _, field in ipairs({ 'queued', 'delayed', 'working', 'queued_ms', 'delayed_ms', 'working_ms' }) do
+      out[#out + 1] = int(max(0, pools[pool][field] or 0))
+    end
+    local since = oldest(pool)
+    out[#out + 1] = int(since and max(0, now() - since) or 0)
+  end
   return out
 end
 

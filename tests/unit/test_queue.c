@@ -174,8 +174,50 @@ static const struct err app_final = {ERR_UNSUPPORTED, false, "this size cannot b
 
 // ---- what must hold at any moment: a record is in exactly the index of its state, and the counters tell the truth
 
+// The entry of this name in a list that has room for one more.
+static struct queue_pool *pool_of(struct queue_pool *pools, size_t *n, const char *name)
+{
+    for (size_t i = 0; i < *n; i++)
+        if (strcmp(pools[i].name, name) == 0)
+            return &pools[i];
+    snprintf(pools[*n].name, sizeof pools->name, "%s", name);
+    return &pools[(*n)++];
+}
+
+static void tally(struct queue_pool *p, bool queued, bool delayed, bool held, uint64_t gpu_ms)
+{
+    p->queued += queued;
+    p->queued_ms += queued ? gpu_ms : 0;
+    p->delayed += delayed;
+    p->delayed_ms += delayed ? gpu_ms : 0;
+    p->working += held;
+    p->working_ms += held ? gpu_ms : 0;
+}
+
+// What the queue says of its pools is what the records say.
+static void check_pools(struct world *w, struct queue_pool *want, size_t n_want)
+{
+    struct queue_pool *pools;
+    size_t n;
+    OK(queue_pools(w->q, &pools, &n, e));
+    for (size_t i = 0; i < n; i++) {
+        const struct queue_pool *p = &pools[i], *t = pool_of(want, &n_want, p->name);
+        if (p->queued != t->queued || p->delayed != t->delayed || p->working != t->working ||
+            p->queued_ms != t->queued_ms || p->delayed_ms != t->delayed_ms || p->working_ms != t->working_ms)
+            fail_msg("pool %s: %" PRIu64 "/%" PRIu64 "/%" PRIu64
+                     " jobs queued/delayed/working; the records say %" PRIu64 "/%" PRIu64 "/%" PRIu64,
+                     p->name, p->queued, p->delayed, p->working, t->queued, t->delayed, t->working);
+        assert_true((p->oldest_ms == 0) || p->queued > 0);
+    }
+    assert_int_equal(n, n_want); // none is missing
+    free(pools);
+}
+
 static void check_invariants(struct world *w)
 {
+    struct queue_pool pools[16] = {0};
+    size_t n_pools = 0;
+    pool_of(pools, &n_pools, POOL); // published, with or without jobs
     redisReply *keys = command(w, "KEYS " PREFIX "job:*");
     long long live = 0, queued = 0, leased = 0, gpu_ms = 0;
     for (size_t i = 0; i < keys->elements; i++) {
@@ -206,11 +248,15 @@ static void check_invariants(struct world *w)
         queued += s == DITFLEET__V1__STATE__STATE_QUEUED;
         leased += held;
         gpu_ms += job_state_final(s) ? 0 : atoll(r->element[3]->str);
+        if (!job_state_final(s))
+            tally(pool_of(pools, &n_pools, r->element[1]->str), s == DITFLEET__V1__STATE__STATE_QUEUED, delayed, held,
+                  (uint64_t)atoll(r->element[3]->str));
         redisReply *all[] = {r, ready, lease, later, alive};
         for (size_t k = 0; k < 5; k++)
             freeReplyObject(all[k]);
     }
     freeReplyObject(keys);
+    check_pools(w, pools, n_pools);
     struct queue_stats stats;
     OK(queue_stats(w->q, &stats, e));
     assert_int_equal(number(w, "ZCARD " PREFIX "live"), live);
@@ -965,6 +1011,177 @@ static void test_await_waits(void **state)
     waitpid(child, NULL, 0);
 }
 
+// The pool's numbers now.
+static struct queue_pool look(struct world *w, const char *name)
+{
+    struct queue_pool *pools, found = {0};
+    size_t n;
+    OK(queue_pools(w->q, &pools, &n, e));
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(pools[i].name, name) == 0)
+            found = pools[i];
+    free(pools);
+    return found;
+}
+
+static uint64_t flat_price(void *arg, const Ditfleet__V1__Job *job)
+{
+    (void)job;
+    return *(uint64_t *)arg;
+}
+
+// Admits one job at this price.
+static void admit_priced(struct world *w, Ditfleet__V1__Job *job, uint64_t gpu_ms)
+{
+    struct queue_admission admission = {.consumer = "node1", .price = flat_price, .arg = &gpu_ms};
+    struct queue_admitted out;
+    submit_job(w, "default", job, NULL);
+    OK(queue_admit(w->q, &admission, 0, &out, e));
+    assert_int_equal(out.admitted, 1);
+}
+
+#define POOL_IS(p, queued_, delayed_, working_, queued_ms_, delayed_ms_, working_ms_)                                  \
+    do {                                                                                                               \
+        const struct queue_pool p_ = (p);                                                                              \
+        assert_int_equal(p_.queued, queued_);                                                                          \
+        assert_int_equal(p_.delayed, delayed_);                                                                        \
+        assert_int_equal(p_.working, working_);                                                                        \
+        assert_int_equal(p_.queued_ms, queued_ms_);                                                                    \
+        assert_int_equal(p_.delayed_ms, delayed_ms_);                                                                  \
+        assert_int_equal(p_.working_ms, working_ms_);                                                                  \
+    } while (0)
+
+// A job through every move there is: its pool's numbers follow, and end at nothing.
+static void test_pools_follow_every_move(void **state)
+{
+    struct world *w = *state;
+    OK(queue_model_publish(w->q, "other", "2", e));
+    reopen(w);
+    OK(queue_set(w->q, "backoff_ms", 1000000, e));
+    OK(queue_set(w->q, "backoff_cap_ms", 1000000, e));
+    POOL_IS(look(w, POOL), 0, 0, 0, 0, 0, 0);
+    admit_priced(w, new_job("a"), 700);
+    Ditfleet__V1__Job *job = new_job("b");
+    OK(job_set_field(job, "model", "other@2", e));
+    admit_priced(w, job, 50);
+    admit_priced(w, new_job("free"), 0);
+    POOL_IS(look(w, POOL), 2, 0, 0, 700, 0, 0);
+    POOL_IS(look(w, "other@2"), 1, 0, 0, 50, 0, 0);
+    struct queue_fence a = claim(w, 60000);
+    assert_string_equal(a.id, "a");
+    POOL_IS(look(w, POOL), 1, 0, 1, 0, 0, 700);
+    struct queue_progress p = {DITFLEET__V1__STATE__STATE_RUNNING, "denoise", 1, 2, 0};
+    OK(queue_progress(w->q, &a, &p, e)); // from one state of work to another: nothing moves
+    POOL_IS(look(w, POOL), 1, 0, 1, 0, 0, 700);
+    OK(queue_release(w->q, &a, e));
+    OK(queue_release(w->q, &a, e)); // repeated: counted once
+    POOL_IS(look(w, POOL), 2, 0, 0, 700, 0, 0);
+    a = claim(w, 60000);
+    OK(queue_fail(w->q, &a, QUEUE_CAUSE_APP, &app_error, NULL, e));
+    POOL_IS(look(w, POOL), 1, 1, 0, 0, 700, 0);
+    OK(queue_cancel(w->q, "default", "a", NULL, e));
+    OK(queue_cancel(w->q, "default", "free", NULL, e));
+    OK(queue_cancel(w->q, "default", "free", NULL, e));
+    POOL_IS(look(w, POOL), 0, 0, 0, 0, 0, 0);
+    struct queue_fence b = claim(w, 1);
+    POOL_IS(look(w, "other@2"), 0, 0, 1, 0, 0, 50);
+    usleep(5000);
+    assert_int_equal(reap(w).lost, 1);
+    POOL_IS(look(w, "other@2"), 1, 0, 0, 50, 0, 0);
+    OK(queue_model_withdraw(w->q, "other", "2", e)); // its jobs are seen none the less
+    POOL_IS(look(w, "other@2"), 1, 0, 0, 50, 0, 0);
+    b = claim(w, 60000);
+    finish(w, &b);
+    struct queue_pool *pools;
+    size_t n;
+    OK(queue_pools(w->q, &pools, &n, e));
+    assert_int_equal(n, 1); // a pool with neither jobs nor models is gone
+    assert_string_equal(pools->name, POOL);
+    free(pools);
+    check_invariants(w);
+}
+
+// The age counts from admission, through a retry too; from not_before_ms where there was one.
+static void test_age_of_the_oldest(void **state)
+{
+    struct world *w = *state;
+    struct queue_pool pool;
+    OK(queue_set(w->q, "backoff_ms", 0, e));
+    submit(w, "a");
+    admit(w);
+    usleep(120000);
+    submit(w, "young");
+    OK(queue_tenant_add(w->q, "other", 1, e));
+    submit_job(w, "other", new_job("young"), NULL);
+    reopen(w);
+    admit(w);
+    pool = look(w, POOL);
+    assert_int_equal(pool.queued, 3);
+    assert_in_range(pool.oldest_ms, 120, 5000);
+    struct queue_fence a = claim(w, 60000);
+    assert_string_equal(a.id, "a");
+    assert_in_range(look(w, POOL).oldest_ms, 0, 110);
+    OK(queue_fail(w->q, &a, QUEUE_CAUSE_INFRA, &gpu_fault, NULL, e));
+    assert_in_range(look(w, POOL).oldest_ms, 120, 5000);
+    OK(queue_cancel(w->q, "default", "a", NULL, e));
+    OK(queue_cancel(w->q, "default", "young", NULL, e));
+    OK(queue_cancel(w->q, "other", "young", NULL, e));
+    assert_int_equal(look(w, POOL).oldest_ms, 0);
+    redisReply *t = command(w, "TIME");
+    Ditfleet__V1__Job *job = new_job("later");
+    job->not_before_ms =
+        strtoull(t->element[0]->str, NULL, 10) * 1000 + strtoull(t->element[1]->str, NULL, 10) / 1000 + 300;
+    freeReplyObject(t);
+    submit_job(w, "default", job, NULL);
+    admit(w);
+    pool = look(w, POOL);
+    assert_int_equal(pool.delayed, 1);
+    assert_int_equal(pool.oldest_ms, 0);
+    usleep(310000);
+    assert_int_equal(reap(w).due, 1);
+    pool = look(w, POOL);
+    assert_int_equal(pool.queued, 1);
+    assert_in_range(pool.oldest_ms, 0, 290); // the 300 it was told to wait are not counted
+}
+
+// A thousand jobs of two tenants and all classes; every number at every tenth, and nothing left at the end.
+static void test_pools_of_a_thousand_jobs(void **state)
+{
+    struct world *w = *state;
+    struct queue_job jobs[QUEUE_BATCH];
+    uint64_t price = 3, done = 0;
+    struct queue_admission admission = {.consumer = "node1", .price = flat_price, .arg = &price};
+    struct queue_admitted out;
+    OK(queue_tenant_add(w->q, "second", 2, e));
+    reopen(w);
+    for (int i = 0; i < 1000; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "n%d", i);
+        Ditfleet__V1__Job *job = new_job(id);
+        job->priority = (Ditfleet__V1__Priority)(i % 3);
+        submit_job(w, i % 2 ? "second" : "default", job, NULL);
+    }
+    do
+        OK(queue_admit(w->q, &admission, 0, &out, e));
+    while (out.read > 0);
+    POOL_IS(look(w, POOL), 1000, 0, 0, 3000, 0, 0);
+    for (size_t n; (n = claim_as(w, "w1", "i1", 25, 60000, jobs)) > 0; done += n) {
+        const uint64_t left = 1000 - done;
+        POOL_IS(look(w, POOL), left - n, 0, n, 3 * (left - n), 0, 3 * n);
+        for (size_t i = 0; i < n; i++) {
+            finish(w, &jobs[i].fence);
+            queue_job_free(&jobs[i]);
+        }
+        POOL_IS(look(w, POOL), left - n, 0, 0, 3 * (left - n), 0, 0);
+    }
+    assert_int_equal(done, 1000);
+    struct queue_stats stats;
+    OK(queue_stats(w->q, &stats, e));
+    assert_int_equal(stats.succeeded, 1000);
+    assert_int_equal(stats.backlog_ms, 0);
+    check_invariants(w);
+}
+
 // Random moves by several workers, with a fixed seed; the invariants hold after every few, and everything ends.
 static void test_random_moves(void **state)
 {
@@ -1094,6 +1311,9 @@ int main(void)
         TEST(test_access_of_a_tenant),
         TEST(test_server_checks),
         TEST(test_await_waits),
+        TEST(test_pools_follow_every_move),
+        TEST(test_age_of_the_oldest),
+        TEST(test_pools_of_a_thousand_jobs),
         TEST(test_random_moves),
     };
     return cmocka_run_group_tests(tests, start, stop);
