@@ -115,8 +115,11 @@ static void dry_displace(struct device *d, struct tensor placed)
 
 static void dry_copy(struct device *d, struct tensor dst, struct tensor src)
 {
-    if (check_copy(&d->check, dst, src))
-        COUNT(0, dst, src);
+    if (!check_copy(&d->check, dst, src))
+        return;
+    COUNT(0, dst, src);
+    d->cost.row_bytes -= (double)(tensor_bytes(dst) + tensor_bytes(src));
+    d->cost.copied += (double)(tensor_bytes(dst) + tensor_bytes(src));
 }
 
 static void dry_zero(struct device *d, struct tensor t)

@@ -57,7 +57,8 @@ struct kernel_cost {
     double flops;     // 2 for each multiply-add of linear, attention and conv2d
     double attention; // of these, attention's
     double bytes;     // each operand read or written once
-    double row_bytes; // of these, of operations without flops
+    double copied;    // of these, copy's
+    double row_bytes; // of these, of other operations without flops
     double calls;     // operations
 };
 

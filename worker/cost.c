@@ -5,7 +5,7 @@
 static double compute_seconds(const struct machine *c, const struct kernel_cost *k)
 {
     return (k->flops - k->attention) / c->products + k->attention / c->attention + k->row_bytes / c->rows +
-           k->calls * c->operation;
+           k->copied / c->copies + k->calls * c->operation;
 }
 
 static double exchange_seconds(const struct machine *c, const struct engine_work *w, int steps, int ranks)

@@ -2,14 +2,15 @@
 //
 // The dry forward of every rank counts what it computes and what it sends. A rank's seconds of a step are
 //
-//     compute  = products / P + attention / A + row bytes / R + operations * o
+//     compute  = products / P + attention / A + row bytes / R + copied bytes / C + operations * o
 //     exchange = bytes sent / X + (collectives + 1) * c
 //
 // and the step takes as long as the slowest rank. The terms are what can bound a rank: floating point operations of
-// linear layers, those of attention (which has another rate), the bytes that row-wise operations read and write, what
-// each operation costs however small, the bytes that are sent, and what each collective costs however small (the one
-// more tells whether to go on). The six numbers are measured with all ranks at it (`ditfleet tune`), for ranks share
-// cores, caches and memory. Sums, not maxima: a rank waits for what it receives, and on CPU ranks nothing overlaps.
+// linear layers, those of attention (which has another rate), the bytes that row-wise operations read and write, those
+// of copies (which are faster, and are how plans differ: Ulysses copies more than a ring), what each operation costs
+// however small, the bytes that are sent, and what each collective costs however small (the one more tells whether to
+// go on). The seven numbers are measured with all ranks at it (`ditfleet tune`), for ranks share cores, caches and
+// memory. Sums, not maxima: a rank waits for what it receives, and on CPU ranks nothing overlaps.
 //
 // PipeFusion's stages wait for each other: compute is that of the slowest stage in a tick, times the ticks a step takes
 // (pipefusion.c), warm-up steps included in the mean.
@@ -21,7 +22,7 @@
 // Of one rank, while all ranks of its group do the same.
 struct machine {
     double products, attention; // floating point operations a second
-    double rows;                // bytes a second
+    double rows, copies;        // bytes a second, read and written
     double operation;           // seconds each
     double exchange;            // bytes a second, sent
     double collective;          // seconds each

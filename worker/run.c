@@ -97,6 +97,7 @@ static void note_step(struct run *r, int step)
     loop->cost.flops += now->cost.flops - last.cost.flops;
     loop->cost.attention += now->cost.attention - last.cost.attention;
     loop->cost.bytes += now->cost.bytes - last.cost.bytes;
+    loop->cost.copied += now->cost.copied - last.cost.copied;
     loop->cost.row_bytes += now->cost.row_bytes - last.cost.row_bytes;
     loop->cost.calls += now->cost.calls - last.cost.calls;
     loop->sent += now->sent - last.sent;

@@ -26,6 +26,7 @@ static const struct parameter {
     {"products_flop_per_s", offsetof(struct machine, products), 1e6, 1e18},
     {"attention_flop_per_s", offsetof(struct machine, attention), 1e6, 1e18},
     {"rows_byte_per_s", offsetof(struct machine, rows), 1e6, 1e16},
+    {"copies_byte_per_s", offsetof(struct machine, copies), 1e6, 1e16},
     {"operation_s", offsetof(struct machine, operation), 0, 1},
     {"exchange_byte_per_s", offsetof(struct machine, exchange), 1e3, 1e16},
     {"collective_s", offsetof(struct machine, collective), 0, 10},
@@ -185,12 +186,14 @@ struct machine machine_default(const struct tuned_key *key)
         return (struct machine){.products = strcmp(key->precision, "fp8") == 0 ? 1200e12 : 660e12,
                                 .attention = 530e12,
                                 .rows = 2.6e12,
+                                .copies = 2.9e12,
                                 .operation = 2e-6,
                                 .exchange = 306e9,
                                 .collective = 24e-6};
     return (struct machine){.products = 100e9 * threads,
                             .attention = 60e9 * threads,
                             .rows = 15e9 * threads,
+                            .copies = 30e9 * threads,
                             .operation = 1e-6,
                             .exchange = 6e9,
                             .collective = 20e-6};

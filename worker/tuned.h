@@ -24,8 +24,8 @@ int tuned_save(const char *folder, const struct tuned_key *key, const struct mac
                struct err *err);
 
 // What is taken where nothing was measured. A CPU's core: 100 GFLOP/s in products, 60 in attention, 15 GB/s row by
-// row, copies through shared memory at 6 GB/s and 20 us a collective. A GPU: the H100 of kernels/NOTES.md in bf16, and
-// NCCL over NVLink (306 GB/s each way, 24 us a call).
+// row and 30 in copies, copies through shared memory at 6 GB/s and 20 us a collective. A GPU: the H100 of
+// kernels/NOTES.md in bf16, and NCCL over NVLink (306 GB/s each way, 24 us a call).
 struct machine machine_default(const struct tuned_key *key);
 
 #endif

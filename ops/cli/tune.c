@@ -15,7 +15,7 @@
 #include "worker/invent.h"
 #include "worker/tuned.h"
 
-enum { MAX_SIZES = 8, MAX_BLOCKS = 16, BATCHES = 5, WEIGHTS = 4 };
+enum { MAX_SIZES = 8, MAX_BLOCKS = 16, BATCHES = 5, WEIGHTS = 4, SAMPLES = 4 };
 static const double BATCH_SECONDS = 0.02;
 
 // What was found at each size, lowest and highest.
@@ -26,7 +26,7 @@ struct found {
 
 // What all parameters come to on a rank. Floats of one struct, so that ranks can exchange it.
 struct findings {
-    struct found products, attention, rows, operation, exchange, collective;
+    struct found products, attention, rows, copies, operation, exchange, collective;
 };
 
 struct tuning {
@@ -89,7 +89,14 @@ static void row_wise(const struct bed *b, const struct kernels *k, struct device
                          1e-6F);
     k->qk_norm_rope(d, heads(b, b->qkv, rows, 0), heads(b, b->qkv, rows, 1), b->norm, b->norm, 1e-6F,
                     tensor_rows(b->rope, 0, rows));
+}
+
+// One with gaps, as heads are taken out and put back, and one without.
+static void copies(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    const struct tensor y = tensor_rows(b->y, 0, rows);
     k->copy(d, tensor_cols(tensor_rows(b->up, 0, rows), 0, b->width), y);
+    k->copy(d, y, tensor_rows(b->a, 0, rows));
 }
 
 // What a layer is to a group: work, then a word to everybody. Ranks that come from work do not come at the same moment.
@@ -203,6 +210,7 @@ static int count(struct bed *b, sample s, int64_t rows, struct kernel_cost *out,
     out->flops -= before.flops;
     out->attention -= before.attention;
     out->row_bytes -= before.row_bytes;
+    out->copied -= before.copied;
     out->calls -= before.calls;
     return 0;
 }
@@ -245,7 +253,8 @@ static int add_rate(struct bed *b, sample s, int64_t rows, double operation, str
     double seconds;
     TRY(count(b, s, rows, &cost, err));
     TRY(time_sample(b, s, rows, 0, &seconds, err));
-    const double work = seconds - cost.calls * operation, amount = cost.flops > 0 ? cost.flops : cost.row_bytes;
+    const double work = seconds - cost.calls * operation,
+                 amount = cost.flops + cost.row_bytes + cost.copied; // of one kind alone
     to->values[to->n++] = amount / (work > seconds / 10 ? work : seconds / 10);
     return 0;
 }
@@ -268,7 +277,7 @@ static int measure_collective(struct bed *b, int64_t rows, struct findings *f, s
     return 0;
 }
 
-static int measure_bed(struct bed *b, const struct size *size, struct findings *f, struct sizes lists[3],
+static int measure_bed(struct bed *b, const struct size *size, struct findings *f, struct sizes lists[SAMPLES],
                        struct err *err)
 {
     if (f->operation.sizes == 0 && comm_size(b->comm) > 1)
@@ -281,16 +290,16 @@ static int measure_bed(struct bed *b, const struct size *size, struct findings *
         seconds /= cost.calls;
         f->operation = found_of(&seconds, 1);
     }
-    static const sample samples[3] = {products, attention, row_wise};
+    static const sample samples[SAMPLES] = {products, attention, row_wise, copies};
     for (int i = 0; i < 3 && size->rows[i] > 0; i++)
-        for (int s = 0; s < 3; s++)
+        for (int s = 0; s < SAMPLES; s++)
             TRY(add_rate(b, samples[s], size->rows[i], f->operation.middle, &lists[s], err));
     return 0;
 }
 
 static int measure_compute(struct bed *b, bool cpu, bool fp8, struct findings *f, struct err *err)
 {
-    struct sizes lists[3] = {0};
+    struct sizes lists[SAMPLES] = {0};
     for (int i = 0; i < 2; i++) {
         const struct size *size = cpu ? &cpu_sizes[i] : &gpu_sizes[i];
         int64_t most = 0;
@@ -305,6 +314,7 @@ static int measure_compute(struct bed *b, bool cpu, bool fp8, struct findings *f
     f->products = found_of(lists[0].values, lists[0].n);
     f->attention = found_of(lists[1].values, lists[1].n);
     f->rows = found_of(lists[2].values, lists[2].n);
+    f->copies = found_of(lists[3].values, lists[3].n);
     return 0;
 }
 
@@ -407,6 +417,7 @@ static struct machine machine_of(const struct tuning *t)
     c.products = t->found.products.middle;
     c.attention = t->found.attention.middle;
     c.rows = t->found.rows.middle;
+    c.copies = t->found.copies.middle;
     c.operation = t->found.operation.middle;
     if (t->found.exchange.sizes > 0) {
         c.exchange = t->found.exchange.middle;
@@ -431,6 +442,7 @@ static void print_all(const struct tuning *t)
     print_found("products", &f->products, 1e9, "GFLOP/s");
     print_found("attention", &f->attention, 1e9, "GFLOP/s");
     print_found("rows", &f->rows, 1e9, "GB/s");
+    print_found("copies", &f->copies, 1e9, "GB/s");
     print_found("operation", &f->operation, 1e-6, "us");
     if (f->exchange.sizes > 0) {
         print_found("exchange", &f->exchange, 1e9, "GB/s");
@@ -446,11 +458,11 @@ static json_t *found_json(const struct found *f)
 static void print_json(const struct tuning *t, const char *path)
 {
     const struct findings *f = &t->found;
-    json_t *object =
-        json_pack("{s:s, s:s, s:i, s:i, s:s, s:o, s:o, s:o, s:o}", "device", t->key.device, "precision",
-                  t->key.precision, "ranks", t->ranks, "threads", t->key.threads, "file", path, "products_flop_per_s",
-                  found_json(&f->products), "attention_flop_per_s", found_json(&f->attention), "rows_byte_per_s",
-                  found_json(&f->rows), "operation_s", found_json(&f->operation));
+    json_t *object = json_pack("{s:s, s:s, s:i, s:i, s:s, s:o, s:o, s:o, s:o, s:o}", "device", t->key.device,
+                               "precision", t->key.precision, "ranks", t->ranks, "threads", t->key.threads, "file",
+                               path, "products_flop_per_s", found_json(&f->products), "attention_flop_per_s",
+                               found_json(&f->attention), "rows_byte_per_s", found_json(&f->rows), "copies_byte_per_s",
+                               found_json(&f->copies), "operation_s", found_json(&f->operation));
     if (f->exchange.sizes > 0)
         json_object_update_new(object, json_pack("{s:o, s:o}", "exchange_byte_per_s", found_json(&f->exchange),
                                                  "collective_s", found_json(&f->collective)));
