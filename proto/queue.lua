@@ -313,7 +313,7 @@ local function admit_again(tenant, a, there, hash)
 end
 
 local function admit_one(tenant, a)
-  -- An entry that is not pending was admitted by another.
+  -- An entry that is not pending was admitted by another, or its delivery is lost.
   if call('XACK', P .. 'in:' .. tenant, 'admit', a.entry) == 0 then return 'gone' end
   if a.code ~= '' then
     return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = a.code, message = a.message })
@@ -343,14 +343,15 @@ end
 local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'deadline_ms', 'not_before_ms',
                 'max_attempts', 'batch', 'callback', 'code', 'message' }
 function ops.admit()
-  local out, entries = {}, {}
+  local out, done = {}, {}
   for at = 3, #ARGV, #ADMIT do
     local a = {}
     for i, name in ipairs(ADMIT) do a[name] = ARGV[at + i - 1] end
-    entries[#entries + 1] = a.entry
     out[#out + 1] = admit_one(ARGV[2], a)
+    -- What is gone may be in the door all the same: a failover can lose its delivery. It will be delivered again.
+    if out[#out] ~= 'gone' then done[#done + 1] = a.entry end
   end
-  call('XDEL', P .. 'in:' .. ARGV[2], unpack(entries))
+  if #done > 0 then call('XDEL', P .. 'in:' .. ARGV[2], unpack(done)) end
   return out
 end
 

@@ -806,6 +806,24 @@ static void test_batch_claim(void **state)
 }
 
 // The reply of a claim was lost: the same claim again gets the same job, not a second one.
+// The script itself, with arguments that may be empty.
+static redisReply *script(struct world *w, const char *const *args, int n)
+{
+    FILE *file = fopen("proto/queue.lua", "r");
+    char *text = NULL;
+    size_t size = 0;
+    assert_non_null(file);
+    assert_true(getdelim(&text, &size, 0, file) > 0);
+    fclose(file);
+    const char *argv[32] = {"EVAL", text, "1", PREFIX};
+    assert_true(n <= 28);
+    memcpy(argv + 4, args, (size_t)n * sizeof *args);
+    redisReply *reply;
+    OK(redis_command_argv(queue_redis(w->q), &reply, e, 4 + n, argv, NULL));
+    free(text);
+    return reply;
+}
+
 static void test_repeated_claim(void **state)
 {
     struct world *w = *state;
@@ -813,19 +831,10 @@ static void test_repeated_claim(void **state)
     submit(w, "b");
     admit(w);
     struct queue_fence f = claim(w, 60000);
-    FILE *file = fopen("proto/queue.lua", "r");
-    char *text = NULL;
-    size_t size = 0;
-    assert_non_null(file);
-    assert_true(getdelim(&text, &size, 0, file) > 0);
-    fclose(file);
-    const char *argv[] = {"EVAL", text, "1", PREFIX, "claim", "w1", "i1", "60000", "1", f.nonce, POOL};
-    redisReply *reply;
-    OK(redis_command_argv(queue_redis(w->q), &reply, e, 11, argv, NULL));
+    redisReply *reply = script(w, (const char *[]){"claim", "w1", "i1", "60000", "1", f.nonce, POOL}, 7);
     assert_int_equal(reply->elements, 2);
     assert_string_equal(reply->element[1]->element[1]->str, "a");
     freeReplyObject(reply);
-    free(text);
     assert_string_equal(state_of(w, "b"), "QUEUED");
 }
 
@@ -906,6 +915,29 @@ static void test_dead_admitter(void **state)
     reopen(w);
     assert_int_equal(admit(w).admitted, 1);
     assert_string_equal(state_of(w, "b"), "QUEUED");
+}
+
+// An entry was delivered, and a failover lost the delivery but not the entry: it is there, undelivered. What the
+// admitter that has it in hand does then must not take it out of the door.
+static void test_delivery_lost_by_failover(void **state)
+{
+    struct world *w = *state;
+    char entry[QUEUE_ENTRY_SIZE];
+    admit(w); // opens the door
+    submit_job(w, "default", new_job("a"), entry);
+    freeReplyObject(command(w, "XREADGROUP GROUP admit slow STREAMS " PREFIX "in:default >"));
+    freeReplyObject(command(w, "XGROUP DESTROY " PREFIX "in:default admit"));
+    freeReplyObject(command(w, "XGROUP CREATE " PREFIX "in:default admit 0"));
+    redisReply *reply = script(w,
+                               (const char *[]){"admit", "default", entry, "a", "payload", "7", POOL, "normal", "1",
+                                                "0", "0", "0", "", "", "", ""},
+                               16);
+    assert_string_equal(reply->element[0]->str, "gone");
+    freeReplyObject(reply);
+    assert_int_equal(admit(w).admitted, 1);
+    assert_string_equal(state_of(w, "a"), "QUEUED");
+    assert_int_equal(number(w, "XLEN " PREFIX "in:default"), 0);
+    check_invariants(w);
 }
 
 static void test_outbox(void **state)
@@ -1307,6 +1339,7 @@ int main(void)
         TEST(test_server_lost_its_data),
         TEST(test_broken_connections),
         TEST(test_dead_admitter),
+        TEST(test_delivery_lost_by_failover),
         TEST(test_outbox),
         TEST(test_access_of_a_tenant),
         TEST(test_server_checks),
