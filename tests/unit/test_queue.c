@@ -805,7 +805,6 @@ static void test_batch_claim(void **state)
     check_invariants(w);
 }
 
-// The reply of a claim was lost: the same claim again gets the same job, not a second one.
 // The script itself, with arguments that may be empty.
 static redisReply *script(struct world *w, const char *const *args, int n)
 {
@@ -824,6 +823,7 @@ static redisReply *script(struct world *w, const char *const *args, int n)
     return reply;
 }
 
+// The reply of a claim was lost: the same claim again gets the same job, not a second one.
 static void test_repeated_claim(void **state)
 {
     struct world *w = *state;
