@@ -817,6 +817,7 @@ static void self_copies(void **state)
     assert_int_equal(comm_group(c, 0, 1, 1, &g, &err), 0);
     assert_int_equal(traffic_rank(g, &t), 0);
     assert_int_equal(comm_bytes_sent(c), 0);
+    assert_int_equal(comm_collectives(c), 0);
     comm_abort(g, "enough");
     assert_int_equal(failed_with(c, ERR_UNAVAILABLE, "enough"), 0);
     comm_free(g);
@@ -843,6 +844,8 @@ static void dry_counts(void **state)
     comm_barrier(g);
     assert_int_equal(comm_bytes_sent(g), 2 * 20 + 11 + 2 * 7);
     assert_int_equal(comm_bytes_sent(c), 170 + 65);
+    assert_int_equal(comm_collectives(g), 5);
+    assert_int_equal(comm_collectives(c), 1 + 5);
     assert_int_equal(comm_check(c, &err), 0);
     comm_free(g);
     comm_free(c);

@@ -34,11 +34,13 @@ static void counts(void **state)
     K->linear(d, f32(2, 3, 8, 1), f32(2, 3, 4, 1), &l, ACT_NONE);
     K->cost(d, &c);
     assert_true(c.flops == 2.0 * 3 * 8 * 4 && c.bytes == 4.0 * (24 + 12 + 24 + 8) + 2.0 * 8);
+    assert_true(c.attention == 0 && c.row_bytes == 0 && c.copied == 0 && c.calls == 1);
 
     struct attention_opts o = {.scale = 1};
     K->attention(d, f32(3, 5, 2, 8), f32(3, 5, 2, 8), f32(3, 7, 2, 8), f32(3, 7, 2, 8), &o);
     K->cost(d, &c);
     assert_true(c.flops == 192 + 4.0 * 5 * 7 * 16);
+    assert_true(c.attention == c.flops - 192 && c.calls == 2);
     double attended = c.flops, bytes = c.bytes;
     K->attention_part(d, f32(3, 5, 2, 8), f32(2, 5, 2, 1), f32(3, 5, 2, 8), f32(3, 3, 2, 8), f32(3, 3, 2, 8), &o);
     K->cost(d, &c);
@@ -47,6 +49,11 @@ static void counts(void **state)
     K->attention_merge(d, f32(3, 5, 2, 8), tensor_of(NULL, DT_F32, 4, 3, 5, 2, 8), f32(3, 3, 5, 2));
     K->cost(d, &c);
     assert_true(c.flops == attended + 4.0 * 5 * 3 * 16 && c.bytes == bytes + 4.0 * (80 + 3 * 80 + 3 * 10));
+    assert_true(c.attention == c.flops - 192 && c.row_bytes == 4.0 * (80 + 3 * 80 + 3 * 10) && c.calls == 4);
+    bytes = c.bytes;
+    K->copy(d, f32(2, 3, 8, 1), f32(2, 3, 8, 1));
+    K->cost(d, &c);
+    assert_true(c.copied == 4.0 * 48 && c.bytes == bytes + 4.0 * 48 && c.row_bytes == 4.0 * (80 + 3 * 80 + 3 * 10));
     struct conv conv = {.w = tensor_of(NULL, DT_F32, 4, 5, 3, 3, 4), .b = f32(1, 5, 1, 1)};
     K->conv2d(d, f32(3, 6, 7, 5), f32(3, 8, 7, 4), &conv);
     double before = c.flops;
