@@ -1,6 +1,7 @@
 // The table of every configuration key, and the one reader that fills struct conf from it.
 #include "proto/conf.h"
 
+#include <arpa/inet.h>
 #include <assert.h>
 #include <ctype.h>
 #include <errno.h>
@@ -20,7 +21,7 @@ enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
-static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_model;
+static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_model, check_listen;
 
 struct key {
     const char *section, *name;
@@ -78,6 +79,8 @@ static const struct key keys[] = {
     {"restart", "grace", SECONDS, AT(restart.grace_s), 0, 86400, "30s",
      .doc = "how long workers may take to finish or release their jobs when told to stop"},
     {"log", "level", ENUM, AT(log.level), .initial = "info", .choices = levels, .doc = "least level that is logged"},
+    {"metrics", "listen", STRING, AT(metrics.listen), 0, 60, "", check_listen,
+     .doc = "address:port on which /metrics and /healthz are served over HTTP, say 127.0.0.1:9464; empty: nowhere"},
     {"group", "device", ENUM, IN(device), .initial = "cpu", .choices = devices, .doc = "what a rank computes on"},
     {"group", "gpu", INT, IN(gpu), 0, 63, "0",
      .doc = "with device = cuda: which one, as nvidia-smi counts; a GPU serves one group"},
@@ -163,6 +166,24 @@ static const char *check_host_port(const char *v)
     long port = strtol(colon + 1, &end, 10);
     bool bare_ipv6 = memchr(v, ':', (size_t)(colon - v)) && !(*v == '[' && colon[-1] == ']');
     return *end || port < 1 || port > 65535 || bare_ipv6 || strpbrk(v, "/@ ") ? allowed : NULL;
+}
+
+// An address, since a name could mean several; port 0 takes a free one, which the log tells.
+static const char *check_listen(const char *v)
+{
+    static const char allowed[] = "address:port, say 127.0.0.1:9464, 0.0.0.0:9464 or [::]:9464; or nothing";
+    unsigned char bytes[sizeof(struct in6_addr)];
+    char host[64];
+    const char *colon = strrchr(v, ':');
+    if (!*v)
+        return NULL;
+    if (!colon || !isdigit((unsigned char)colon[1]) || strlen(colon) > 6)
+        return allowed;
+    char *end = NULL;
+    const long port = strtol(colon + 1, &end, 10);
+    const bool ipv6 = *v == '[' && colon > v && colon[-1] == ']';
+    snprintf(host, sizeof host, "%.*s", (int)(colon - v) - 2 * ipv6, v + ipv6);
+    return *end || port > 65535 || inet_pton(ipv6 ? AF_INET6 : AF_INET, host, bytes) != 1 ? allowed : NULL;
 }
 
 static const char *check_model(const char *v)

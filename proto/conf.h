@@ -78,6 +78,9 @@ struct conf {
     struct {
         int level; // enum log_level
     } log;
+    struct {
+        char *listen; // "127.0.0.1:9464", "[::1]:9464"; "": no metrics
+    } metrics;
     struct conf_group *groups; // (n_groups)
     int n_groups;
 };

@@ -49,6 +49,7 @@ struct rank {
     sd_event_source *source;
     bool hello, ready;
     double started_at, beat_at, moved_at; // monotonic seconds
+    double stage_at;                      // when it came into the stage of its last beat
     struct msg beat;                      // the last one
     char bye[MSG_REASON_BYTES];
 };
@@ -62,8 +63,9 @@ struct group {
     enum goal goal;
     double due, since; // when E_DUE fires; when the state was entered
     bool settled, fatal;
-    unsigned failures; // in a row, for the backoff
-    unsigned restarts; // in all, for status
+    unsigned failures;         // in a row, for the backoff
+    unsigned restarts;         // in all, for status
+    double busy_s, lifetime_s; // of ranks that are gone, and of stages that are over: see group_numbers
     char incarnation[17];
     char *fingerprint; // of the configuration the ranks were started with
     char last_failure[400];
@@ -131,6 +133,21 @@ static void kill_ranks(struct group *g)
             kill(g->ranks[i].pid, SIGKILL);
 }
 
+// The device works for a job. PNG and upload are the CPU's and the network's; beats tell them only where no next job
+// is.
+static bool computes(enum stage stage)
+{
+    return stage == STAGE_TEXT || stage == STAGE_DENOISE || stage == STAGE_DECODE;
+}
+
+// The time in a stage that is over goes to the group's account.
+static void leave_stage(struct rank *r, double now)
+{
+    if (computes(r->beat.stage) && r->ready)
+        r->group->busy_s += now - r->stage_at;
+    r->stage_at = now;
+}
+
 static void take_message(struct rank *r, const struct msg *m)
 {
     struct group *g = r->group;
@@ -143,6 +160,8 @@ static void take_message(struct rank *r, const struct msg *m)
     case MSG_BEAT:
         if (m->progress != r->beat.progress || m->stage != r->beat.stage)
             r->moved_at = now;
+        if (m->stage != r->beat.stage)
+            leave_stage(r, now);
         r->beat_at = now;
         r->beat = *m;
         break;
@@ -153,6 +172,7 @@ static void take_message(struct rank *r, const struct msg *m)
         if (r->ready)
             break;
         r->ready = true;
+        r->stage_at = now; // the picture that warmed it up was no job's
         if (++g->ready == g->n_ranks)
             group_raise(g, (struct happening){.event = E_READY});
         break;
@@ -523,6 +543,8 @@ bool group_child_exited(struct group *g, pid_t pid, int status)
             continue;
         read_messages(r); // its BYE may be waiting
         close_control(r);
+        leave_stage(r, monotonic_seconds());
+        g->lifetime_s += monotonic_seconds() - r->started_at;
         r->pid = 0;
         r->hello = r->ready = false;
         r->beat = (struct msg){0}; // status must not show the job of a dead rank
@@ -648,4 +670,24 @@ json_t *group_status(const struct group *g)
                      "next_seconds", isfinite(g->due) ? fmax(0, g->due - now) : -1.0, "restarts", (int)g->restarts,
                      "last_failure", g->last_failure, "failed_at", (json_int_t)g->failed_at, "models", models, "ranks",
                      ranks);
+}
+
+void group_numbers(const struct group *g, struct group_numbers *out)
+{
+    double now = monotonic_seconds();
+    *out = (struct group_numbers){.state = g->state,
+                                  .restarts = g->restarts,
+                                  .ranks = (unsigned)g->n_ranks,
+                                  .busy_s = g->busy_s,
+                                  .lifetime_s = g->lifetime_s};
+    memcpy(out->name, g->name, sizeof out->name);
+    for (int i = 0; i < g->n_ranks; i++) {
+        const struct rank *r = &g->ranks[i];
+        if (r->pid <= 0)
+            continue;
+        out->stage[r->beat.stage]++;
+        out->lifetime_s += now - r->started_at;
+        if (r->ready && computes(r->beat.stage))
+            out->busy_s += now - r->stage_at;
+    }
 }

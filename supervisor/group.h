@@ -15,6 +15,7 @@
 #include <systemd/sd-event.h>
 
 #include "proto/conf.h"
+#include "proto/msg.h"
 
 struct group;
 
@@ -67,5 +68,16 @@ enum group_state group_state(const struct group *g);
 bool group_orphaned(const struct group *g); // its configuration is gone: free it once STOPPED
 bool group_settled(const struct group *g);  // has been READY, or has failed, or is stopped
 json_t *group_status(const struct group *g);
+
+// What is counted of a group; ranks that are no process are in none of the stages.
+struct group_numbers {
+    char name[64];
+    enum group_state state;
+    unsigned restarts;
+    unsigned ranks;            // of the incarnation that runs or ran last
+    unsigned stage[STAGES];    // living ranks by the stage that their last beat told
+    double busy_s, lifetime_s; // seconds of all ranks since the supervisor's start: computing for jobs; alive
+};
+void group_numbers(const struct group *g, struct group_numbers *out);
 
 #endif

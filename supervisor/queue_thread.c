@@ -3,6 +3,7 @@
 #include "supervisor/queue_thread.h"
 
 #include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,8 @@
 #include "proto/queue.h"
 
 enum { CONNECT_MS = 2000, COMMAND_MS = 2000, ADMIT_BLOCK_MS = 250, REAP_MS = 1000 };
-#define RETRY_SECONDS 0.5
+#define NUMBERS_SECONDS 1.0
+#define RETRY_SECONDS   0.5
 
 struct release {
     struct release *next;
@@ -23,7 +25,7 @@ struct release {
 };
 
 struct settings {
-    bool admit;
+    bool admit, numbers; // numbers: somebody asks for them
     int max_attempts;
     double retention_s;
     struct log log;
@@ -40,10 +42,13 @@ struct queue_thread {
     struct settings settings;
     struct release *first, **last;
     struct queue_thread_status status;
+    struct queue_thread_numbers numbers; // asked, up, error and age_s are of the status and numbers_at
+    double numbers_at;                   // monotonic seconds
     // of the thread alone
     struct queue *queue;
     struct settings used;
     bool applied; // the queue's settings were sent over this connection
+    double numbers_due;
 };
 
 static void tell(struct queue_thread *t)
@@ -126,6 +131,23 @@ static void on_refusal(void *arg, const char *tenant, const char *id, const char
              entry, err_name(why->code), why->text);
 }
 
+// Once a second, whoever asks how often: Redis must not notice who scrapes.
+static int ask_numbers(struct queue_thread *t, struct err *err)
+{
+    struct queue_thread_numbers n = {.known = true};
+    if (!t->used.numbers || monotonic_seconds() < t->numbers_due)
+        return 0;
+    TRY(queue_stats(t->queue, &n.stats, err));
+    TRY(queue_pools(t->queue, &n.pools, &n.n_pools, err));
+    t->numbers_due = monotonic_seconds() + NUMBERS_SECONDS;
+    pthread_mutex_lock(&t->mutex);
+    free(t->numbers.pools);
+    t->numbers = n;
+    t->numbers_at = monotonic_seconds();
+    pthread_mutex_unlock(&t->mutex);
+    return 0;
+}
+
 // One round of everything. *next is when the reaper wants the next one, monotonic seconds; *idle: admission has nothing
 // to wait on.
 static int round_of_work(struct queue_thread *t, double *reap_at, bool *idle, struct err *err)
@@ -143,6 +165,7 @@ static int round_of_work(struct queue_thread *t, double *reap_at, bool *idle, st
             log_line(&t->used.log, LOG_INFO, "queue.reaped", "lost=%u expired=%u orphans=%u", reaped.lost,
                      reaped.expired, reaped.orphans);
     }
+    TRY(ask_numbers(t, err));
     *idle = !t->used.admit;
     if (t->used.admit) {
         const struct queue_admission admission = {.consumer = t->node, .on_refusal = on_refusal, .arg = t};
@@ -178,7 +201,8 @@ static void *run(void *arg)
         struct err err = {0};
         failed = round_of_work(t, &reap_at, &idle, &err) != 0;
         report(t, !failed, &err);
-        until = failed ? monotonic_seconds() + RETRY_SECONDS : idle ? reap_at : 0;
+        const double due = t->used.numbers ? fmin(reap_at, t->numbers_due) : reap_at;
+        until = failed ? monotonic_seconds() + RETRY_SECONDS : idle ? due : 0;
     }
     queue_close(t->queue);
     return NULL;
@@ -187,6 +211,7 @@ static void *run(void *arg)
 static struct settings settings_of(const struct conf *conf, const struct log *log)
 {
     return (struct settings){.admit = conf->n_groups == 0,
+                             .numbers = *conf->metrics.listen != 0,
                              .max_attempts = conf->queue.max_attempts,
                              .retention_s = conf->queue.retention_s,
                              .log = *log};
@@ -202,6 +227,7 @@ static void free_thread(struct queue_thread *t)
         close(t->fd);
     pthread_cond_destroy(&t->wake);
     pthread_mutex_destroy(&t->mutex);
+    free(t->numbers.pools);
     free(t->url);
     free(t->name);
     free(t->node);
@@ -284,4 +310,19 @@ void queue_thread_status(struct queue_thread *t, struct queue_thread_status *out
 int queue_thread_fd(const struct queue_thread *t)
 {
     return t->fd;
+}
+
+bool queue_thread_numbers(struct queue_thread *t, struct queue_thread_numbers *out)
+{
+    pthread_mutex_lock(&t->mutex);
+    *out = t->numbers;
+    out->pools = calloc(t->numbers.n_pools + 1, sizeof *out->pools);
+    if (out->pools && t->numbers.n_pools)
+        memcpy(out->pools, t->numbers.pools, t->numbers.n_pools * sizeof *out->pools);
+    out->asked = t->status.known;
+    out->up = t->status.up;
+    memcpy(out->error, t->status.error, sizeof out->error);
+    out->age_s = out->known ? monotonic_seconds() - t->numbers_at : 0;
+    pthread_mutex_unlock(&t->mutex);
+    return out->pools != NULL;
 }

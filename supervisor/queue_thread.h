@@ -2,7 +2,7 @@
 // server.
 //
 // The thread gives back the jobs of dead workers, again and again until Redis took it; reaps about once a second; on a
-// node without groups it admits.
+// node without groups it admits; where metrics are served it asks for the queue's numbers about once a second.
 #ifndef DITFLEET_SUPERVISOR_QUEUE_THREAD_H
 #define DITFLEET_SUPERVISOR_QUEUE_THREAD_H
 
@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "proto/conf.h"
+#include "proto/queue.h"
 
 struct queue_thread;
 
@@ -35,5 +36,18 @@ void queue_thread_release(struct queue_thread *t, const char *worker, const char
 void queue_thread_status(struct queue_thread *t, struct queue_thread_status *out);
 // Readable (an eventfd) when known, up or pending changed.
 int queue_thread_fd(const struct queue_thread *t);
+
+// The queue as Redis told it last.
+struct queue_thread_numbers {
+    bool asked, up;  // Redis: the first attempt is over; it answered last time
+    char error[512]; // why not
+    bool known;      // it has told once; else the rest is zero
+    double age_s;    // how long ago it told
+    struct queue_stats stats;
+    struct queue_pool *pools; // (n_pools), the caller's to free()
+    size_t n_pools;
+};
+// From any thread. False: out of memory.
+bool queue_thread_numbers(struct queue_thread *t, struct queue_thread_numbers *out);
 
 #endif

@@ -20,11 +20,14 @@
 #include "proto/clock.h"
 #include "supervisor/control.h"
 #include "supervisor/group.h"
+#include "supervisor/metrics.h"
 #include "supervisor/queue_thread.h"
 
 // How long an exit waits for Redis to take the jobs back; after a second signal, and in the first place.
 #define RELEASE_SECONDS         5.0
 #define RELEASE_SECONDS_AT_ONCE 1.0
+// How often the loop tells its numbers, where metrics are served.
+#define TELL_SECONDS 1.0
 
 struct supervisor {
     struct conf *conf;
@@ -36,6 +39,8 @@ struct supervisor {
     struct queue_thread *queue;
     struct queue_thread_status redis;
     struct control *control;
+    struct metrics *metrics; // NULL: none are served
+    double tell_at;          // when they are told next; INFINITY: never
     struct group_env env;
     struct group **groups; // (n_groups)
     int n_groups;
@@ -156,9 +161,24 @@ static void leave_when_stopped(struct supervisor *s)
         sd_event_exit(s->event, 0);
 }
 
+// Also when nothing happens: that is how the metrics know that the loop turns.
+static void tell_metrics(struct supervisor *s)
+{
+    double now = monotonic_seconds();
+    if (!s->metrics || now < s->tell_at)
+        return;
+    s->tell_at = now + TELL_SECONDS;
+    struct group_numbers *groups = calloc((size_t)s->n_groups + 1, sizeof *groups);
+    for (int i = 0; groups && i < s->n_groups; i++)
+        group_numbers(s->groups[i], &groups[i]);
+    if (groups)
+        metrics_tell(s->metrics, groups, (size_t)s->n_groups);
+    free(groups);
+}
+
 static void arm_timer(struct supervisor *s)
 {
-    double next = s->exit_at, now = monotonic_seconds();
+    double next = fmin(s->exit_at, s->tell_at), now = monotonic_seconds();
     for (int i = 0; i < s->n_groups; i++)
         next = fmin(next, group_next(s->groups[i]));
     sd_event_source_set_enabled(s->timer, isfinite(next) ? SD_EVENT_ONESHOT : SD_EVENT_OFF);
@@ -171,6 +191,7 @@ static void tidy(struct supervisor *s)
     queue_thread_status(s->queue, &s->redis);
     free_orphans(s);
     tell_systemd(s);
+    tell_metrics(s);
     leave_when_stopped(s);
     arm_timer(s);
 }
@@ -239,6 +260,8 @@ static int check_reload(const struct conf *old, const struct conf *new, struct e
 {
     if (strcmp(old->redis.url, new->redis.url) != 0 || strcmp(old->redis.queue, new->redis.queue) != 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: [redis] changed; restart the supervisor for that", new->path);
+    if (strcmp(old->metrics.listen, new->metrics.listen) != 0)
+        return err_set(err, ERR_UNSUPPORTED, "%s: [metrics] changed; restart the supervisor for that", new->path);
     if (strcmp(old->fleet.node, new->fleet.node) != 0 || strcmp(old->fleet.state_dir, new->fleet.state_dir) != 0 ||
         strcmp(old->fleet.worker_program, new->fleet.worker_program) != 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: [fleet] changed; restart the supervisor for that", new->path);
@@ -404,6 +427,10 @@ static int open_everything(struct supervisor *s, struct err *err)
     int rc = sd_event_add_io(s->event, NULL, queue_thread_fd(s->queue), EPOLLIN, on_queue, s);
     if (rc < 0)
         return err_set(err, ERR_IO, "cannot watch the queue thread: %s", strerror(-rc));
+    if (*s->conf->metrics.listen) {
+        TRY(metrics_start(s->conf->metrics.listen, s->queue, &s->log, &s->metrics, err));
+        s->tell_at = 0;
+    }
     release_leftovers(s);
     TRY(control_open(s->event, control_path(s->conf, path), on_request, s, &s->control, err));
     s->env = (struct group_env){
@@ -417,6 +444,7 @@ static void close_everything(struct supervisor *s)
         group_free(s->groups[i]);
     free((void *)s->groups);
     control_close(s->control);
+    metrics_stop(s->metrics);
     queue_thread_stop(s->queue);
     sd_event_source_disable_unref(s->timer);
     sd_event_unref(s->event);
@@ -445,6 +473,7 @@ int supervisor_run(struct conf *conf, struct err *err)
     struct supervisor s = {.conf = conf,
                            .log = {.fd = 2, .level = (enum log_level)conf->log.level, .prog = "supervisor", .rank = -1},
                            .lock_fd = -1,
+                           .tell_at = INFINITY,
                            .exit_at = INFINITY};
     int rc = open_everything(&s, err);
     if (rc == 0) {

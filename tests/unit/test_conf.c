@@ -30,6 +30,7 @@ static void defaults_fill_an_empty_file(void **state)
     assert_true(c->queue.lease_s == 30);
     assert_true(c->restart.backoff_max_s == 60);
     assert_int_equal(c->log.level, LOG_INFO);
+    assert_string_equal(c->metrics.listen, ""); // nobody listens unless told to
     assert_int_equal(c->n_groups, 0);
     conf_free(c);
 }
@@ -41,7 +42,7 @@ static void every_kind_of_value_is_read(void **state)
         "\xef\xbb\xbf; a comment\n[redis]\nurl = unix:///run/r.sock\n[fleet]\nnode=n1\n"
         "[upload]\nallow = 127.0.0.1:80, [::1]:8080\nallow = host:1\n"
         "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
-        "[log]\nlevel = debug\n"
+        "[log]\nlevel = debug\n[metrics]\nlisten = [::]:9464\n"
         "[group g1]\nranks = 6\nring_degree = 3\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
         "[group g2]\npipefusion_degree = 4\nnum_pipeline_patch = 8\nwarmup_steps = 2\nmodel = flux@1=/m");
     assert_string_equal(c->redis.url, "unix:///run/r.sock");
@@ -55,6 +56,7 @@ static void every_kind_of_value_is_read(void **state)
     assert_true(c->deadline.text_s == 0.25);
     assert_true(c->deadline.decode_s == 5400);
     assert_int_equal(c->log.level, LOG_DEBUG);
+    assert_string_equal(c->metrics.listen, "[::]:9464");
     assert_int_equal(c->n_groups, 2);
     const struct conf_group *g = conf_group_find(c, "g1");
     assert_non_null(g);
@@ -123,6 +125,15 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[upload]\nallow = h:70000", {"allow", "65535"}},
         {"[upload]\nallow = ::1:80", {"allow", "[address]:port"}},
         {"[upload]\nfile_roots = relative", {"file_roots", "absolute"}},
+        {"[metrics]\nlisten = 9464", {"f.ini:2", "[metrics] listen", "127.0.0.1:9464"}},
+        {"[metrics]\nlisten = localhost:9464", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = ::1:9464", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = [::1:9464", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = []:9464", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = ]:1", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = :9464", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = 127.0.0.1:65536", {"[metrics] listen", "address:port"}},
+        {"[metrics]\nlisten = 127.0.0.1:80x", {"[metrics] listen", "address:port"}},
         {"[fleet]\nnode = a b", {"node", "letters"}},
         {"[fleet]\nstate_dir =", {"state_dir", "bytes"}},
         {"[restart]\nbackoff_min = 10s\nbackoff_max = 1s", {"backoff_max", "below backoff_min"}},
