@@ -3,9 +3,9 @@
 
 #include "ops/cli/cli.h"
 
-static const struct cli_command *const commands[] = {&cli_generate, &cli_submit, &cli_show,  &cli_cancel,
-                                                     &cli_status,   &cli_tenant, &cli_bench, &cli_plan,
-                                                     &cli_tune,     &cli_doctor, NULL};
+static const struct cli_command *const commands[] = {&cli_generate, &cli_submit, &cli_show,    &cli_cancel,
+                                                     &cli_status,   &cli_tenant, &cli_bench,   &cli_plan,
+                                                     &cli_tune,     &cli_doctor, &cli_backlog, NULL};
 
 static void print_usage(FILE *to)
 {
