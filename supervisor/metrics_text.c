@@ -165,7 +165,9 @@ char *metrics_text(const struct metrics_numbers *n, size_t *length)
     FILE *to = open_memstream(&text, length);
     if (!to)
         return NULL;
-    family(to, "ditfleet_build", "info", "", "The program that runs.");
+    // A gauge, not an "info": readers of Prometheus' older text format (KEDA's metrics-api) refuse a type they do not
+    // know.
+    family(to, "ditfleet_build_info", "gauge", "", "The program that runs.");
     fprintf(to, "ditfleet_build_info{version=\"%s\"} 1\n", DITFLEET_VERSION);
     put_queue(to, &n->queue);
     put_groups(to, n);

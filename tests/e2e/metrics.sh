@@ -76,7 +76,7 @@ grep -q '^Content-Type: application/openmetrics-text; version=1.0.0; charset=utf
 
 # ---- during: one long job is in work, two wait
 for i in 1 2 3; do
-  fleet_cli submit --id "long$i" --model demo --prompt "a secret ring" --width 64 --height 64 --num-inference-steps 500 \
+  fleet_cli submit --id "long$i" --model demo --prompt "a secret ring" --width 128 --height 128 --num-inference-steps 1000 \
     --max-sequence-length 16 --output-url "$fleet_sink_url/{id}.png" >"$fleet/out" 2>&1 || fail "$(<"$fleet/out")"
 done
 becomes "ditfleet_jobs$working" ">=" 1
@@ -96,7 +96,7 @@ assert p["pool"] == "demo@1" and p["queued"] + p["working"] == 3 and p["oldest_s
 assert abs(p["gpu_seconds"] - p["queued_gpu_seconds"] - p["working_gpu_seconds"]) < 1e-9, b
 assert {k: v for k, v in p.items() if k != "pool"} == {k: v for k, v in b["total"].items() if k != "unadmitted"}, b'
 grep -qE 'secret|hush|long1' "$fleet/scrape" "$fleet/head" && fail "a scrape tells of a job or a header"
-for i in 2 3; do
+for i in 1 2 3; do
   fleet_cli cancel "long$i" >/dev/null
 done
 
@@ -169,8 +169,10 @@ rc=0
 grep -q rank.spawned "$fleet/out" && fail "workers were started before the port was seen to be in use"
 
 # ---- after
+fleet_cli submit --id short --model demo --wait --width 64 --height 48 --num-inference-steps 2 --max-sequence-length 16 \
+  --output-url "$fleet_sink_url/{id}.png" >"$fleet/out" 2>&1 || fail "$(<"$fleet/out")"
 becomes 'ditfleet_finished_jobs_total{outcome="succeeded"}' == 1
-becomes 'ditfleet_finished_jobs_total{outcome="cancelled"}' == 2
+becomes 'ditfleet_finished_jobs_total{outcome="cancelled"}' == 3
 becomes "ditfleet_backlog_gpu_seconds$queued" == 0
 becomes "ditfleet_backlog_gpu_seconds$working" == 0
 becomes 'ditfleet_oldest_job_seconds{pool="demo@1"}' == 0

@@ -63,7 +63,7 @@ static struct parsed_family *last_family(struct parsed *p)
 
 static bool known_type(const char *type)
 {
-    static const char *const types[] = {"counter", "gauge", "info"}; // of those that the format has
+    static const char *const types[] = {"counter", "gauge"}; // those that the older text format has, too
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (strcmp(types[i], type) == 0)
             return true;
@@ -78,17 +78,14 @@ static bool begin_family(struct parsed *p, const char *line, const char *name, c
         const char *other = p->families[i].name;
         if (strcmp(other, name) == 0)
             return wrong(p, line, "the family was there before");
-        for (int k = 0; k < 2; k++) {
-            static const char *const suffixes[] = {"_total", "_info"};
-            const size_t m = strlen(other);
-            if ((strncmp(other, name, n) == 0 && strcmp(other + n, suffixes[k]) == 0) ||
-                (strncmp(name, other, m) == 0 && strcmp(name + m, suffixes[k]) == 0))
-                return wrong(p, line, "clashes with a sample of another family");
-        }
+        const size_t m = strlen(other);
+        if ((strncmp(other, name, n) == 0 && strcmp(other + n, "_total") == 0) ||
+            (strncmp(name, other, m) == 0 && strcmp(name + m, "_total") == 0))
+            return wrong(p, line, "clashes with a sample of another family");
     }
     if (p->n_families == FAMILIES || n >= NAME || !known_type(type))
         return wrong(p, line, "a type that is not known");
-    if (ends_with(name, n, "_total") || ends_with(name, n, "_info"))
+    if (ends_with(name, n, "_total"))
         return wrong(p, line, "a family's name has no suffix of samples");
     struct parsed_family *f = &p->families[p->n_families++];
     snprintf(f->name, sizeof f->name, "%s", name);
@@ -110,7 +107,7 @@ static bool take_comment(struct parsed *p, const char *line)
     if (strcmp(kind, "UNIT") == 0) {
         char suffix[NAME + 8];
         snprintf(suffix, sizeof suffix, "_%.79s", rest);
-        if (f->has_unit || !ends_with(name, strlen(name), suffix) || strcmp(f->type, "info") == 0)
+        if (f->has_unit || !ends_with(name, strlen(name), suffix))
             return wrong(p, line, "a unit that is no suffix of the name");
         return f->has_unit = true;
     }
@@ -145,17 +142,15 @@ static bool take_sample(struct parsed *p, const char *line)
     const int labels = labels_length(line + n);
     if (!n || labels < 0 || line[n + (size_t)labels] != ' ')
         return wrong(p, line, "no sample");
-    const char *suffix = f && strcmp(f->type, "counter") == 0 ? "_total"
-                         : f && strcmp(f->type, "info") == 0  ? "_info"
-                                                              : "";
+    const char *suffix = f && strcmp(f->type, "counter") == 0 ? "_total" : "";
     if (!f || !f->has_help || n != strlen(f->name) + strlen(suffix) || strncmp(line, f->name, strlen(f->name)) != 0 ||
         !ends_with(line, n, suffix))
         return wrong(p, line, "a sample that is not of the current family");
     char *end;
     const char *number = line + n + (size_t)labels + 1;
     const double value = strtod(number, &end);
-    if (end == number || *end || isspace((unsigned char)*number) || !isfinite(value) || value < 0 ||
-        (strcmp(f->type, "info") == 0 && value != 1)) // nothing here is negative
+    if (end == number || *end || isspace((unsigned char)*number) || !isfinite(value) ||
+        value < 0) // nothing here is negative
         return wrong(p, line, "no value");
     struct parsed_sample *s = &p->samples[p->n_samples];
     snprintf(s->series, sizeof s->series, "%.*s", (int)n + labels, line);
@@ -227,6 +222,8 @@ static void the_parser_is_strict(void **state)
         "# TYPE a gauge\n# HELP a x\n# TYPE b gauge\n# HELP b x\nb 1\na 1\n# EOF\n",         // mixed
         "# TYPE a gauge\n# HELP a x\na 1\n# TYPE a counter\n# HELP a x\na_total 1\n# EOF\n", // two types
         "# TYPE a histogram\n# HELP a x\n# EOF\n",
+        "# TYPE a info\n# HELP a x\na_info 1\n# EOF\n",
+        "# TYPE a gauge\n# HELP a x\n# TYPE a_total gauge\n# HELP a_total x\n# EOF\n",
         "# TYPE a gauge\r\n# EOF\n",
     };
     struct parsed *p = malloc(sizeof *p);
@@ -338,7 +335,7 @@ static void every_number_is_in_its_place(void **state)
     for (size_t i = 0; i < sizeof want / sizeof *want; i++)
         if (fabs(value_of(p, want[i].series) - want[i].value) > 1e-9)
             fail_msg("%s is %g, not %g", want[i].series, value_of(p, want[i].series), want[i].value);
-    assert_true(has_family(p, "ditfleet_build"));
+    assert_true(has_family(p, "ditfleet_build_info"));
     free(p);
 }
 
