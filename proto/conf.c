@@ -104,6 +104,8 @@ static const struct key keys[] = {
      .doc = "patches that follow each other through the stages; 0: as many as stages"},
     {"group", "warmup_steps", INT, IN(warmup_steps), 1, 1000, "1",
      .doc = "steps that take the image whole before its patches follow each other"},
+    {"group", "data_degree", INT, IN(data_degree), 0, 64, "0",
+     .doc = "parts that make a job's images side by side; 0: as many as its images can be dealt to"},
     {"group", "slab", SIZE, IN(slab_bytes), 64 * 1024, 1 << 30, "4M",
      .doc = "each rank's window in the memory that the ranks share"},
     {"group", "memory_budget", SIZE, IN(memory_budget), 0, CONF_MAX_BYTES, "0",

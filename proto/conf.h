@@ -38,6 +38,7 @@ struct conf_group {
     int ulysses_degree; // 0: the planner decides
     int ring_degree;    // 0: the planner decides
     int pipefusion_degree, num_pipeline_patch, warmup_steps;
+    int data_degree;           // 0: as a job's images can be dealt
     int64_t memory_budget;     // bytes of a GPU that a rank may take; 0: all that is free, and on the CPU
     int64_t slab_bytes;        // each rank's window in the shared-memory region
     struct conf_list model;    // as written: name@version=directory

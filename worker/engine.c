@@ -229,7 +229,8 @@ static int make_pictures(struct run *r, float *noise, struct engine_result *out,
     note_peak(r, ENGINE_TEXT);
     if (noise)
         TRY(noise_tokens(r, noise, err));
-    for (uint32_t i = 0; i < r->job->num_images; i++)
+    const uint32_t each = r->job->num_images / (uint32_t)r->plan.data, first = each * (uint32_t)r->part_index;
+    for (uint32_t i = first; i < first + each; i++)
         TRY(make_picture(r, prompts, noise ? noise + i * values : NULL, out->pixels ? out->pixels + i * picture : NULL,
                          err));
     out->prompt_cached = r->prompt_cached;
@@ -492,15 +493,37 @@ static int reserve(struct engine *e, const struct model *m, const Ditfleet__V1__
 
 // ---- the job itself
 
+// Rank 0 gets the pictures of the other parts of the group from their first ranks.
+static void gather_pictures(const struct engine *e, const struct run *r, struct engine_result *out)
+{
+    const int me = comm_rank(e->control), parts = r->plan.data, ranks = r->plan.ranks / parts;
+    const int64_t bytes = (int64_t)(r->job->num_images / (uint32_t)parts) * r->job->width * r->job->height * 3;
+    int64_t sent[COMM_MAX_RANKS] = {0}, got[COMM_MAX_RANKS] = {0}, from[COMM_MAX_RANKS] = {0}, to[COMM_MAX_RANKS] = {0};
+    if (parts == 1)
+        return;
+    if (me > 0 && me % ranks == 0) {
+        sent[0] = bytes;
+        from[0] = r->part_index * bytes;
+    }
+    for (int i = 1; me == 0 && i < parts; i++) {
+        got[i * ranks] = bytes;
+        to[i * ranks] = i * bytes;
+    }
+    comm_all_to_all(e->control, out->pixels, sent, from, out->pixels, got, to);
+    if (me > 0)
+        engine_result_free(out);
+}
+
 static int run_prepared(struct engine *e, struct run *r, struct engine_result *out, struct err *err)
 {
     const Ditfleet__V1__Job *job = r->job;
     const size_t noise_bytes = (size_t)(job->num_images * r->image_tokens * r->model->info.channels) * sizeof(float);
     float *noise = malloc(noise_bytes);
-    if (comm_rank(e->data) == 0)
+    const bool keeps_pixels = comm_rank(e->data) % (r->plan.ranks / r->plan.data) == 0;
+    if (keeps_pixels)
         out->pixels = malloc((size_t)job->num_images * job->width * job->height * 3);
     int rc = 0;
-    if (!noise || (comm_rank(e->data) == 0 && !out->pixels))
+    if (!noise || (keeps_pixels && !out->pixels))
         rc = err_set(err, ERR_NO_MEMORY, "no memory for %u pictures of %u x %u", job->num_images, job->width,
                      job->height);
     if (rc == 0)
@@ -508,6 +531,8 @@ static int run_prepared(struct engine *e, struct run *r, struct engine_result *o
     if (rc == 0)
         rc = make_pictures(r, noise, out, err);
     run_leave(r);
+    if (rc == 0)
+        gather_pictures(e, r, out);
     free(noise);
     return rc;
 }
@@ -595,6 +620,7 @@ static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfl
 {
     struct plan open = *want, here;
     open.ranks = comm_size(e->data);
+    TRY(plan_deal_images(&open, (int)job->num_images, err));
     TRY(choose(e, m, job, &open, trace_bytes(hooks, job), &here, err));
     TRY(plan_make(&m->info, e->k, &here, job_true_cfg(job), plan, err));
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);

@@ -61,7 +61,8 @@ static struct plan wanted(const struct worker *w, const Ditfleet__V1__Job *job)
                          .ring = w->group->ring_degree,
                          .pipe = w->group->pipefusion_degree,
                          .patches = w->group->num_pipeline_patch,
-                         .warmup = w->group->warmup_steps};
+                         .warmup = w->group->warmup_steps,
+                         .data = w->group->data_degree};
 }
 
 static int run_job(struct worker *w, int model, const Ditfleet__V1__Job *job, struct watch *watch,

@@ -61,7 +61,7 @@ void loop_exchange(struct run *r, struct tensor v[BRANCHES])
 
 void loop_trace_schedule(struct run *r, const struct schedule *s)
 {
-    if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
+    if (!r->hooks->trace || !r->leads)
         return;
     float t0 = s->timesteps[0] / 1000.0F;
     r->hooks->trace(r->hooks->arg, "sigmas", tensor_1d((float *)s->sigmas, DT_F32, s->steps + 1));

@@ -1,6 +1,7 @@
 #include "worker/plan.h"
 
 #include <stdio.h>
+#include <string.h>
 
 static void divisors(int64_t n, char *text, size_t size)
 {
@@ -114,20 +115,23 @@ static void print_instead(const struct dit_info *model, const struct kernels *k,
         snprintf(text, PLAN_TEXT + 48, "; on %d ranks %s would do", want->ranks, degrees);
 }
 
-int plan_make(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
-              struct plan *out, struct err *err)
+// Of one part of the group.
+static int make_part(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
+                     struct plan *out, struct err *err)
 {
-    char legal[128], instead[PLAN_TEXT + 48], pipe[40] = "";
+    char legal[128], instead[PLAN_TEXT + 48], more[80] = "";
     TRY(check_want(want, true_cfg, err));
     const bool whole = fill(want, model->heads, true_cfg, out);
     print_instead(model, k, want, true_cfg, instead);
     divisors(model->heads, legal, sizeof legal);
     if (out->pipe > 1)
-        snprintf(pipe, sizeof pipe, " x pipefusion_degree %d", out->pipe);
+        snprintf(more, sizeof more, " x pipefusion_degree %d", out->pipe);
+    if (want->data > 1)
+        snprintf(more + strlen(more), sizeof more - strlen(more), " x data_degree %d", want->data);
     if (!whole)
         return err_set(err, ERR_UNSUPPORTED,
                        "cfg_degree %d x ulysses_degree %d x ring_degree %d%s is not the %d ranks of the group%s",
-                       out->cfg, out->ulysses, out->ring, pipe, want->ranks, instead);
+                       out->cfg, out->ulysses, out->ring, more, want->ranks * want->data, instead);
     if (model->heads % out->ulysses != 0)
         return err_set(err, ERR_UNSUPPORTED,
                        "ulysses_degree %d does not divide the model's %lld attention heads; it may be %s%s",
@@ -140,18 +144,51 @@ int plan_make(const struct dit_info *model, const struct kernels *k, const struc
     return check_pipe(model, out, err);
 }
 
+int plan_make(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
+              struct plan *out, struct err *err)
+{
+    struct plan part = *want;
+    part.data = want->data ? want->data : 1;
+    if (part.data < 0 || part.data > COMM_MAX_RANKS)
+        return err_set(err, ERR_INVALID, "data_degree %d; it may be 1 to %d", want->data, COMM_MAX_RANKS);
+    if (want->ranks % part.data != 0)
+        return err_set(err, ERR_UNSUPPORTED, "data_degree %d does not divide the %d ranks of the group", part.data,
+                       want->ranks);
+    part.ranks = want->ranks / part.data;
+    TRY(make_part(model, k, &part, true_cfg, out, err));
+    out->ranks = want->ranks;
+    return 0;
+}
+
+int plan_deal_images(struct plan *want, int images, struct err *err)
+{
+    int taken = want->cfg > 1 ? want->cfg : 1; // ranks that a picture is to have at least
+    const int degrees[] = {want->ulysses, want->ring, want->pipe};
+    for (int i = 0; i < 3; i++)
+        taken *= degrees[i] > 1 && degrees[i] <= COMM_MAX_RANKS ? degrees[i] : 1;
+    if (want->data == 0)
+        want->data = want->ranks % taken == 0 ? common_divisor(want->ranks / taken, images) : 1;
+    if (want->data > 0 && images % want->data != 0)
+        return err_set(err, ERR_UNSUPPORTED,
+                       "data_degree %d: %d images cannot be dealt to so many parts evenly; it may be a divisor of both "
+                       "the ranks and num_images",
+                       want->data, images);
+    return 0;
+}
+
 int plan_choices(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
                  struct plan_choice out[PLAN_MAX_CHOICES])
 {
     const int pipe = want->pipe > 1 ? want->pipe : 1;
+    const int ranks = want->data > 1 ? want->ranks / want->data : want->ranks; // of a part
     int n = 0;
     for (int cfg = 2; cfg >= 1; cfg--)
-        for (int u = want->ranks < COMM_MAX_RANKS ? want->ranks : COMM_MAX_RANKS; u >= 1; u--) {
+        for (int u = ranks < COMM_MAX_RANKS ? ranks : COMM_MAX_RANKS; u >= 1; u--) {
             struct plan p = *want;
             p.cfg = cfg;
             p.ulysses = u;
-            p.ring = want->ranks / (cfg * pipe * u);
-            const bool whole = p.ring >= 1 && cfg * pipe * u * p.ring == want->ranks && n < PLAN_MAX_CHOICES;
+            p.ring = ranks / (cfg * pipe * u);
+            const bool whole = p.ring >= 1 && cfg * pipe * u * p.ring == ranks && n < PLAN_MAX_CHOICES;
             if (!whole || (want->cfg && want->cfg != cfg) || (want->ulysses && want->ulysses != u) ||
                 (want->ring && want->ring != p.ring))
                 continue;
@@ -168,4 +205,6 @@ void plan_print(const struct plan *p, char text[PLAN_TEXT])
     const int at = snprintf(text, PLAN_TEXT, "cfg=%d ulysses=%d ring=%d", p->cfg, p->ulysses, p->ring);
     if (plan_in_patches(p))
         snprintf(text + at, (size_t)(PLAN_TEXT - at), " pipe=%d patches=%d warmup=%d", p->pipe, p->patches, p->warmup);
+    if (p->data > 1)
+        snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " data=%d", p->data);
 }

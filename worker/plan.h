@@ -4,18 +4,20 @@
 
 #include "worker/models/dit.h"
 
-// World rank r is number b = r % (pipe * ulysses * ring) of guidance branch r / (pipe * ulysses * ring) (when cfg is
-// 2). Within the branch it is number s = b % (ulysses * ring) of stage b / (ulysses * ring), and within the stage
-// member s % ulysses of Ulysses group s / ulysses: neighbours, who exchange most often, share heads, the ring goes from
-// group to group, and what is said least often, from stage to stage.
+// World rank r is number p = r % (ranks / data) of part r / (ranks / data). Within the part it is number
+// b = p % (pipe * ulysses * ring) of guidance branch p / (pipe * ulysses * ring) (when cfg is 2). Within the branch it
+// is number s = b % (ulysses * ring) of stage b / (ulysses * ring), and within the stage member s % ulysses of Ulysses
+// group s / ulysses: neighbours, who exchange most often, share heads, the ring goes from group to group, and what is
+// said least often, from stage to stage.
 struct plan {
-    int ranks;   // cfg * pipe * ulysses * ring
+    int ranks;   // data * cfg * pipe * ulysses * ring
     int cfg;     // 1, or 2: the two guidance branches on two halves of the group
     int ulysses; // ranks that share the attention heads of one branch
     int ring;    // groups of such ranks, which pass keys and values round
     int pipe;    // stages of PipeFusion, each with a range of the blocks
     int patches; // of the image, which follow each other through the stages; 1 with one stage: no PipeFusion
     int warmup;  // PipeFusion: steps at first that take the image whole; those after them attend to stale rows
+    int data;    // parts of the group, neighbours, each of which makes some of the job's images as a group of its own
 };
 
 enum { PLAN_TEXT = 96, PLAN_MAX_PATCHES = 64 };
@@ -46,6 +48,9 @@ enum { PLAN_MAX_CHOICES = 32 };
 int plan_choices(const struct dit_info *model, const struct kernels *k, const struct plan *want, bool true_cfg,
                  struct plan_choice out[PLAN_MAX_CHOICES]);
 
+// Of a plan that is wanted: sets data, where it is 0, to as many parts as ranks without a degree and the job's images
+// can be dealt to evenly. ERR_UNSUPPORTED: parts that the images cannot be dealt to.
+int plan_deal_images(struct plan *want, int images, struct err *err);
 void plan_print(const struct plan *p, char text[PLAN_TEXT]); // "cfg=1 ulysses=2 ring=1", PipeFusion's numbers behind
 
 #endif

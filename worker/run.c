@@ -35,8 +35,24 @@ static void choose_ways(struct run *r)
     r->runner = &runner_whole;
 }
 
-int run_join(struct run *r, struct comm *world, struct err *err)
+// The ranks that make pictures together.
+static int join_part(struct run *r, struct comm *world, struct comm **out, struct err *err)
 {
+    const int ranks = r->plan.ranks / r->plan.data;
+    r->part_index = comm_rank(world) / ranks;
+    r->leads = comm_rank(world) == 0;
+    *out = world;
+    if (r->plan.data == 1)
+        return 0;
+    TRY(comm_group(world, r->part_index * ranks, 1, ranks, &r->part, err));
+    *out = r->part;
+    return 0;
+}
+
+int run_join(struct run *r, struct comm *group, struct err *err)
+{
+    struct comm *world;
+    TRY(join_part(r, group, &world, err));
     const int u = r->plan.ulysses, ranks = u * r->plan.ring; // of a stage
     const int me = comm_rank(world), place = me % ranks, branch = ranks * r->plan.pipe, in_branch = me % branch;
     choose_ways(r);
@@ -55,7 +71,8 @@ void run_leave(struct run *r)
     comm_free(r->usp.inside);
     comm_free(r->pipe);
     comm_free(r->branch.comm);
-    r->pair = r->usp.across = r->usp.inside = r->pipe = r->branch.comm = NULL;
+    comm_free(r->part);
+    r->part = r->pair = r->usp.across = r->usp.inside = r->pipe = r->branch.comm = NULL;
 }
 
 void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)
@@ -128,7 +145,7 @@ int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err 
 
 void run_trace(struct run *r, const char *name, struct tensor t)
 {
-    if (!r->hooks->trace || comm_rank(r->world.comm) != 0)
+    if (!r->hooks->trace || !r->leads)
         return;
     float *host = malloc((size_t)tensor_count(t) * sizeof *host);
     if (!host)

@@ -209,6 +209,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
          &g.want.patches, 1, PLAN_MAX_PATCHES},
         {"--warmup-steps", "N", "steps that take the image whole before that; default: 1", CLI_INT, &g.want.warmup, 1,
          SAMPLER_MAX_STEPS},
+        {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
+         &g.want.data, 1, COMM_MAX_RANKS},
         {"--cfg-degree", "N", "2: guidance branches on two halves of the ranks; default: chosen", CLI_INT, &g.want.cfg,
          1, 2},
         {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},

@@ -220,7 +220,7 @@ static inline double compare(const struct outcome *o, const struct outcome *one)
 // Without PipeFusion.
 #define PLAN(ranks_, cfg_, ulysses_, ring_)                                                                            \
     {                                                                                                                  \
-        .ranks = (ranks_), .cfg = (cfg_), .ulysses = (ulysses_), .ring = (ring_), .pipe = 1, .patches = 1              \
+        .ranks = (ranks_), .cfg = (cfg_), .ulysses = (ulysses_), .ring = (ring_), .pipe = 1, .patches = 1, .data = 1   \
     }
 
 #define FIELDS(...)                                                                                                    \

@@ -306,9 +306,10 @@ static void stages_take_turns(void **state)
     struct engine_estimate estimate;
     Ditfleet__V1__Job *resolved = demo_job(b.model, job);
     assert_int_equal(
-        engine_predict(b.engine, b.model, resolved,
-                       &(struct plan){.ranks = 1, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = 1, .patches = 1},
-                       &estimate, &b.err),
+        engine_predict(
+            b.engine, b.model, resolved,
+            &(struct plan){.ranks = 1, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = 1, .patches = 1, .data = 1},
+            &estimate, &b.err),
         0);
     job_free(resolved);
     const unsigned parts[ENGINE_STAGES] = {TEXT, DIT, VAE};

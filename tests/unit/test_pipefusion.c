@@ -14,7 +14,7 @@
 #define PIPE(ranks_, cfg_, ulysses_, pipe_, patches_, warmup_)                                                         \
     {                                                                                                                  \
         .ranks = (ranks_), .cfg = (cfg_), .ulysses = (ulysses_), .ring = 1, .pipe = (pipe_), .patches = (patches_),    \
-        .warmup = (warmup_)                                                                                            \
+        .warmup = (warmup_), .data = 1                                                                                 \
     }
 #define PROMPT "prompt", "a red circle above a blue square", "seed", "7", "max_sequence_length", "40"
 

@@ -133,6 +133,69 @@ static void two_images(void **state)
           uncut);
 }
 
+// Several images on parts of the group: each is one rank's picture, wherever it was made.
+static void images_side_by_side(void **state)
+{
+    static const struct {
+        struct plan want;
+        const char *images, *made;
+    } rows[] = {
+        {{.ranks = 2}, "4", "cfg=1 ulysses=1 ring=1 data=2"},
+        {{.ranks = 4}, "4", "cfg=1 ulysses=1 ring=1 data=4"},
+        {{.ranks = 8}, "2", "cfg=1 ulysses=4 ring=1 data=2"},
+        {{.ranks = 6}, "2", "cfg=1 ulysses=1 ring=3 data=2"},
+        {{.ranks = 6}, "3", "cfg=1 ulysses=2 ring=1 data=3"},
+        {{.ranks = 4}, "3", "cfg=1 ulysses=4 ring=1"},
+        {{.ranks = 4, .ulysses = 2}, "4", "cfg=1 ulysses=2 ring=1 data=2"},
+        {{.ranks = 4, .data = 1}, "4", "cfg=1 ulysses=4 ring=1"},
+        {{.ranks = 4, .pipe = 2, .warmup = 9}, "2", "cfg=1 ulysses=1 ring=1 pipe=2 patches=2 warmup=9 data=2"},
+    };
+    const struct model *m = *state;
+    for (size_t i = SANITIZED ? 8 : 0; i < sizeof rows / sizeof *rows; i++) {
+        Ditfleet__V1__Job *job = demo_job(
+            m, FIELDS(PROMPT, "num_images", rows[i].images, "width", "48", "height", "80", "num_inference_steps", "2"));
+        struct outcome *one = outcome_new(), *o = outcome_new();
+        struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
+        run_group(&g);
+        expect_success(one, 1);
+        g.want = rows[i].want, g.outcome = o;
+        run_group(&g);
+        expect_success(o, rows[i].want.ranks);
+        assert_string_equal(plan_text(&o->plan), rows[i].made);
+        assert_int_equal(o->pixel_bytes, one->pixel_bytes);
+        assert_int_equal(pixels_off(o->pixels, one->pixels, (int64_t)one->pixel_bytes / 3), 0);
+        outcome_free(one);
+        outcome_free(o);
+        job_free(job);
+    }
+}
+
+static void images_that_cannot_be_dealt(void **state)
+{
+    static const struct {
+        struct plan want;
+        int images;
+        enum err_code code;
+        const char *text;
+    } rows[] = {
+        {{.ranks = 4, .data = 4}, 6, ERR_UNSUPPORTED, "data_degree 4: 6 images cannot be dealt"},
+        {{.ranks = 4, .data = 3}, 6, ERR_UNSUPPORTED, "data_degree 3 does not divide the 4 ranks"},
+        {{.ranks = 4, .data = -2}, 4, ERR_INVALID, "data_degree -2"},
+        {{.ranks = 4, .data = 65}, 65, ERR_INVALID, "data_degree 65; it may be 1 to 64"},
+        {{.ranks = 4, .data = 2, .ulysses = 4}, 2, ERR_UNSUPPORTED, "x data_degree 2 is not the 4 ranks"},
+    };
+    const struct model *m = *state;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct plan want = rows[i].want, plan;
+        struct err err = {.code = ERR_NONE};
+        int rc = plan_deal_images(&want, rows[i].images, &err);
+        rc = rc ? rc : plan_make(&m->info, &kernels_cpu, &want, false, &plan, &err);
+        assert_int_equal(rc, rows[i].code);
+        if (!strstr(err.text, rows[i].text))
+            fail_msg("\"%s\" does not say \"%s\"", err.text, rows[i].text);
+    }
+}
+
 // As other systems crash on. 15 image tokens and 13 of text: of every number of ranks but one, some have fewer rows.
 static void sizes_the_group_does_not_divide(void **state)
 {
@@ -488,6 +551,8 @@ int main(void)
         cmocka_unit_test(little_text),
         cmocka_unit_test(tiny),
         cmocka_unit_test(two_images),
+        cmocka_unit_test(images_side_by_side),
+        cmocka_unit_test(images_that_cannot_be_dealt),
         cmocka_unit_test(sizes_the_group_does_not_divide),
         cmocka_unit_test(text_keys_count_once),
         cmocka_unit_test(refused),

@@ -103,7 +103,8 @@ static float *denoised(const struct bench *b, const Ditfleet__V1__Job *job, cons
     struct prompt prompts[BRANCHES];
     bool cut[4] = {false};
     struct run r;
-    run_init(&r, b->model, job, &(struct plan){.ranks = 1, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = 1, .patches = 1});
+    run_init(&r, b->model, job,
+             &(struct plan){.ranks = 1, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = 1, .patches = 1, .data = 1});
     r.hooks = &none;
     r.control = b->comm;
     run_use(&r, &kernels_cpu, b->device, b->arena);
