@@ -44,7 +44,8 @@ static void every_kind_of_value_is_read(void **state)
         "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
         "[log]\nlevel = debug\n[metrics]\nlisten = [::]:9464\n"
         "[group g1]\nranks = 6\nring_degree = 3\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
-        "[group g2]\npipefusion_degree = 4\nnum_pipeline_patch = 8\nwarmup_steps = 2\nmodel = flux@1=/m");
+        "[group g2]\npipefusion_degree = 4\nnum_pipeline_patch = 8\nwarmup_steps = 2\ndata_degree = 3\nmodel = "
+        "flux@1=/m");
     assert_string_equal(c->redis.url, "unix:///run/r.sock");
     assert_int_equal(c->upload.allow.count, 3);
     assert_string_equal(c->upload.allow.items[1], "[::1]:8080");
@@ -77,6 +78,8 @@ static void every_kind_of_value_is_read(void **state)
     assert_int_equal(g2->pipefusion_degree, 4);
     assert_int_equal(g2->num_pipeline_patch, 8);
     assert_int_equal(g2->warmup_steps, 2);
+    assert_int_equal(g2->data_degree, 3);
+    assert_int_equal(g->data_degree, 0);
     assert_null(conf_group_find(c, "g3"));
     char id[CONF_WORKER_ID_BYTES];
     assert_string_equal(conf_worker_id(c, "g1", id), "n1.g1");
