@@ -74,7 +74,7 @@ static bool gpu_name(char *out, size_t size)
 void tuned_key_of(const struct kernels *k, int ranks, int threads, const struct precision *p, struct tuned_key *out)
 {
     const bool cpu = k == &kernels_cpu;
-    *out = (struct tuned_key){.ranks = ranks, .threads = cpu ? threads : 0};
+    *out = (struct tuned_key){.ranks = cpu ? ranks : 1, .threads = cpu ? threads : 0};
     if (!(cpu ? read_line("/proc/cpuinfo", "model name", out->device, sizeof out->device)
               : gpu_name(out->device, sizeof out->device)))
         snprintf(out->device, sizeof out->device, "%s", cpu ? "CPU" : "GPU");

@@ -1,4 +1,5 @@
-// tuned.h: where the parameters of a machine (worker/cost.h) are kept once `ditfleet tune` has measured them.
+// tuned.h: where the parameters of a machine (worker/cost.h) are kept once `ditfleet tune` has measured them. A GPU is
+// measured alone; what GPUs exchange goes by the defaults.
 //
 // A JSON file in the user's cache folder for each device, number of ranks, threads of a rank, precision and version of
 // ditfleet; a hash of them is in its name, and it says them itself. It is a cache: a file that is missing, unreadable,
@@ -9,12 +10,12 @@
 #include "worker/cost.h"
 
 struct tuned_key {
-    char device[128]; // what computes: the CPU's or the GPU's name
-    int ranks, threads;
+    char device[128];   // what computes: the CPU's or the GPU's name
+    int ranks, threads; // of a CPU, whose ranks share it; GPUs do not share one: 1 and 0
     char precision[8];
 };
 
-// Of a group on this machine. threads: of a rank, 0 on GPUs.
+// Of a group on this machine.
 void tuned_key_of(const struct kernels *k, int ranks, int threads, const struct precision *p, struct tuned_key *out);
 
 // folder: the cache's; NULL: the user's. False: no such file, or none to be trusted.

@@ -196,7 +196,9 @@ static void print_table(const struct planning *p)
            p->key.device, p->key.precision, p->throughput ? "steps a second of all groups" : "the time of a step");
     if (!p->tuned)
         printf("not measured: figures by default parameters; `ditfleet tune --device %s --ranks %d` measures them\n",
-               p->device, p->ranks);
+               p->device, p->key.ranks);
+    else if (p->ranks > p->key.ranks)
+        puts("measured on one GPU; what they exchange goes by default parameters");
     printf("  %-32s %9s %9s %9s %9s %10s %9s\n", "plan", "ms a step", "compute", "exchange", "sent MB", "memory MB",
            "steps / s");
     for (int i = 0; i < p->n_rows; i++)

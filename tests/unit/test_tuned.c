@@ -239,7 +239,7 @@ static void keys_and_defaults(void **state)
     assert_string_equal(k.precision, "fp32");
     const struct machine cpu = machine_default(&k);
     tuned_key_of(&gpu, 3, 2, &fp8, &k);
-    assert_true(k.device[0] && k.threads == 0);
+    assert_true(k.device[0] && k.ranks == 1 && k.threads == 0);
     assert_string_equal(k.precision, "fp8");
     const struct machine h100 = machine_default(&k);
     assert_true(cpu.products > 0 && cpu.collective > 0 && h100.products > 100 * cpu.products);
