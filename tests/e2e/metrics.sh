@@ -201,6 +201,14 @@ health 200 ok
 becomes ditfleet_redis_up == 1
 becomes ditfleet_queue_age_seconds "<" 2
 
+# ---- what the manifests ask for is there
+if /usr/bin/python3 -c 'import yaml' 2>/dev/null; then
+  /usr/bin/python3 "$DITFLEET_SOURCE/tests/e2e/manifests.py" "$DITFLEET_SOURCE/ops/autoscaling" "$fleet/families" \
+    "$fleet_build/ditfleet-supervisor" "$model" || fail "the manifests of ops/autoscaling"
+else
+  echo "left out: the manifests of ops/autoscaling (no python3-yaml here)"
+fi
+
 # ---- a queue node: no groups, the same backlog
 fleet_stop supervisor
 fleet_cli submit --id waits --model demo --prompt x --output-url "$fleet_sink_url/{id}.png" >/dev/null
