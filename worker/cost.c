@@ -54,7 +54,7 @@ int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__
             enum dtype activation, struct price *out, struct err *err)
 {
     const int steps = (int)job->num_inference_steps;
-    const double loops = (double)job->num_images * steps;
+    const double loops = (double)(job->num_images / (uint32_t)plan->data) * steps; // of a part of the group
     *out = (struct price){.plan = *plan};
     for (int r = 0; r < plan->ranks; r++) {
         struct engine_estimate e;

@@ -13,7 +13,8 @@
 // memory. Sums, not maxima: a rank waits for what it receives, and on CPU ranks nothing overlaps.
 //
 // PipeFusion's stages wait for each other: compute is that of the slowest stage in a tick, times the ticks a step takes
-// (pipefusion.c), warm-up steps included in the mean.
+// (pipefusion.c), warm-up steps included in the mean. Parts of a group that make a picture each do not wait for each
+// other: a step is one of each part.
 #ifndef DITFLEET_COST_H
 #define DITFLEET_COST_H
 

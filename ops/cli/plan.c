@@ -99,7 +99,7 @@ static int64_t memory_of(const struct planning *p, const struct engine_estimate 
 
 static double rate(const struct row *r)
 {
-    return r->groups / price_seconds(&r->price);
+    return r->groups * r->price.plan.data / price_seconds(&r->price);
 }
 
 // Fastest first. With the objective latency all have one group.
@@ -118,6 +118,7 @@ static int add_rows(struct planning *p, int groups, struct err *err)
     struct plan_choice choices[PLAN_MAX_CHOICES];
     struct plan want = p->want;
     want.ranks = p->ranks / groups;
+    TRY(plan_deal_images(&want, (int)p->job->num_images, err));
     const int n = plan_choices(&p->model->info, &p->k, &want, job_true_cfg(p->job), choices);
     for (int i = 0; i < n && p->n_rows < MOST_ROWS; i++) {
         struct row *r = &p->rows[p->n_rows++];
@@ -138,6 +139,7 @@ static int refuse(const struct planning *p, struct err *err)
 {
     struct plan want = p->want, unused;
     want.ranks = p->ranks;
+    TRY(plan_deal_images(&want, (int)p->job->num_images, err));
     TRY(plan_make(&p->model->info, &p->k, &want, job_true_cfg(p->job), &unused, err));
     const struct row *least = NULL;
     for (int i = 0; i < p->n_rows; i++)
@@ -208,9 +210,10 @@ static void print_table(const struct planning *p)
 static json_t *row_json(const struct row *r)
 {
     const struct plan *plan = &r->price.plan;
-    json_t *row = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b}", "groups", r->groups, "ranks", plan->ranks,
-                            "cfg", plan->cfg, "ulysses", plan->ulysses, "ring", plan->ring, "pipe", plan->pipe,
-                            "patches", plan->patches, "warmup", plan->warmup, "picked", r->picked);
+    json_t *row =
+        json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b}", "groups", r->groups, "ranks", plan->ranks,
+                  "cfg", plan->cfg, "ulysses", plan->ulysses, "ring", plan->ring, "pipe", plan->pipe, "patches",
+                  plan->patches, "warmup", plan->warmup, "data", plan->data, "picked", r->picked);
     if (r->why.code != ERR_NONE)
         json_object_set_new(row, "why", json_string(r->why.text));
     if (price_seconds(&r->price) > 0)
@@ -299,6 +302,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
          COMM_MAX_RANKS},
         {"--ring-degree", "N", "", CLI_INT, &p->want.ring, 1, COMM_MAX_RANKS},
         {"--cfg-degree", "N", "", CLI_INT, &p->want.cfg, 1, 2},
+        {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
+         &p->want.data, 1, COMM_MAX_RANKS},
         {"--pipefusion-degree", "N", "its pictures are not equal: there is none unless asked for", CLI_INT,
          &p->want.pipe, 1, COMM_MAX_RANKS},
         {"--num-pipeline-patch", "N", "default: as many", CLI_INT, &p->want.patches, 1, PLAN_MAX_PATCHES},

@@ -62,6 +62,8 @@ check "len(d['plans']) == 5 and next(p for p in d['plans'] if p['picked'])['cfg'
 expect 0 "pipe=2 patches=4 warmup=1" plan "${demo[@]}" --ranks 2 --pipefusion-degree 2 --num-pipeline-patch 4
 expect 0 '"objective":"throughput"' plan "${demo[@]}" "${guided[@]}" --ranks 4 --objective throughput --json
 check "{(p['groups'], p['ranks']) for p in d['plans']} == {(4, 1), (2, 2), (1, 4)} and len(d['plans']) == 9"
+expect 0 "ulysses=2 ring=1 data=2" plan "${demo[@]}" --ranks 4 --num-images 2
+expect 1 "data_degree 2: 3 images cannot be dealt" plan "${demo[@]}" --ranks 4 --num-images 3 --data-degree 2
 expect 0 "of memory on a rank, there are 8.4" plan "${demo[@]}" --ranks 1 --memory-budget 8MiB --all --width 256
 expect 1 "no plan fits: the one that takes least needs" plan "${demo[@]}" --ranks 1 --memory-budget 8MiB --width 256
 expect 1 "on 6 ranks cfg=1 ulysses=2 ring=3 would do" plan "${demo[@]}" --ranks 6 --ring-degree 2

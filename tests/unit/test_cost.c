@@ -158,6 +158,10 @@ static void a_step_priced(void **state)
         price_of(m, &middling, (struct plan){.ranks = 1}, FIELDS(PROMPT, "num_images", "2", SIZE("128", "5")));
     assert_float_equal(price_seconds(&one), price_seconds(&ten), 1e-9);
     assert_float_equal(price_seconds(&one), price_seconds(&two), 1e-9);
+    const struct price parts = price_of(m, &middling, (struct plan){.ranks = 2, .data = 2},
+                                        FIELDS(PROMPT, "num_images", "2", SIZE("128", "5")));
+    assert_float_equal(parts.compute, one.compute, 1e-9);
+    assert_true(parts.sent == 0);
     assert_true(one.exchange == 0 && one.sent == 0);
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, SIZE("128", "1")));
     struct engine_estimate e;
