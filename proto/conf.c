@@ -21,7 +21,8 @@ enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
-static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_model, check_listen;
+static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_model, check_listen,
+    check_blocks;
 
 struct key {
     const char *section, *name;
@@ -102,6 +103,8 @@ static const struct key keys[] = {
      .doc = "stages that share the blocks (PipeFusion): pictures close to those of one rank, not equal; 1: none"},
     {"group", "num_pipeline_patch", INT, IN(num_pipeline_patch), 0, 64, "0",
      .doc = "patches that follow each other through the stages; 0: as many as stages"},
+    {"group", "pipefusion_blocks", STRING, IN(pipefusion_blocks), 0, 180, "", check_blocks,
+     .doc = "how many blocks each stage has, so that unequal GPUs can share a model: 2,4; empty: as even as can be"},
     {"group", "warmup_steps", INT, IN(warmup_steps), 1, 1000, "1",
      .doc = "steps that take the image whole before its patches follow each other"},
     {"group", "data_degree", INT, IN(data_degree), 0, 64, "0",
@@ -186,6 +189,15 @@ static const char *check_listen(const char *v)
     const bool ipv6 = *v == '[' && colon > v && colon[-1] == ']';
     snprintf(host, sizeof host, "%.*s", (int)(colon - v) - 2 * ipv6, v + ipv6);
     return *end || port > 65535 || inet_pton(ipv6 ? AF_INET6 : AF_INET, host, bytes) != 1 ? allowed : NULL;
+}
+
+static const char *check_blocks(const char *v)
+{
+    for (const char *at = v; *at; at++)
+        if (!isdigit((unsigned char)*at) && (*at != ',' || at == v || at[-1] == ',' || !at[1]) &&
+            (*at != ' ' || at == v || at[-1] != ','))
+            return "whole numbers, one for each stage, with commas between them: 2,4";
+    return NULL;
 }
 
 static const char *check_model(const char *v)

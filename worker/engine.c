@@ -9,7 +9,7 @@
 #include "worker/stages.h"
 #include "worker/tuned.h"
 
-enum { ESTIMATES = 16, PRICE_LISTS = 8, KEY = 256 };
+enum { ESTIMATES = 16, PRICE_LISTS = 8, KEY = PLAN_TEXT + 256 };
 
 // What a job takes of a rank's memory besides weights.
 struct demand {

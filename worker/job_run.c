@@ -51,25 +51,28 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
 }
 
 // The degrees asked of the group, where the job allows them: a job of one guidance branch has no use for two.
-static struct plan wanted(const struct worker *w, const Ditfleet__V1__Job *job)
+static int wanted(const struct worker *w, const Ditfleet__V1__Job *job, struct plan *out, struct err *err)
 {
-    const struct plan none = {0};
-    if (w->group->cfg_degree == 2 && !job_true_cfg(job))
-        return none;
-    return (struct plan){.cfg = w->group->cfg_degree,
-                         .ulysses = w->group->ulysses_degree,
-                         .ring = w->group->ring_degree,
-                         .pipe = w->group->pipefusion_degree,
-                         .patches = w->group->num_pipeline_patch,
-                         .warmup = w->group->warmup_steps,
-                         .data = w->group->data_degree};
+    const struct conf_group *g = w->group;
+    *out = (struct plan){0};
+    if (g->cfg_degree == 2 && !job_true_cfg(job))
+        return 0;
+    *out = (struct plan){.cfg = g->cfg_degree,
+                         .ulysses = g->ulysses_degree,
+                         .ring = g->ring_degree,
+                         .pipe = g->pipefusion_degree,
+                         .patches = g->num_pipeline_patch,
+                         .warmup = g->warmup_steps,
+                         .data = g->data_degree};
+    return plan_parse_blocks(g->pipefusion_blocks, out, err);
 }
 
 static int run_job(struct worker *w, int model, const Ditfleet__V1__Job *job, struct watch *watch,
                    struct engine_result *out, struct err *err)
 {
     const struct engine_hooks hooks = {.progress = on_progress, .arg = watch};
-    const struct plan want = wanted(w, job);
+    struct plan want;
+    TRY(wanted(w, job, &want, err));
     const double start = monotonic_seconds();
     comm_set_timeout(w->comm, (int)(w->conf->deadline.denoise_s * 1000));
     int rc = engine_run(w->engine, w->models[model], job, &want, &hooks, out, err);

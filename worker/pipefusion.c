@@ -103,8 +103,7 @@ static int prepare(struct pipe *p, const struct prompt prompts[BRANCHES], const 
     r->model->dit->ops->info(r->model->dit, &p->info);
     p->stage = comm_rank(r->pipe);
     p->stages = comm_size(r->pipe);
-    const struct spread blocks = spread_even(p->info.blocks, p->stage, p->stages);
-    p->blocks = spread_mine(&blocks);
+    p->blocks = plan_stage(&r->plan, p->info.blocks, p->stage);
     loop_schedule(r, &p->schedule);
     TRY(cut(p, err));
     loop_condition(r, &p->schedule, prompts, p->whole.rows.text, p->cond);

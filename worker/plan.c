@@ -1,6 +1,7 @@
 #include "worker/plan.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static void divisors(int64_t n, char *text, size_t size)
@@ -57,6 +58,14 @@ static bool share_branch(struct plan *p, int64_t heads, int ranks)
     return p->ulysses * p->ring == ranks;
 }
 
+static int stages_with_blocks(const struct plan *p)
+{
+    int n = 0;
+    while (n < COMM_MAX_RANKS && p->blocks[n] != 0)
+        n++;
+    return n;
+}
+
 static void fill_pipe(struct plan *p)
 {
     p->pipe = p->pipe ? p->pipe : 1;
@@ -87,6 +96,32 @@ static bool fill(const struct plan *want, int64_t heads, bool true_cfg, struct p
     return share_branch(out, heads, stages / out->cfg) && out->cfg * out->pipe * out->ulysses * out->ring == out->ranks;
 }
 
+// "2,4"
+static void print_blocks(const struct plan *p, char text[PLAN_TEXT])
+{
+    const int stages = stages_with_blocks(p);
+    *text = 0;
+    for (int i = 0, at = 0; i < stages; i++)
+        at += snprintf(text + at, PLAN_TEXT - (size_t)at, "%s%d", i ? "," : "", p->blocks[i]);
+}
+
+static int check_blocks(const struct dit_info *model, const struct plan *p, struct err *err)
+{
+    const int stages = stages_with_blocks(p);
+    char text[PLAN_TEXT];
+    int sum = 0;
+    print_blocks(p, text);
+    for (int i = 0; i < stages; i++)
+        sum += p->blocks[i];
+    if (stages > 0 && stages != p->pipe)
+        return err_set(err, ERR_UNSUPPORTED, "pipefusion_blocks %.80s: %d stages, but pipefusion_degree is %d", text,
+                       stages, p->pipe);
+    if (stages > 0 && sum != model->blocks)
+        return err_set(err, ERR_UNSUPPORTED, "pipefusion_blocks %.80s: that is %d, the model has %d blocks", text, sum,
+                       model->blocks);
+    return 0;
+}
+
 // What PipeFusion asks for.
 static int check_pipe(const struct dit_info *model, const struct plan *p, struct err *err)
 {
@@ -99,7 +134,7 @@ static int check_pipe(const struct dit_info *model, const struct plan *p, struct
             "pipefusion_degree %d with ring_degree %d: a ring's ranks keep a slice of the keys, patches need "
             "all of them; use ulysses_degree inside the stages",
             p->pipe, p->ring);
-    return 0;
+    return check_blocks(model, p, err);
 }
 
 // "; on 6 ranks cfg=1 ulysses=2 ring=3 would do", or nothing where there is no such plan.
@@ -200,11 +235,43 @@ int plan_choices(const struct dit_info *model, const struct kernels *k, const st
     return n;
 }
 
+struct span plan_stage(const struct plan *p, int blocks, int stage)
+{
+    struct spread s = spread_even(blocks, stage, p->pipe);
+    if (stages_with_blocks(p) == p->pipe)
+        for (int i = 0; i < p->pipe; i++)
+            s.start[i + 1] = s.start[i] + p->blocks[i];
+    return spread_mine(&s);
+}
+
+int plan_parse_blocks(const char *text, struct plan *p, struct err *err)
+{
+    int n = 0;
+    for (const char *at = text; *at; n++) {
+        char *end;
+        const long blocks = strtol(at, &end, 10);
+        if (end == at || (*end && (*end != ',' || !end[1])) || blocks < 1 || blocks > INT16_MAX || n == COMM_MAX_RANKS)
+            return err_set(err, ERR_INVALID,
+                           "pipefusion_blocks \"%.80s\"; it may be how many blocks each stage has, say 2,4: 1 to %d "
+                           "numbers of 1 or more",
+                           text, COMM_MAX_RANKS);
+        p->blocks[n] = (short)blocks;
+        at = *end ? end + 1 : end;
+    }
+    if (p->pipe == 0)
+        p->pipe = n;
+    return 0;
+}
+
 void plan_print(const struct plan *p, char text[PLAN_TEXT])
 {
+    char blocks[PLAN_TEXT];
     const int at = snprintf(text, PLAN_TEXT, "cfg=%d ulysses=%d ring=%d", p->cfg, p->ulysses, p->ring);
     if (plan_in_patches(p))
         snprintf(text + at, (size_t)(PLAN_TEXT - at), " pipe=%d patches=%d warmup=%d", p->pipe, p->patches, p->warmup);
+    print_blocks(p, blocks);
+    if (*blocks)
+        snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " blocks=%s", blocks);
     if (p->data > 1)
         snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " data=%d", p->data);
 }

@@ -18,9 +18,10 @@ struct plan {
     int patches; // of the image, which follow each other through the stages; 1 with one stage: no PipeFusion
     int warmup;  // PipeFusion: steps at first that take the image whole; those after them attend to stale rows
     int data;    // parts of the group, neighbours, each of which makes some of the job's images as a group of its own
+    short blocks[COMM_MAX_RANKS]; // of the model, that each stage has, so that unequal GPUs can share it; 0s: even
 };
 
-enum { PLAN_TEXT = 96, PLAN_MAX_PATCHES = 64 };
+enum { PLAN_TEXT = 384, PLAN_MAX_PATCHES = 64 };
 
 // Whether its later steps are PipeFusion's, which are close to those of one rank, not equal.
 static inline bool plan_in_patches(const struct plan *p)
@@ -51,6 +52,14 @@ int plan_choices(const struct dit_info *model, const struct kernels *k, const st
 // Of a plan that is wanted: sets data, where it is 0, to as many parts as ranks without a degree and the job's images
 // can be dealt to evenly. ERR_UNSUPPORTED: parts that the images cannot be dealt to.
 int plan_deal_images(struct plan *want, int images, struct err *err);
+
+// The blocks of a model with so many that a stage of the plan has.
+struct span plan_stage(const struct plan *p, int blocks, int stage);
+
+// Sets blocks by text, "2,4": whole numbers, one for each stage, and pipe, where it is 0. "" sets nothing.
+// ERR_INVALID: it is no such text.
+int plan_parse_blocks(const char *text, struct plan *p, struct err *err);
+
 void plan_print(const struct plan *p, char text[PLAN_TEXT]); // "cfg=1 ulysses=2 ring=1", PipeFusion's numbers behind
 
 #endif

@@ -18,7 +18,8 @@ struct generate {
     int64_t memory_budget; // budget in bytes
     const struct kernels *kernels;
     int ranks, threads;
-    struct plan want; // degrees
+    struct plan want;   // degrees
+    const char *blocks; // of each stage, as text
     bool quiet;
     Ditfleet__V1__Job *job;
     struct model *model;
@@ -185,12 +186,14 @@ static int choose_device(struct generate *g, struct err *err)
                        g->budget);
     if (strcmp(g->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
+    TRY(plan_parse_blocks(g->blocks, &g->want, err));
     return backend_find(g->device, &g->kernels, err);
 }
 
 static int run(const struct cli_command *self, int argc, char **argv)
 {
-    struct generate g = {.device = "cpu", .out = "out.png", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
+    struct generate g = {
+        .device = "cpu", .out = "out.png", .blocks = "", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
     const struct cli_flag flags[] = {
         {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
         {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &g.device, 0, 0},
@@ -207,6 +210,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
          &g.want.pipe, 1, COMM_MAX_RANKS},
         {"--num-pipeline-patch", "N", "patches that follow each other through the stages; default: as many", CLI_INT,
          &g.want.patches, 1, PLAN_MAX_PATCHES},
+        {"--pipefusion-blocks", "N,N,...", "blocks of the model that each stage has; default: as even as can be",
+         CLI_STRING, &g.blocks, 0, 0},
         {"--warmup-steps", "N", "steps that take the image whole before that; default: 1", CLI_INT, &g.want.warmup, 1,
          SAMPLER_MAX_STEPS},
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,

@@ -24,7 +24,7 @@ struct row {
 
 struct planning {
     // asked for
-    const char *model_dir, *architecture, *device, *objective, *budget;
+    const char *model_dir, *architecture, *device, *objective, *budget, *blocks;
     int ranks, threads;
     struct plan want;
     bool all, json;
@@ -214,6 +214,12 @@ static json_t *row_json(const struct row *r)
         json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b}", "groups", r->groups, "ranks", plan->ranks,
                   "cfg", plan->cfg, "ulysses", plan->ulysses, "ring", plan->ring, "pipe", plan->pipe, "patches",
                   plan->patches, "warmup", plan->warmup, "data", plan->data, "picked", r->picked);
+    if (plan->blocks[0]) {
+        json_t *blocks = json_array();
+        for (int i = 0; i < plan->pipe; i++)
+            json_array_append_new(blocks, json_integer(plan->blocks[i]));
+        json_object_set_new(row, "blocks", blocks);
+    }
     if (r->why.code != ERR_NONE)
         json_object_set_new(row, "why", json_string(r->why.text));
     if (price_seconds(&r->price) > 0)
@@ -251,6 +257,7 @@ static int check(struct planning *p, struct err *err)
     if (p->budget && !conf_size(p->budget, &p->limit))
         return err_set(err, ERR_INVALID, "--memory-budget %.40s: bytes up to 1024GiB, written like 24GiB or 512MiB",
                        p->budget);
+    TRY(plan_parse_blocks(p->blocks, &p->want, err));
     return job_check_fields(p->job, err);
 }
 
@@ -282,6 +289,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         return CLI_FAILED;
     p->device = "cpu";
     p->objective = "latency";
+    p->blocks = "";
     p->ranks = 1;
     p->job = job_new();
     const struct cli_flag flags[] = {
@@ -307,6 +315,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--pipefusion-degree", "N", "its pictures are not equal: there is none unless asked for", CLI_INT,
          &p->want.pipe, 1, COMM_MAX_RANKS},
         {"--num-pipeline-patch", "N", "default: as many", CLI_INT, &p->want.patches, 1, PLAN_MAX_PATCHES},
+        {"--pipefusion-blocks", "N,N,...", "of each stage; default: as even as can be", CLI_STRING, &p->blocks, 0, 0},
         {"--warmup-steps", "N", "default: 1", CLI_INT, &p->want.warmup, 1, SAMPLER_MAX_STEPS},
         {"--all", NULL, "also list what is no plan, or does not fit into memory, and why", CLI_BOOL, &p->all, 0, 0},
         {"--json", NULL, "one JSON object instead of a table", CLI_BOOL, &p->json, 0, 0},

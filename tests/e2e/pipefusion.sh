@@ -19,6 +19,7 @@ fleet_sink
 fleet_supervisor "[group stages]
 ranks = 4
 pipefusion_degree = 2
+pipefusion_blocks = 4, 2
 num_pipeline_patch = 3
 warmup_steps = 2
 model = demo@1=$model"
@@ -26,11 +27,11 @@ fleet_wait_ready 1
 url=(--model demo --output-url "$fleet_sink_url/{id}.png")
 
 fleet_cli submit --id one "${url[@]}" "${job[@]}" --wait >"$fleet/out" 2>&1 || fail "$(<"$fleet/out")"
-plan="cfg=1 ulysses=2 ring=1 pipe=2 patches=3 warmup=2"
+plan="cfg=1 ulysses=2 ring=1 pipe=2 patches=3 warmup=2 blocks=4,2"
 grep -q "^plan     $plan$" "$fleet/out" || fail "not $plan: $(<"$fleet/out")"
 grep -qE "^rank 3 +computed" "$fleet/out" || fail "no times of rank 3: $(<"$fleet/out")"
 "$fleet_build/ditfleet" generate --model "$model" "${job[@]}" --ranks 4 --pipefusion-degree 2 --num-pipeline-patch 3 \
-  --warmup-steps 2 --quiet -o "$fleet/own.png" >"$fleet/out"
+  --pipefusion-blocks 4,2 --warmup-steps 2 --quiet -o "$fleet/own.png" >"$fleet/out"
 cmp "$fleet/own.png" "$fleet/sink/one.png" || fail "not the picture that generate makes"
 
 fleet_cli submit --id endless "${url[@]}" "${job[@]}" --num-inference-steps 1000 >"$fleet/out" 2>&1 || fail "$(<"$fleet/out")"

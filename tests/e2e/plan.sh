@@ -60,6 +60,11 @@ expect 0 "- cfg=2 ulysses=2 ring=1" plan "${demo[@]}" --ranks 4 --all
 expect 0 '"cfg":2' plan "${demo[@]}" "${guided[@]}" --ranks 4 --json
 check "len(d['plans']) == 5 and next(p for p in d['plans'] if p['picked'])['cfg'] == 2"
 expect 0 "pipe=2 patches=4 warmup=1" plan "${demo[@]}" --ranks 2 --pipefusion-degree 2 --num-pipeline-patch 4
+expect 0 '"blocks":[4,2]' plan "${demo[@]}" --ranks 2 --pipefusion-blocks 4,2 --json
+expect 1 "blocks 4,3: that is 7, the model has 6" plan "${demo[@]}" --ranks 2 --pipefusion-blocks 4,3
+expect 1 "blocks 4,2: 2 stages, but pipefusion_degree is 3" plan "${demo[@]}" --ranks 3 --pipefusion-degree 3 \
+  --pipefusion-blocks 4,2
+expect 2 "say 2,4" plan "${demo[@]}" --ranks 2 --pipefusion-blocks 4,
 expect 0 '"objective":"throughput"' plan "${demo[@]}" "${guided[@]}" --ranks 4 --objective throughput --json
 check "{(p['groups'], p['ranks']) for p in d['plans']} == {(4, 1), (2, 2), (1, 4)} and len(d['plans']) == 9"
 expect 0 "ulysses=2 ring=1 data=2" plan "${demo[@]}" --ranks 4 --num-images 2

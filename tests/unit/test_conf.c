@@ -44,7 +44,8 @@ static void every_kind_of_value_is_read(void **state)
         "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
         "[log]\nlevel = debug\n[metrics]\nlisten = [::]:9464\n"
         "[group g1]\nranks = 6\nring_degree = 3\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
-        "[group g2]\npipefusion_degree = 4\nnum_pipeline_patch = 8\nwarmup_steps = 2\ndata_degree = 3\nmodel = "
+        "[group g2]\npipefusion_degree = 4\npipefusion_blocks = 1,2, 30,4\nnum_pipeline_patch = 8\nwarmup_steps = "
+        "2\ndata_degree = 3\nmodel = "
         "flux@1=/m");
     assert_string_equal(c->redis.url, "unix:///run/r.sock");
     assert_int_equal(c->upload.allow.count, 3);
@@ -76,6 +77,8 @@ static void every_kind_of_value_is_read(void **state)
     const struct conf_group *g2 = conf_group_find(c, "g2");
     assert_true(conf_group_threads(g2) >= 1);
     assert_int_equal(g2->pipefusion_degree, 4);
+    assert_string_equal(g2->pipefusion_blocks, "1,2, 30,4");
+    assert_string_equal(g->pipefusion_blocks, "");
     assert_int_equal(g2->num_pipeline_patch, 8);
     assert_int_equal(g2->warmup_steps, 2);
     assert_int_equal(g2->data_degree, 3);
@@ -106,6 +109,8 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group]\nranks=1", {"f.ini:1", "needs a name"}},
         {"[group a.b]\nranks=1", {"needs a name"}},
         {"[group a]\nranks = 65\nmodel=a@1=/m", {"[group a] ranks", "\"65\"", "1 to 64"}},
+        {"[group a]\npipefusion_blocks = 1;2\nmodel=a@1=/m", {"[group a] pipefusion_blocks", "\"1;2\"", "2,4"}},
+        {"[group a]\npipefusion_blocks = 1,\nmodel=a@1=/m", {"[group a] pipefusion_blocks", "\"1,\"", "2,4"}},
         {"[group a]\nwarmup_steps = 0\nmodel=a@1=/m", {"[group a] warmup_steps", "\"0\"", "1 to 1000"}},
         {"[group a]\nring_degree = 65\nmodel=a@1=/m", {"[group a] ring_degree", "\"65\"", "0 to 64"}},
         {"[group a]\nranks = 2", {"[group a] model", "is missing"}},

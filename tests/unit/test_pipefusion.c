@@ -16,6 +16,14 @@
         .ranks = (ranks_), .cfg = (cfg_), .ulysses = (ulysses_), .ring = 1, .pipe = (pipe_), .patches = (patches_),    \
         .warmup = (warmup_), .data = 1                                                                                 \
     }
+#define UNEVEN                                                                                                         \
+    {                                                                                                                  \
+        .ranks = 3, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = 3, .patches = 2, .warmup = 1, .data = 1, .blocks = {    \
+            1,                                                                                                         \
+            4,                                                                                                         \
+            1                                                                                                          \
+        }                                                                                                              \
+    }
 #define PROMPT "prompt", "a red circle above a blue square", "seed", "7", "max_sequence_length", "40"
 
 static struct outcome *run_plan(const struct model *m, const Ditfleet__V1__Job *job, struct plan want)
@@ -230,8 +238,13 @@ static void check_stale(const struct model *m, const char *const *fields, int pa
 
 static void stale_steps_are_the_definitions(void **state)
 {
-    static const struct plan two[] = {PIPE(1, 1, 1, 1, 2, 1), PIPE(2, 1, 1, 2, 2, 1), PIPE(3, 1, 1, 3, 2, 1),
-                                      PIPE(6, 1, 1, 6, 2, 1), PIPE(4, 1, 2, 2, 2, 1), {0}};
+    static const struct plan two[] = {PIPE(1, 1, 1, 1, 2, 1),
+                                      PIPE(2, 1, 1, 2, 2, 1),
+                                      PIPE(3, 1, 1, 3, 2, 1),
+                                      PIPE(6, 1, 1, 6, 2, 1),
+                                      PIPE(4, 1, 2, 2, 2, 1),
+                                      UNEVEN,
+                                      {0}};
     static const struct plan three[] = {PIPE(1, 1, 1, 1, 3, 1), PIPE(2, 1, 1, 2, 3, 1), PIPE(4, 1, 1, 4, 3, 1),
                                         PIPE(6, 1, 2, 3, 3, 1), PIPE(8, 1, 4, 2, 3, 1), {0}};
     const char *const *fields = FIELDS(PROMPT, "width", "112", "height", "80", "num_inference_steps", "5");
@@ -323,6 +336,16 @@ static void plans(void **state)
         {{.ranks = 6, .pipe = 2}, false, ERR_UNSUPPORTED, "ulysses_degree 3 does not divide"},
         {{.ranks = 4, .ring = 2, .pipe = 2}, false, ERR_UNSUPPORTED, "use ulysses_degree inside the stages"},
         {{.ranks = 3, .patches = 2}, false, ERR_UNSUPPORTED, "use ulysses_degree inside the stages"},
+        {{.ranks = 4, .pipe = 2, .blocks = {4, 2}}, false, 0, "cfg=1 ulysses=2 ring=1 pipe=2 patches=2 warmup=1 blocks=4,2"},
+        {{.ranks = 3, .pipe = 3, .blocks = {4, 2}},
+         false,
+         ERR_UNSUPPORTED,
+         "blocks 4,2: 2 stages, but pipefusion_degree is 3"},
+        {{.ranks = 1, .pipe = 1, .blocks = {4, 2}},
+         false,
+         ERR_UNSUPPORTED,
+         "blocks 4,2: 2 stages, but pipefusion_degree is 1"},
+        {{.ranks = 2, .pipe = 2, .blocks = {4, 3}}, false, ERR_UNSUPPORTED, "blocks 4,3: that is 7, the model has 6 blocks"},
         {{.ranks = 7, .pipe = 7}, false, ERR_UNSUPPORTED, "the model has 6 blocks"},
         {{.ranks = 2, .pipe = -2}, false, ERR_INVALID, "pipefusion_degree -2"},
         {{.ranks = 2, .pipe = 2, .patches = 65}, false, ERR_INVALID, "num_pipeline_patch 65; it may be 1 to 64"},
@@ -339,10 +362,32 @@ static void plans(void **state)
     }
 }
 
+static void blocks_of_stages_are_parsed(void **state)
+{
+    (void)state;
+    static const char *const wrong[] = {"2,", ",2", "2;4", "0,6", "-1,7", "2,,4", "x", "2,40000", "2 4"};
+    struct plan p = {0};
+    struct err err = {.code = ERR_NONE};
+    assert_int_equal(plan_parse_blocks("", &p, &err), 0);
+    assert_int_equal(p.blocks[0], 0);
+    assert_int_equal(plan_parse_blocks("12, 3,400", &p, &err), 0);
+    assert_int_equal(p.blocks[0], 12);
+    assert_int_equal(p.blocks[1], 3);
+    assert_int_equal(p.blocks[2], 400);
+    assert_int_equal(p.blocks[3], 0);
+    assert_int_equal(p.pipe, 3);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        if (plan_parse_blocks(wrong[i], &p, &err) != ERR_INVALID)
+            fail_msg("\"%s\" is taken", wrong[i]);
+        assert_non_null(strstr(err.text, wrong[i]));
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plans),
+        cmocka_unit_test(blocks_of_stages_are_parsed),
         cmocka_unit_test(warm_up_is_one_ranks_picture),
         cmocka_unit_test(warm_up_with_guidance),
         cmocka_unit_test(stale_steps_are_the_definitions),
