@@ -6,28 +6,9 @@ ditfleet=${DITFLEET_BUILD:?}/ditfleet
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export TMPDIR=$work
-
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
-
-# expect STATUS TEXT flags...: exit status, and a text that is printed
-expect() {
-  local want=$1 text=$2 got=0
-  shift 2
-  "$ditfleet" bench "$@" >"$work/out" 2>&1 || got=$?
-  [[ $got == "$want" ]] || fail "bench $*: exit status $got, expected $want: $(<"$work/out")"
-  grep -qF -- "$text" "$work/out" || fail "bench $*: \"$text\" is not in: $(<"$work/out")"
-}
-
-# check PYTHON: a condition on the object d that was printed last
-check() {
-  python3 -c "
-import json, sys
-d = json.load(open('$work/out'))
-assert $1, d" || fail "$1"
-}
+source "${DITFLEET_SOURCE:?}/tests/expect.bash"
+under_test=("$ditfleet" bench)
+printed=$work/out
 
 small=(--width 64 --height 64 --num-inference-steps 4 --max-sequence-length 16 --threads 2)
 demo=(--architecture demo "${small[@]}" --json)

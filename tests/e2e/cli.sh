@@ -5,20 +5,8 @@ source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
 unset DITFLEET_REDIS
 fleet_begin "${DITFLEET_BUILD:?}"
 ditfleet=$fleet_build/ditfleet
-
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
-
-# expect STATUS TEXT command...: its exit status, and a text that it prints
-expect() {
-  local want=$1 text=$2 got=0
-  shift 2
-  "$@" >"$fleet/out" 2>&1 || got=$?
-  [[ $got == "$want" ]] || fail "$*: exit status $got, expected $want: $(<"$fleet/out")"
-  grep -qF -- "$text" "$fleet/out" || fail "$*: \"$text\" is not in: $(<"$fleet/out")"
-}
+source "$DITFLEET_SOURCE/tests/expect.bash"
+printed=$fleet/out
 
 job=(--model demo --prompt "a secret cat" --output-url "http://127.0.0.1:9/{id}.png")
 

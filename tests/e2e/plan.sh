@@ -7,28 +7,9 @@ model=${DITFLEET_SOURCE:?}/ops/demo/model
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export TMPDIR=$work XDG_CACHE_HOME=$work/cache
-
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
-
-# expect STATUS TEXT command flags...: exit status, and a text that is printed
-expect() {
-  local want=$1 text=$2 got=0
-  shift 2
-  "$ditfleet" "$@" >"$work/out" 2>&1 || got=$?
-  [[ $got == "$want" ]] || fail "$*: exit status $got, expected $want: $(<"$work/out")"
-  grep -qF -- "$text" "$work/out" || fail "$*: \"$text\" is not in: $(<"$work/out")"
-}
-
-# check PYTHON: a condition on the object d that was printed last
-check() {
-  python3 -c "
-import json, sys
-d = json.load(open('$work/out'))
-assert $1, d" || fail "$1"
-}
+source "${DITFLEET_SOURCE:?}/tests/expect.bash"
+under_test=("$ditfleet")
+printed=$work/out
 
 demo=(--model "$model" --width 128 --height 128 --num-inference-steps 4)
 guided=(--negative-prompt "a star" --true-cfg-scale 3)
