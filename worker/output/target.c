@@ -139,31 +139,32 @@ static bool on_allow_list(const struct upload_policy *policy, const struct parts
 
 int target_check_url(const struct upload_policy *policy, const char *url, bool *allow_private, struct err *e)
 {
+    const char *what = policy->what ? policy->what : "upload";
     for (const char *c = url; *c; c++)
         if (*c <= 0x20 || *c >= 0x7f || strchr("\"\\<>", *c))
-            return err_set(
-                e, ERR_INVALID,
-                "upload URL: byte %zu is a space, quote, bracket, backslash, control or non-ASCII character; "
-                "percent-encode it",
-                (size_t)(c - url));
+            return err_set(e, ERR_INVALID,
+                           "%s URL: byte %zu is a space, quote, bracket, backslash, control or non-ASCII character; "
+                           "percent-encode it",
+                           what, (size_t)(c - url));
     struct parts p __attribute__((cleanup(parts_free))) = {0};
     CURLUcode code = parse(url, CURLU_DISALLOW_USER, &p);
     if (p.scheme && strcmp(p.scheme, "http") != 0 && strcmp(p.scheme, "https") != 0)
-        return err_set(e, ERR_REFUSED, "upload URL: scheme %.20s is not allowed; use https or http", p.scheme);
+        return err_set(e, ERR_REFUSED, "%s URL: scheme %.20s is not allowed; use https or http", what, p.scheme);
     if (code == CURLUE_USER_NOT_ALLOWED)
-        return err_set(e, ERR_REFUSED, "upload URL: user and password are not allowed there; send a header");
+        return err_set(e, ERR_REFUSED, "%s URL: user and password are not allowed there%s", what,
+                       policy->what ? "" : "; send a header");
     if (code)
-        return err_set(e, ERR_INVALID, "upload URL: %s; write http(s)://host[:port]/path", curl_url_strerror(code));
+        return err_set(e, ERR_INVALID, "%s URL: %s; write http(s)://host[:port]/path", what, curl_url_strerror(code));
     if (strcmp(p.port, "0") == 0)
-        return err_set(e, ERR_INVALID, "upload URL: port 0; write 1 to 65535");
+        return err_set(e, ERR_INVALID, "%s URL: port 0; write 1 to 65535", what);
     bool allowed = on_allow_list(policy, &p);
     if (allow_private)
         *allow_private = allowed;
     if (!allowed && host_is_closed_literal(p.host))
         return err_set(e, ERR_REFUSED,
-                       "upload URL: address %.64s is loopback, private or reserved, and the node's configuration does "
+                       "%s URL: address %.64s is loopback, private or reserved, and the node's configuration does "
                        "not allow %.64s:%s",
-                       p.host, p.host, p.port);
+                       what, p.host, p.host, p.port);
     return 0;
 }
 
@@ -179,8 +180,8 @@ int target_check_policy(const struct upload_policy *policy, struct err *e)
                     curl_url_get(p.url, CURLUPART_PORT, &explicit_port, 0) == 0 && strcmp(explicit_port, "0") != 0;
         curl_free(explicit_port);
         if (!good)
-            return err_set(e, ERR_INVALID,
-                           "allowed upload host \"%.100s\": write host:port, for example minio.local:9000", entry);
+            return err_set(e, ERR_INVALID, "allowed %s host \"%.100s\": write host:port, for example minio.local:9000",
+                           policy->what ? policy->what : "upload", entry);
     }
     for (size_t i = 0; i < policy->n_file_roots; i++)
         if (policy->file_roots[i][0] != '/')

@@ -1,6 +1,6 @@
-// target.h: where a job may send its pictures. A URL comes from a stranger, and the worker that follows it stands
-// inside the fleet's network: so the address itself is judged, after name resolution and before connect, and every
-// address that is not plainly public is refused unless the configuration names that host and port.
+// target.h: where a job may send its pictures, and its callback. A URL comes from a stranger, and the process that
+// follows it stands inside the fleet's network: so the address itself is judged, after name resolution and before
+// connect, and every address that is not plainly public is refused unless the configuration names that host and port.
 #ifndef DITFLEET_OUTPUT_TARGET_H
 #define DITFLEET_OUTPUT_TARGET_H
 
@@ -18,6 +18,7 @@ struct upload_policy {
     size_t n_allow_hosts;
     const char *const *file_roots; // (n_file_roots) absolute directories that file targets may write below
     size_t n_file_roots;
+    const char *what; // whose URLs, in errors: "callback"; NULL: "upload"
 };
 
 // Each allow entry has a host and a port, each root is absolute. ERR_INVALID names the entry.
