@@ -13,15 +13,6 @@ static double exchange_seconds(const struct machine *c, const struct engine_work
     return ranks > 1 ? w->sent / c->exchange + (w->collectives + steps) * c->collective : 0;
 }
 
-static void raise_memory(struct engine_estimate *most, const struct engine_estimate *e)
-{
-    if (e->activation_bytes > most->activation_bytes)
-        most->activation_bytes = e->activation_bytes;
-    for (int i = 0; i < ENGINE_STAGES; i++)
-        if (e->stage_bytes[i] > most->stage_bytes[i])
-            most->stage_bytes[i] = e->stage_bytes[i];
-}
-
 // How much longer than its own work a stage takes for some steps of count patches each: the ticks of pipefusion.c, of
 // which it works at steps * count.
 static double stretch(int steps, int count, int stages)
@@ -50,25 +41,50 @@ static int loop_seconds(const struct machine *c, const struct model *m, const Di
     return 0;
 }
 
+// A picture for each part of the group; one step, where all are alike.
+static Ditfleet__V1__Job sample_job(const Ditfleet__V1__Job *job, const struct plan *plan)
+{
+    Ditfleet__V1__Job sample = *job;
+    sample.num_images = (uint32_t)plan->data;
+    if (!plan_in_patches(plan))
+        sample.num_inference_steps = 1;
+    return sample;
+}
+
 int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
             enum dtype activation, struct price *out, struct err *err)
 {
-    const int steps = (int)job->num_inference_steps;
-    const double loops = (double)(job->num_images / (uint32_t)plan->data) * steps; // of a part of the group
+    const Ditfleet__V1__Job sample = sample_job(job, plan);
+    const int steps = (int)sample.num_inference_steps;
     *out = (struct price){.plan = *plan};
     for (int r = 0; r < plan->ranks; r++) {
         struct engine_estimate e;
         double compute;
-        TRY(engine_predict_rank(m, job, plan, r, activation, &e, err));
-        TRY(loop_seconds(c, m, job, plan, r, activation, &e, &compute, err));
-        const double exchange = exchange_seconds(c, &e.loop, (int)loops, plan->ranks);
-        raise_memory(&out->most, &e);
-        if (e.loop.sent / loops > out->sent)
-            out->sent = e.loop.sent / loops;
-        if ((compute + exchange) / loops > price_seconds(out)) {
-            out->compute = compute / loops;
-            out->exchange = exchange / loops;
+        TRY(engine_predict_rank(m, &sample, plan, r, activation, &e, err));
+        TRY(loop_seconds(c, m, &sample, plan, r, activation, &e, &compute, err));
+        const double exchange = exchange_seconds(c, &e.loop, steps, plan->ranks);
+        if (e.loop.sent / steps > out->sent)
+            out->sent = e.loop.sent / steps;
+        if ((compute + exchange) / steps > price_seconds(out)) {
+            out->compute = compute / steps;
+            out->exchange = exchange / steps;
         }
+    }
+    return 0;
+}
+
+int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, enum dtype activation,
+                struct engine_estimate *out, struct err *err)
+{
+    *out = (struct engine_estimate){0};
+    for (int r = 0; r < plan->ranks; r++) {
+        struct engine_estimate e;
+        TRY(engine_predict_rank(m, job, plan, r, activation, &e, err));
+        if (e.activation_bytes > out->activation_bytes)
+            out->activation_bytes = e.activation_bytes;
+        for (int i = 0; i < ENGINE_STAGES; i++)
+            if (e.stage_bytes[i] > out->stage_bytes[i])
+                out->stage_bytes[i] = e.stage_bytes[i];
     }
     return 0;
 }

@@ -31,9 +31,8 @@ struct machine {
 
 struct price {
     struct plan plan;
-    double compute, exchange;    // seconds of a step, of the slowest rank
-    double sent;                 // bytes of a step, of the rank that sends most
-    struct engine_estimate most; // stage_bytes and activation_bytes of the fullest rank; nothing else
+    double compute, exchange; // seconds of a step, of the slowest rank
+    double sent;              // bytes of a step, of the rank that sends most
 };
 
 static inline double price_seconds(const struct price *p)
@@ -44,6 +43,10 @@ static inline double price_seconds(const struct price *p)
 // job as model_resolve_job left it; plan: of plan_make. activation: as in engine_predict_rank.
 int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
             enum dtype activation, struct price *out, struct err *err);
+// What the fullest rank takes of memory: *out's stage_bytes and activation_bytes, and nothing else of it. Apart,
+// because memory asks for a dry run of all steps, where a price asks for one.
+int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, enum dtype activation,
+                struct engine_estimate *out, struct err *err);
 
 // The legal ones of plan_choices, in its order. *n: how many, one at least. Where there is none, plan_make's refusal.
 int cost_all(const struct machine *c, const struct model *m, const struct kernels *k, const Ditfleet__V1__Job *job,

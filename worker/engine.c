@@ -42,6 +42,7 @@ struct engine {
     struct price_list {
         char key[KEY];
         struct price list[PLAN_MAX_CHOICES];
+        struct engine_estimate most[PLAN_MAX_CHOICES]; // memory; activation_bytes 0: not asked for yet
         int n;
     } prices[PRICE_LISTS]; // a ring
     int next_prices;
@@ -561,7 +562,7 @@ static int agree(struct comm *control, int rc, struct err *err)
 // ---- the choice of a plan
 
 static int price(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
-                 const struct price_list **out, struct err *err)
+                 struct price_list **out, struct err *err)
 {
     char key[KEY];
     key_of(m, job, want, key);
@@ -571,7 +572,7 @@ static int price(struct engine *e, const struct model *m, const Ditfleet__V1__Jo
             return 0;
         }
     struct price_list *p = &e->prices[e->next_prices];
-    p->key[0] = '\0';
+    *p = (struct price_list){0};
     TRY(cost_all(&e->machine, m, e->k, job, want, p->list, &p->n, err));
     memcpy(p->key, key, sizeof key);
     e->next_prices = (e->next_prices + 1) % PRICE_LISTS;
@@ -583,19 +584,25 @@ static int price(struct engine *e, const struct model *m, const Ditfleet__V1__Jo
 static int cheapest(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
                     size_t extra, struct plan *out, struct err *err)
 {
-    const struct price_list *prices;
+    struct price_list *prices;
     double seconds[PLAN_MAX_CHOICES];
-    int least = 0;
+    int least = -1, picked;
     TRY(price(e, m, job, want, &prices, err));
     int64_t limit = e->memory_limit ? e->memory_limit : engine_host_memory_free() / want->ranks;
     limit = limit > (int64_t)e->arena_bytes ? limit : (int64_t)e->arena_bytes;
-    for (int i = 0; i < prices->n; i++) {
-        const struct demand d = demand_of(e, m, job, &prices->list[i].most, extra);
-        seconds[i] = fits(e, m, &d, limit) ? price_seconds(&prices->list[i]) : -1;
-        if (prices->list[i].most.activation_bytes < prices->list[least].most.activation_bytes)
-            least = i;
+    for (int i = 0; i < prices->n; i++)
+        seconds[i] = price_seconds(&prices->list[i]);
+    while ((picked = cost_pick(seconds, prices->n)) >= 0) {
+        struct engine_estimate *most = &prices->most[picked];
+        if (most->activation_bytes == 0)
+            TRY(cost_memory(m, job, &prices->list[picked].plan, e->k->activation, most, err));
+        const struct demand d = demand_of(e, m, job, most, extra);
+        if (fits(e, m, &d, limit))
+            break;
+        if (least < 0 || most->activation_bytes < prices->most[least].activation_bytes)
+            least = picked;
+        seconds[picked] = -1;
     }
-    const int picked = cost_pick(seconds, prices->n);
     *out = prices->list[picked < 0 ? least : picked].plan;
     return 0;
 }

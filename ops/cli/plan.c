@@ -116,6 +116,7 @@ static int fastest_first(const void *a, const void *b)
 static int add_rows(struct planning *p, int groups, struct err *err)
 {
     struct plan_choice choices[PLAN_MAX_CHOICES];
+    struct engine_estimate most;
     struct plan want = p->want;
     want.ranks = p->ranks / groups;
     TRY(plan_deal_images(&want, (int)p->job->num_images, err));
@@ -126,7 +127,8 @@ static int add_rows(struct planning *p, int groups, struct err *err)
         if (r->why.code != ERR_NONE)
             continue;
         TRY(cost_of(&p->machine, p->model, p->job, &choices[i].plan, p->k.activation, &r->price, err));
-        r->memory = memory_of(p, &r->price.most);
+        TRY(cost_memory(p->model, p->job, &choices[i].plan, p->k.activation, &most, err));
+        r->memory = memory_of(p, &most);
         if (r->memory > p->limit)
             err_set(&r->why, ERR_UNSUPPORTED, "needs %.1f MB of memory on a rank, there are %.1f",
                     (double)r->memory / 1e6, (double)p->limit / 1e6);
