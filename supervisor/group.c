@@ -50,6 +50,7 @@ struct rank {
     bool hello, ready;
     double started_at, beat_at, moved_at; // monotonic seconds
     double stage_at;                      // when it came into the stage of its last beat
+    bool warm;                            // its warm-up, which is no job's work, is seen to be over
     struct msg beat;                      // the last one
     char bye[MSG_REASON_BYTES];
 };
@@ -143,7 +144,7 @@ static bool computes(enum stage stage)
 // The time in a stage that is over goes to the group's account.
 static void leave_stage(struct rank *r, double now)
 {
-    if (computes(r->beat.stage) && r->ready)
+    if (computes(r->beat.stage) && r->warm)
         r->group->busy_s += now - r->stage_at;
     r->stage_at = now;
 }
@@ -162,6 +163,7 @@ static void take_message(struct rank *r, const struct msg *m)
             r->moved_at = now;
         if (m->stage != r->beat.stage)
             leave_stage(r, now);
+        r->warm |= r->ready && !computes(m->stage); // READY may overtake the beat that ends the warm-up
         r->beat_at = now;
         r->beat = *m;
         break;
@@ -172,7 +174,7 @@ static void take_message(struct rank *r, const struct msg *m)
         if (r->ready)
             break;
         r->ready = true;
-        r->stage_at = now; // the picture that warmed it up was no job's
+        r->warm = !computes(r->beat.stage);
         if (++g->ready == g->n_ranks)
             group_raise(g, (struct happening){.event = E_READY});
         break;
@@ -687,7 +689,7 @@ void group_numbers(const struct group *g, struct group_numbers *out)
             continue;
         out->stage[r->beat.stage]++;
         out->lifetime_s += now - r->started_at;
-        if (r->ready && computes(r->beat.stage))
+        if (r->warm && computes(r->beat.stage))
             out->busy_s += now - r->stage_at;
     }
 }

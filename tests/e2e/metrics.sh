@@ -70,7 +70,7 @@ becomes "ditfleet_backlog_gpu_seconds$queued" == 0
 becomes 'ditfleet_groups{state="ready"}' == 1
 becomes 'ditfleet_ranks{group="demo",stage="idle"}' == 2
 [[ $(value ditfleet_capacity_gpus) == 2 && $(value ditfleet_redis_up) == 1 ]] || fail "$(<"$fleet/scrape")"
-[[ $(value 'ditfleet_busy_seconds_total{group="demo"}') == 0.000 ]] || fail "the warm-up counts as work"
+awk "BEGIN {exit !($(value 'ditfleet_busy_seconds_total{group="demo"}') < 0.1)}" || fail "the warm-up counts as work"
 curl -s -D - -o /dev/null -H 'X-Secret: hush' "http://127.0.0.1:$port/metrics" >"$fleet/head"
 grep -q '^Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8' "$fleet/head" || fail "$(<"$fleet/head")"
 
