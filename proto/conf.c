@@ -64,6 +64,17 @@ static const struct key keys[] = {
      .doc = "directories below which a job may have its picture written as a file"},
     {"upload", "retries", INT, AT(upload.retries), 0, 20, "5", .doc = "further tries after an upload failed"},
     {"upload", "timeout", SECONDS, AT(upload.timeout_s), 0.1, 3600, "60s", .doc = "of one try of an upload"},
+    {"callback", "secret_file", STRING, AT(callback.secret_file), 0, 180, "", check_path_or_empty,
+     .doc = "absolute path of the secrets that sign callbacks, whsec_... in Base64, one a line, for others unreadable; "
+            "empty: no callbacks, and jobs that ask for one are refused"},
+    {"callback", "allow", LIST, AT(callback.allow), 1, 180, NULL, check_host_port,
+     .doc = "host:port that may be called back although its address is loopback, private or link-local"},
+    {"callback", "attempts", INT, AT(callback.attempts), 1, 100, "12", .doc = "tries of a callback in all"},
+    {"callback", "backoff_min", SECONDS, AT(callback.backoff_min_s), 0.01, 3600, "5s",
+     .doc = "wait after the first failed try; doubles with each further one, with jitter"},
+    {"callback", "backoff_max", SECONDS, AT(callback.backoff_max_s), 0.01, 86400, "1h",
+     .doc = "longest such wait, also where the receiver asks for more"},
+    {"callback", "timeout", SECONDS, AT(callback.timeout_s), 0.1, 300, "10s", .doc = "of one try of a callback"},
     {"deadline", "load", SECONDS, AT(deadline.load_s), 0.1, 86400, "120s",
      .doc = "a worker without progress for so long while it starts or loads weights is hung"},
     {"deadline", "text", SECONDS, AT(deadline.text_s), 0.1, 86400, "60s", .doc = "the same, in the text encoders"},
@@ -610,6 +621,8 @@ static int finish(struct parser *p)
         return fail_at(p, p->line, ERR_NO_MEMORY, "fleet", "node", "out of memory");
     if (c->restart.backoff_max_s < c->restart.backoff_min_s)
         return fail_at(p, p->line, ERR_INVALID, "restart", "backoff_max", "is below backoff_min");
+    if (c->callback.backoff_max_s < c->callback.backoff_min_s)
+        return fail_at(p, p->line, ERR_INVALID, "callback", "backoff_max", "is below backoff_min");
     for (int i = 0; i < c->n_groups; i++) {
         TRY(check_device(p, &c->groups[i]));
         TRY(split_models(p, &c->groups[i]));
@@ -794,6 +807,7 @@ char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g)
         if (group || shared)
             print_value(to, k, group ? (const char *)g + k->offset : (const char *)c + k->offset);
     }
+    fprintf(to, "callbacks=%d\n", *c->callback.secret_file != 0); // all that admission asks about them
     if (fclose(to) != 0) {
         free(text);
         return NULL;

@@ -69,6 +69,13 @@ struct conf {
         int retries;
         double timeout_s; // one PUT
     } upload;
+    struct {
+        char *secret_file;      // "": no callbacks
+        struct conf_list allow; // host:port called although private or loopback
+        int attempts;
+        double backoff_min_s, backoff_max_s;
+        double timeout_s; // one POST
+    } callback;
     struct { // a worker whose progress counter stands still this long in the stage is hung
         double load_s, text_s, denoise_s, decode_s, png_s, upload_s;
     } deadline;

@@ -266,7 +266,7 @@ static const struct job_rule rules[] = {
      .max_bytes = 8192,
      .check = check_callback,
      .form = "http:// or https://",
-     .doc = "Recorded in `outbox` when the job is final, for whoever delivers callbacks."},
+     .doc = "Told when the job is final, see \"Callbacks\"."},
     {.name = "priority", .fallback = "normal", .doc = "A higher class is claimed first."},
     {.name = "deadline_ms", .fallback = "none", .doc = "Unix time in milliseconds after which the job is EXPIRED."},
     {.name = "max_attempts",

@@ -132,7 +132,8 @@ struct queue_admission {
     const char *consumer;
     queue_price *price; // NULL: queue_price_default
     queue_on_refusal *on_refusal;
-    void *arg; // of both
+    void *arg;      // of both
+    bool callbacks; // this node makes callbacks; else a job that asks for one is refused
 };
 int queue_admit(struct queue *q, const struct queue_admission *admission, int block_ms, struct queue_admitted *out,
                 struct err *e);
@@ -205,6 +206,44 @@ int queue_release(struct queue *q, const struct queue_fence *fence, struct err *
 // any. *count (may be NULL): jobs returned.
 int queue_release_all(struct queue *q, const char *worker, const char *incarnation, const struct err *why,
                       unsigned *count, struct err *e);
+
+// ---- callbacks: what final jobs have to tell to their callback_url (supervisor/callback.c makes them)
+
+struct queue_callback {
+    char entry[QUEUE_ENTRY_SIZE];
+    uint64_t tries;   // with this one; proves who has it in hand
+    char message[48]; // the same for each try
+    char tenant[JOB_MAX_TENANT + 1];
+    char id[JOB_NAME_SIZE];
+    Ditfleet__V1__State state;
+    uint64_t time_ms; // when the job became final
+    char *url;        // its query may be a secret
+    void *result;     // a packed Result, or NULL
+    size_t result_length;
+};
+
+struct queue_callbacks_want {
+    unsigned max;                // 1 to QUEUE_BATCH
+    uint64_t lease_ms;           // what is not done, retried or dead by then is somebody else's
+    unsigned max_of_tenant;      // in hand at once
+    const char *const *in_hand;  // (n_in_hand) the tenants of those in hand now,
+    const unsigned *n_of_tenant; // (n_in_hand) and how many
+    size_t n_in_hand;            // at most QUEUE_BATCH
+};
+
+// Takes callbacks that are due into list[], *count of them. *next_ms: when to ask again, at most 1000.
+int queue_callbacks(struct queue *q, const struct queue_callbacks_want *want, struct queue_callback *list,
+                    size_t *count, uint64_t *next_ms, struct err *e);
+void queue_callback_free(struct queue_callback *c); // url and result
+
+// What became of the try. ERR_STALE: it is somebody else's, or settled already.
+int queue_callback_done(struct queue *q, const struct queue_callback *c, struct err *e);
+// Due again in wait_ms; charged false: as if it had not been tried.
+int queue_callback_retry(struct queue *q, const struct queue_callback *c, uint64_t wait_ms, bool charged,
+                         struct err *e);
+// A dead letter that says why; shown is the URL without what is secret.
+int queue_callback_dead(struct queue *q, const struct queue_callback *c, const struct err *why, const char *shown,
+                        struct err *e);
 
 // ---- upkeep
 

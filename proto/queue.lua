@@ -169,16 +169,30 @@ local function enter(r)
     call('HSET', P .. 'held:' .. r.worker, member(r), r.incarnation .. ' ' .. int(r.epoch) .. ' ' .. r.nonce)
   end
 end
+
+-- A callback is in outbox until it was made or given up, and in outbox_due by when it is to be tried (next). outbox_tries
+-- counts its tries; the number proves who has it in hand. What finds no room is given up at once, so that it shows.
+local function give_up_callback(c, code, message, shown)
+  call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', c.tenant, 'id', c.id, 'code', code, 'error', message,
+    'callback', shown)
+end
+local function post_callback(r, k)
+  if call('XLEN', P .. 'outbox') >= conf('outbox_max') then
+    local shown = r.callback:match('^[^?#]*')
+    return give_up_callback(r, 'no_memory', 'the callback was not tried: outbox is full (outbox_max)', shown)
+  end
+  local entry = call('XADD', P .. 'outbox', '*', 'tenant', r.tenant, 'id', r.id, 'entry', call('HGET', k, 'entry') or '',
+    'state', r.state, 'url', r.callback)
+  call('ZADD', P .. 'outbox_due', int(now()), entry)
+end
+
 local function settle(r, k) -- a record that became final
   local retention = conf('retention_ms')
   call('ZREM', P .. 'live', member(r))
   call('PEXPIRE', k, retention)
   count(r.state, 1)
   count('gpu_ms:' .. r.pool, 0 - r.gpu_ms)
-  if r.callback ~= '' then
-    call('XADD', P .. 'outbox', 'MAXLEN', '~', conf('outbox_max'), '*', 'tenant', r.tenant, 'id', r.id,
-      'state', r.state, 'url', r.callback)
-  end
+  if r.callback ~= '' then post_callback(r, k) end
 end
 local function move(r, state, set, e, eta)
   local k, from, n = record_key(r.tenant, r.id), r.state, #set
@@ -601,6 +615,89 @@ function ops.reap()
     if first[2] then wait = max(0, min(wait, tonumber(first[2]) - now())) end
   end
   return { n.lost, n.due, n.expired, n.orphans, wait }
+end
+
+-- ---- callbacks
+
+local function drop_callback(entry)
+  call('XDEL', P .. 'outbox', entry)
+  call('ZREM', P .. 'outbox_due', entry)
+  call('HDEL', P .. 'outbox_tries', entry)
+end
+
+-- The callback of an entry of outbox; nil: it can be told no more, and is given up.
+local function read_callback(entry)
+  local found, c = call('XRANGE', P .. 'outbox', entry, entry), {}
+  if not found[1] then return drop_callback(entry) end
+  local fields = found[1][2]
+  for i = 1, #fields, 2 do c[fields[i]] = fields[i + 1] end
+  c.key = record_key(c.tenant, c.id)
+  local record = call('HMGET', c.key, 'entry', 'updated_ms', 'result')
+  if record[1] ~= c.entry then
+    give_up_callback(c, 'not_found', 'the callback was not made: the record is gone (retention_ms)', c.url:match('^[^?#]*'))
+    return drop_callback(entry)
+  end
+  c.updated_ms, c.result = record[2], record[3] or ''
+  -- The same for each try, and also where a failover let a job be finished twice.
+  c.message = 'msg_' .. redis.sha1hex(P .. c.tenant .. ':' .. c.id .. ' ' .. c.entry .. ' ' .. c.state)
+  return c
+end
+
+-- The record must outlive the callback.
+local function keep_record(key, ms) call('PEXPIRE', key, int(ms + 60000), 'GT') end
+
+-- callbacks <n> <lease_ms> <most of a tenant> {<tenant> <in hand>}: up to n callbacks to make now; {milliseconds until the
+-- next, {entry, try, message, tenant, id, state, url, updated_ms, result}, ...}. Those of a tenant that has its share in
+-- hand are looked at again in a second, so that a slow receiver does not stand before everybody else's.
+function ops.callbacks()
+  local n, lease_ms, most, hand, out = min(K, tonumber(ARGV[2])), tonumber(ARGV[3]), tonumber(ARGV[4]), {}, { 0 }
+  for i = 5, #ARGV, 2 do hand[ARGV[i]] = tonumber(ARGV[i + 1]) end
+  for _, entry in ipairs(due('outbox_due')) do
+    if #out > n then break end
+    local c = read_callback(entry)
+    if c and (hand[c.tenant] or 0) >= most then call('ZADD', P .. 'outbox_due', int(now() + 1000), entry)
+    elseif c then
+      hand[c.tenant] = (hand[c.tenant] or 0) + 1
+      call('ZADD', P .. 'outbox_due', int(now() + lease_ms), entry)
+      keep_record(c.key, lease_ms)
+      out[#out + 1] = { entry, int(call('HINCRBY', P .. 'outbox_tries', entry, 1)), c.message, c.tenant, c.id, c.state, c.url,
+                        c.updated_ms, c.result }
+    end
+  end
+  local first = call('ZRANGE', P .. 'outbox_due', 0, 0, 'WITHSCORES')
+  out[1] = first[2] and max(0, min(1000, tonumber(first[2]) - now())) or 1000
+  return out
+end
+
+-- Whether the try <entry> <try> of ARGV still has the callback in hand.
+local function has_callback() return call('HGET', P .. 'outbox_tries', ARGV[2]) == ARGV[3] end
+
+-- callback_done <entry> <try>
+function ops.callback_done()
+  if not has_callback() then return 'STALE' end
+  drop_callback(ARGV[2])
+  return 'ok'
+end
+
+-- callback_retry <entry> <try> <wait_ms> <1, or 0: it does not count as a try>
+function ops.callback_retry()
+  if not has_callback() then return 'STALE' end
+  local found = call('XRANGE', P .. 'outbox', ARGV[2], ARGV[2])
+  local fields = found[1] and found[1][2]
+  if fields then keep_record(record_key(fields[2], fields[4]), tonumber(ARGV[4])) end
+  call('ZADD', P .. 'outbox_due', int(now() + tonumber(ARGV[4])), ARGV[2])
+  if ARGV[5] == '0' then call('HINCRBY', P .. 'outbox_tries', ARGV[2], -1) end
+  return 'ok'
+end
+
+-- callback_dead <entry> <try> <code> <message> <url to show>
+function ops.callback_dead()
+  if not has_callback() then return 'STALE' end
+  local found = call('XRANGE', P .. 'outbox', ARGV[2], ARGV[2])
+  local fields = found[1] and found[1][2]
+  if fields then give_up_callback({ tenant = fields[2], id = fields[4] }, ARGV[4], ARGV[5], ARGV[6]) end
+  drop_callback(ARGV[2])
+  return 'ok'
 end
 
 -- set <name> <value>

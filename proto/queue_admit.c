@@ -138,6 +138,14 @@ static int read_slot(struct queue *q, const struct queue_admission *admission, c
         *e = s->why;
         return rc;
     }
+    if (*s->job->callback_url && !admission->callbacks) {
+        err_set(&s->why, ERR_REFUSED,
+                "callback_url: callbacks are off here, and it would never be called; leave it out, or have [callback] "
+                "secret_file set in the configuration of the fleet's nodes");
+        job_free(s->job);
+        s->job = NULL;
+        return 0;
+    }
     fill_slot(s, admission);
     return 0;
 }

@@ -26,6 +26,7 @@ struct release {
 
 struct settings {
     bool admit, numbers; // numbers: somebody asks for them
+    bool callbacks;      // they are made here: admission takes jobs that ask for one
     int max_attempts;
     double retention_s;
     struct log log;
@@ -168,7 +169,8 @@ static int round_of_work(struct queue_thread *t, double *reap_at, bool *idle, st
     TRY(ask_numbers(t, err));
     *idle = !t->used.admit;
     if (t->used.admit) {
-        const struct queue_admission admission = {.consumer = t->node, .on_refusal = on_refusal, .arg = t};
+        const struct queue_admission admission = {
+            .consumer = t->node, .on_refusal = on_refusal, .arg = t, .callbacks = t->used.callbacks};
         TRY(queue_admit(t->queue, &admission, ADMIT_BLOCK_MS, &admitted, err));
         *idle = admitted.no_models;
     }
@@ -212,6 +214,7 @@ static struct settings settings_of(const struct conf *conf, const struct log *lo
 {
     return (struct settings){.admit = conf->n_groups == 0,
                              .numbers = *conf->metrics.listen != 0,
+                             .callbacks = *conf->callback.secret_file != 0,
                              .max_attempts = conf->queue.max_attempts,
                              .retention_s = conf->queue.retention_s,
                              .log = *log};

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "proto/clock.h"
+#include "supervisor/callback.h"
 #include "supervisor/control.h"
 #include "supervisor/group.h"
 #include "supervisor/metrics.h"
@@ -38,6 +39,7 @@ struct supervisor {
     sd_event_source *timer;
     struct queue_thread *queue;
     struct queue_thread_status redis;
+    struct callback *callback; // NULL: none are made
     struct control *control;
     struct metrics *metrics; // NULL: none are served
     double tell_at;          // when they are told next; INFINITY: never
@@ -268,16 +270,30 @@ static int check_reload(const struct conf *old, const struct conf *new, struct e
     return 0;
 }
 
+// As conf has it: none, begun, or with other settings. After an error all is as before.
+static int set_callback(struct supervisor *s, const struct conf *conf, struct err *err)
+{
+    if (*conf->callback.secret_file)
+        return s->callback ? callback_configure(s->callback, conf, &s->log, err)
+                           : callback_start(&s->callback, conf, &s->log, err);
+    callback_stop(s->callback);
+    s->callback = NULL;
+    return 0;
+}
+
 static int reload(struct supervisor *s, struct err *err)
 {
     struct conf *new = NULL;
     TRY(conf_load(s->conf->path, &new, err));
+    const enum log_level level = s->log.level;
     int rc = check_reload(s->conf, new, err);
+    s->log.level = (enum log_level) new->log.level;
+    rc = rc ? rc : set_callback(s, new, err);
     if (rc != 0) {
+        s->log.level = level;
         conf_free(new);
         return rc;
     }
-    s->log.level = (enum log_level) new->log.level;
     queue_thread_configure(s->queue, new, &s->log);
     for (int i = 0; i < s->n_groups; i++)
         group_configure(s->groups[i], new);
@@ -431,6 +447,7 @@ static int open_everything(struct supervisor *s, struct err *err)
         TRY(metrics_start(s->conf->metrics.listen, s->queue, &s->log, &s->metrics, err));
         s->tell_at = 0;
     }
+    TRY(set_callback(s, s->conf, err));
     release_leftovers(s);
     TRY(control_open(s->event, control_path(s->conf, path), on_request, s, &s->control, err));
     s->env = (struct group_env){
@@ -445,6 +462,7 @@ static void close_everything(struct supervisor *s)
     free((void *)s->groups);
     control_close(s->control);
     metrics_stop(s->metrics);
+    callback_stop(s->callback);
     queue_thread_stop(s->queue);
     sd_event_source_disable_unref(s->timer);
     sd_event_unref(s->event);
@@ -458,6 +476,8 @@ int supervisor_check(const struct conf *conf, struct err *err)
     char path[PATH_MAX];
     struct stat st;
     TRY(find_worker(conf, path, err));
+    if (*conf->callback.secret_file)
+        TRY(callback_check(conf, err));
     for (int i = 0; i < conf->n_groups; i++)
         for (int m = 0; m < conf->groups[i].model.count; m++) {
             const char *directory = conf->groups[i].models[m].directory;

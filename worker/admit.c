@@ -29,7 +29,8 @@ static void on_refusal(void *arg, const char *tenant, const char *id, const char
 
 static int work(struct admitter *a, double *publish_at, struct err *err)
 {
-    const struct queue_admission admission = {.consumer = a->consumer, .on_refusal = on_refusal, .arg = a};
+    const struct queue_admission admission = {
+        .consumer = a->consumer, .on_refusal = on_refusal, .arg = a, .callbacks = *a->conf->callback.secret_file != 0};
     struct queue_admitted admitted;
     if (!a->queue)
         TRY(queue_open(&a->queue, a->conf->redis.url, a->conf->redis.queue, QUEUE_NODE, NULL, err));

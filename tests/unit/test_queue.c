@@ -105,7 +105,7 @@ static void submit(struct world *w, const char *id)
 
 static struct queue_admitted admit(struct world *w)
 {
-    struct queue_admission admission = {.consumer = "node1"};
+    struct queue_admission admission = {.consumer = "node1", .callbacks = true};
     struct queue_admitted out, sum = {0};
     do {
         OK(queue_admit(w->q, &admission, 0, &out, e));
@@ -954,7 +954,7 @@ static void test_outbox(void **state)
     finish(w, &f);
     redisReply *r = command(w, "XRANGE " PREFIX "outbox - +");
     assert_int_equal(r->elements, 1);
-    assert_string_equal(r->element[0]->element[1]->element[7]->str, "https://example.org/done");
+    assert_string_equal(r->element[0]->element[1]->element[9]->str, "https://example.org/done");
     freeReplyObject(r);
 }
 

@@ -95,6 +95,9 @@ static CURLcode set_up(struct http *h, double connect_seconds)
     bad |= curl_easy_setopt(curl, CURLOPT_PROXY, ""); // not even the environment's
     bad |= curl_easy_setopt(curl, CURLOPT_NETRC, (long)CURL_NETRC_IGNORED);
     bad |= curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
+    // A request that was given up does not wait for the resolver's thread: a name server that never answers, which a
+    // stranger may choose, would hold up whatever else this thread does.
+    bad |= curl_easy_setopt(curl, CURLOPT_QUICK_EXIT, 1L);
     bad |= curl_easy_setopt(curl, CURLOPT_NOPROGRESS, 0L);
     bad |= curl_easy_setopt(curl, CURLOPT_XFERINFOFUNCTION, on_progress);
     bad |= curl_easy_setopt(curl, CURLOPT_OPENSOCKETFUNCTION, on_open_socket);
