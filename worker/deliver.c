@@ -74,6 +74,12 @@ static int say_finish(struct queue *q, const struct held *job, const void *arg, 
     return queue_finish(q, &job->claim.fence, p->bytes, p->length, err);
 }
 
+static void not_settled(const struct deliver_options *o, const struct held *job, const struct err *why)
+{
+    log_line(o->log, LOG_WARN, "job.not_settled", "tenant=%s job=%s error=\"%s\"", job->claim.fence.tenant,
+             job->claim.fence.id, why->text);
+}
+
 static void fail(const struct deliver_options *o, struct pulse *pulse, struct queue **queue, const struct held *job,
                  const struct err *why, enum queue_cause cause)
 {
@@ -84,16 +90,21 @@ static void fail(const struct deliver_options *o, struct pulse *pulse, struct qu
     log_line(o->log, LOG_WARN, "job.failed", "tenant=%s job=%s epoch=%llu code=%s error=\"%s\"", f->tenant, f->id,
              (unsigned long long)f->epoch, err_name(why->code), why->text);
     if (!taken_away && say(o, pulse, queue, job, say_fail, &failure, &err) != 0)
-        log_line(o->log, LOG_WARN, "job.not_settled", "job=%s error=\"%s\"", f->id, err.text);
+        not_settled(o, job, &err);
 }
 
 static void release(const struct deliver_options *o, struct pulse *pulse, struct queue **queue, const struct held *job)
 {
     struct err err = {.code = ERR_NONE};
     if (say(o, pulse, queue, job, say_release, NULL, &err) != 0)
-        log_line(o->log, LOG_WARN, "job.not_settled", "job=%s error=\"%s\"", job->claim.fence.id, err.text);
+        not_settled(o, job, &err);
     else
         log_line(o->log, LOG_INFO, "job.released", "job=%s", job->claim.fence.id);
+}
+
+enum queue_cause settle_cause(const struct err *why)
+{
+    return why->code == ERR_NO_MEMORY || why->code == ERR_INTERNAL ? QUEUE_CAUSE_INFRA : QUEUE_CAUSE_APP;
 }
 
 void settle_failure(const struct deliver_options *o, struct queue **queue, const struct held *job,
@@ -116,6 +127,7 @@ struct delivery {
     Ditfleet__V1__Image *images; // (num_images)
     double png_seconds, upload_seconds;
     bool release; // it was stopped because the worker drains
+    bool unheard; // all is stored, but Redis could not be told for as long as the lease lasts
 };
 
 // The uploader's question, before each try and once a second.
@@ -250,14 +262,9 @@ static int deliver(struct delivery *v, struct err *err)
     }
     TRY(pack_result(v, &packed, err));
     int rc = say(&d->o, NULL, &d->queue, v->job, say_finish, &packed, err);
+    v->unheard = rc != 0 && err->retryable;
     free(packed.bytes);
     return rc;
-}
-
-// Whose fault a failed delivery is: the job named the target; memory and our own bugs are ours.
-static enum queue_cause cause_of(const struct err *err)
-{
-    return err->code == ERR_NO_MEMORY || err->code == ERR_INTERNAL ? QUEUE_CAUSE_INFRA : QUEUE_CAUSE_APP;
 }
 
 static void deliver_and_settle(struct deliverer *d, struct held *job)
@@ -274,8 +281,10 @@ static void deliver_and_settle(struct deliverer *d, struct held *job)
         rc = deliver(&v, &err);
     if (rc != 0 && v.release)
         release(&d->o, NULL, &d->queue, job);
+    else if (v.unheard) // by now the lease has run out, which is charged to the fleet; this job did no wrong
+        not_settled(&d->o, job, &err);
     else if (rc != 0)
-        fail(&d->o, NULL, &d->queue, job, &err, cause_of(&err));
+        fail(&d->o, NULL, &d->queue, job, &err, settle_cause(&err));
     else
         log_line(d->o.log, LOG_INFO, "job.succeeded",
                  "tenant=%s job=%s epoch=%llu idle_ms=%.1f encode_s=%.3f denoise_s=%.3f decode_s=%.3f png_s=%.3f "

@@ -29,6 +29,8 @@ void deliverer_put(struct deliverer *d, struct held *job);
 // Waits until nothing is in hand.
 void deliverer_wait(struct deliverer *d);
 
+// Whose fault why is: the job named its target and its parameters; memory and our own bugs are ours.
+enum queue_cause settle_cause(const struct err *why);
 // Says the last word on a job that did not get its picture, over queue: nothing when the queue took it away; else fail,
 // by whose fault it was. Main path only. Retries while Redis is away, as long as the lease may last.
 void settle_failure(const struct deliver_options *o, struct queue **queue, const struct held *job,

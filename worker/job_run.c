@@ -257,7 +257,7 @@ static void settle(struct leader *l, struct held *h, const struct err *why, bool
     if (release)
         settle_release(&l->options, &l->queue, h);
     else
-        settle_failure(&l->options, &l->queue, h, why, QUEUE_CAUSE_APP);
+        settle_failure(&l->options, &l->queue, h, why, settle_cause(why));
     let_go(l, h);
 }
 

@@ -132,6 +132,25 @@ def redis_killed(fleet):
     assert fleet.pids() == pids and all(map(alive, pids)), "a worker died with Redis"
 
 
+def redis_gone_past_the_lease(fleet):
+    """A picture that is stored, and a commit that cannot be said while the lease lasts: that is no fault of the job."""
+    assert fleet.stop("supervisor") == 0
+    configure(fleet, grace=30, lease=2)
+    fleet.supervisor()
+    fleet.wait_ready()
+    entry = submit(fleet, "late", "slow")
+    until("the upload", lambda: fleet.record("late").get("state") == "UPLOADING")
+    fleet.stop("redis", signal.SIGKILL)
+    said = lambda: [line for line in fleet.lines("supervisor") if " job=late " in line]
+    until("the commit given up", lambda: "event=job.not_settled" in "".join(said()))
+    assert "event=job.failed" not in "".join(said()), said()
+    fleet.redis()
+    done(fleet, "late", entry, infra=1, epoch=2, sink="slow")
+    assert fleet.stop("supervisor") == 0
+    configure(fleet, grace=30)
+    fleet.supervisor()
+
+
 def flushed(fleet):
     pids = fleet.wait_ready()
     fleet.server.flushall()
@@ -240,7 +259,8 @@ def main():
         assert reference.state == OK, reference
         # A sanitizer has nothing to find where processes are killed: there the phases are left out that end so.
         killing = ((killed_rank, 0), (stopped_rank, 1), (stopped_rank, 0), (supervisor_killed,)) if SLOW == 1 else ()
-        for phase, *more in ((killed_rank, 1), *killing, (cancelled,), (overlapping,), (redis_killed,), (flushed,),
+        for phase, *more in ((killed_rank, 1), *killing, (cancelled,), (overlapping,), (redis_killed,),
+                             (redis_gone_past_the_lease,), (flushed,),
                              (signalled_leader,), (reloaded,), (drained_in_time,), (drained_too_soon,), (idle_stop,),
                              (generate_interrupted,)):
             start = time.monotonic()
