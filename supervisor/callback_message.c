@@ -59,7 +59,7 @@ int callback_secrets_parse(const char *text, const char *name, struct callback_s
         if (length < 0)
             return err_set(err, ERR_INVALID,
                            "%s:%d: not a secret; write whsec_ and the Base64 of %d to %d random bytes: "
-                           "echo whsec_$(openssl rand -base64 32)",
+                           "echo whsec_$(head -c 32 /dev/urandom | base64)",
                            name, line, CALLBACK_SECRET_LEAST, CALLBACK_SECRET_MOST);
         out->key[out->count++].length = (size_t)length;
     }
@@ -143,28 +143,13 @@ int callback_sign(const struct callback_secrets *secrets, const char *message, i
 
 // ---- the body
 
-// json_string, but bytes that are no UTF-8 (an error's text may hold a system's) become '?'.
-static json_t *text(const char *s)
-{
-    json_t *exact = json_string(s);
-    if (exact)
-        return exact;
-    char *plain = strdup(s);
-    for (char *c = plain; c && *c; c++)
-        if ((unsigned char)*c >= 0x80)
-            *c = '?';
-    json_t *readable = plain ? json_string(plain) : NULL;
-    free(plain);
-    return readable;
-}
-
 static json_t *images(const Ditfleet__V1__Result *result)
 {
     json_t *list = json_array();
     for (size_t i = 0; i < result->n_images; i++) {
         const Ditfleet__V1__Image *image = result->images[i];
-        json_array_append_new(list, json_pack("{s:o,s:I,s:o,s:I}", "location", text(image->location), "bytes",
-                                              (json_int_t)image->bytes, "sha256", text(image->sha256), "index",
+        json_array_append_new(list, json_pack("{s:s,s:I,s:s,s:I}", "location", image->location, "bytes",
+                                              (json_int_t)image->bytes, "sha256", image->sha256, "index",
                                               (json_int_t)image->index));
     }
     return list;
@@ -190,7 +175,7 @@ int callback_body(const struct queue_callback *c, char **out, struct err *err)
         *p = (char)(*p >= 'A' && *p <= 'Z' ? *p + 32 : *p);
     print_time(c->time_ms, time);
     const Ditfleet__V1__Error *e = result->error;
-    json_t *error = e ? json_pack("{s:o,s:o}", "code", text(e->code), "message", text(e->message)) : json_null();
+    json_t *error = e ? json_pack("{s:s,s:s}", "code", e->code, "message", e->message) : json_null();
     json_t *body = json_pack("{s:s,s:s,s:{s:s,s:s,s:s,s:o,s:o,s:I}}", "type", type, "timestamp", time, "data", "id",
                              c->id, "tenant", c->tenant, "state", job_state_name(c->state), "images", images(result),
                              "error", error, "attempt", (json_int_t)result->attempt);

@@ -8,7 +8,8 @@ export no_proxy=127.0.0.1
 fleet_begin "${DITFLEET_BUILD:?}"
 export XDG_CACHE_HOME=$fleet/cache
 model=$DITFLEET_SOURCE/ops/demo/model
-secret=whsec_$(openssl rand -base64 32) old_secret=whsec_$(openssl rand -base64 24) new_secret=whsec_$(openssl rand -base64 64 | tr -d '\n')
+secret=whsec_$(head -c 32 /dev/urandom | base64 -w 0) old_secret=whsec_$(head -c 24 /dev/urandom | base64 -w 0)
+new_secret=whsec_$(head -c 64 /dev/urandom | base64 -w 0)
 
 fail() {
   echo "FAILED: $*" >&2
@@ -69,7 +70,7 @@ is() {
 }
 
 final() {
-  fleet_cli show "$1" 2>/dev/null | grep -qE '^state    (SUCCEEDED|DEAD|CANCELLED)'
+  fleet_cli show "$1" >"$fleet/out" 2>&1 && grep -qE '^state    (SUCCEEDED|DEAD|CANCELLED)' "$fleet/out"
 }
 
 # config CALLBACK_LINES: the supervisor's
@@ -80,7 +81,7 @@ tail_of_config() {
 fleet_redis
 fleet_sink
 : >"$fleet/received"
-fleet_start receiver python3 "$DITFLEET_SOURCE/tests/e2e/callback_receiver.py" "$fleet/receiver.port" "$fleet/received" \
+fleet_start receiver env -C "$DITFLEET_SOURCE" python3 tests/e2e/callback_receiver.py "$fleet/receiver.port" "$fleet/received" \
   "$secret" "$old_secret" "$new_secret"
 fleet_wait receiver 20 test -s "$fleet/receiver.port"
 receiver=127.0.0.1:$(<"$fleet/receiver.port")
@@ -91,7 +92,7 @@ fleet_supervisor "$(tail_of_config "")"
 fleet_wait_ready 1
 submit off default "$url/ok/off"
 until_true 20 final off
-fleet_cli show off | grep -qF '[callback] secret_file' || fail "$(fleet_cli show off)"
+grep -qF '[callback] secret_file' "$fleet/out" || fail "$(<"$fleet/out")"
 outbox_is 0 || fail "a refused job has a callback"
 
 # ---- a secret file that others may read: said so, and the running configuration is kept

@@ -145,6 +145,9 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[fleet]\nnode = a b", {"node", "letters"}},
         {"[fleet]\nstate_dir =", {"state_dir", "bytes"}},
         {"[restart]\nbackoff_min = 10s\nbackoff_max = 1s", {"backoff_max", "below backoff_min"}},
+        {"[callback]\nbackoff_min = 10s\nbackoff_max = 1s", {"[callback] backoff_max", "below backoff_min"}},
+        {"[callback]\nsecret_file = secrets", {"[callback] secret_file", "an absolute path, or nothing"}},
+        {"[callback]\nallow = example.org", {"[callback] allow", "host:port"}},
         {"ranks = 2", {"f.ini:1", "no section"}},
         {"[redis]\nwhat is this", {"f.ini:2", "neither"}},
         {"[redis\nurl = x", {"f.ini:1"}},
@@ -237,15 +240,17 @@ static void the_documentation_is_an_example_file(void **state)
 static void fingerprints_tell_what_workers_read(void **state)
 {
     (void)state;
-    static const char *const same = "[group g]\nmodel = f@1=/x\n[redis]\nqueue = other\n[restart]\ngrace = 1s\n";
+    static const char *const same = "[group g]\nmodel = f@1=/x\n[redis]\nqueue = other\n[restart]\ngrace = 1s\n"
+                                    "[callback]\nattempts = 2\n";
     static const char *const other[] = {"[group g]\nmodel = f@1=/y\n", "[group g]\nmodel = f@1=/x\nranks = 2\n",
-                                        "[group g]\nmodel = f@1=/x\n[deadline]\ntext = 7s\n"};
+                                        "[group g]\nmodel = f@1=/x\n[deadline]\ntext = 7s\n",
+                                        "[group g]\nmodel = f@1=/x\n[callback]\nsecret_file = /s\n"};
     struct conf *a = parse("[group g]\nmodel = f@1=/x\n"), *b = parse(same);
     char *x = conf_group_fingerprint(a, &a->groups[0]), *y = conf_group_fingerprint(b, &b->groups[0]);
     assert_string_equal(x, y);
     free(y);
     conf_free(b);
-    for (int i = 0; i < 3; i++) {
+    for (size_t i = 0; i < sizeof other / sizeof *other; i++) {
         b = parse(other[i]);
         y = conf_group_fingerprint(b, &b->groups[0]);
         assert_string_not_equal(x, y);

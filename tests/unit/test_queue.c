@@ -8,6 +8,7 @@
 
 #include <cmocka.h>
 #include <inttypes.h>
+#include <time.h>
 
 #define PREFIX "dit:{test}:"
 #define POOL   "shapes@1"
@@ -958,6 +959,208 @@ static void test_outbox(void **state)
     freeReplyObject(r);
 }
 
+// A job of this tenant that is over, cancelled, and wants to be called back.
+static void over(struct world *w, const char *tenant, const char *id)
+{
+    Ditfleet__V1__Job *job = new_job(id);
+    OK(job_set_field(job, "callback_url", "https://example.org/done?key=hush#x", e));
+    submit_job(w, tenant, job, NULL);
+    admit(w);
+    OK(queue_cancel(w->q, tenant, id, NULL, e));
+}
+
+// Takes up to max callbacks under a lease of lease_ms; the caller frees them.
+static size_t take_callbacks(struct world *w, unsigned max, uint64_t lease_ms, struct queue_callback list[QUEUE_BATCH])
+{
+    const struct queue_callbacks_want want = {.max = max, .lease_ms = lease_ms, .max_of_tenant = 100};
+    size_t count;
+    uint64_t next_ms;
+    OK(queue_callbacks(w->q, &want, list, &count, &next_ms, e));
+    assert_true(next_ms <= 1000);
+    return count;
+}
+
+static struct queue_callback take_callback(struct world *w, uint64_t lease_ms)
+{
+    struct queue_callback list[QUEUE_BATCH];
+    assert_int_equal(take_callbacks(w, 1, lease_ms, list), 1);
+    return list[0];
+}
+
+static void no_callbacks(struct world *w)
+{
+    struct queue_callback list[QUEUE_BATCH];
+    assert_int_equal(take_callbacks(w, QUEUE_BATCH, 1000, list), 0);
+}
+
+static void outbox_is_empty(struct world *w)
+{
+    assert_int_equal(number(w, "XLEN " PREFIX "outbox"), 0);
+    assert_int_equal(number(w, "EXISTS " PREFIX "outbox_due " PREFIX "outbox_tries"), 0);
+}
+
+static void test_callback_is_made_once(void **state)
+{
+    struct world *w = *state;
+    over(w, "default", "a");
+    struct queue_callback c = take_callback(w, 60000);
+    assert_string_equal(c.tenant, "default");
+    assert_string_equal(c.id, "a");
+    assert_string_equal(c.url, "https://example.org/done?key=hush#x");
+    assert_int_equal(c.state, DITFLEET__V1__STATE__STATE_CANCELLED);
+    assert_int_equal(c.tries, 1);
+    assert_true(c.time_ms > 1700000000000);
+    assert_int_equal(strlen(c.message), 44);
+    Ditfleet__V1__Result *result;
+    OK(result_unpack(c.result, c.result_length, &result, e));
+    assert_string_equal(result->error->code, "cancelled");
+    result_free(result);
+    no_callbacks(w); // it is in hand
+    OK(queue_callback_done(w->q, &c, e));
+    FAILS(ERR_STALE, queue_callback_done(w->q, &c, e));
+    FAILS(ERR_STALE, queue_callback_retry(w->q, &c, 0, true, e));
+    no_callbacks(w);
+    outbox_is_empty(w);
+    queue_callback_free(&c);
+}
+
+// A holder that was not heard from has nothing more to say; the message keeps its id.
+static void test_callback_is_taken_over(void **state)
+{
+    struct world *w = *state;
+    over(w, "default", "a");
+    struct queue_callback dead = take_callback(w, 1);
+    nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+    struct queue_callback c = take_callback(w, 60000);
+    assert_int_equal(c.tries, 2);
+    assert_string_equal(c.message, dead.message);
+    const struct err why = {.code = ERR_UPLOAD, .text = "answered 410"};
+    FAILS(ERR_STALE, queue_callback_done(w->q, &dead, e));
+    FAILS(ERR_STALE, queue_callback_retry(w->q, &dead, 0, true, e));
+    FAILS(ERR_STALE, queue_callback_dead(w->q, &dead, &why, "", e));
+    assert_int_equal(number(w, "XLEN " PREFIX "outbox"), 1);
+    OK(queue_callback_done(w->q, &c, e));
+    outbox_is_empty(w);
+    queue_callback_free(&dead);
+    queue_callback_free(&c);
+}
+
+static void test_callback_is_tried_again(void **state)
+{
+    struct world *w = *state;
+    over(w, "default", "a");
+    OK(queue_set(w->q, "retention_ms", 1000, e));
+    struct queue_callback c = take_callback(w, 60000);
+    OK(queue_callback_retry(w->q, &c, 3600000 * 48ull, true, e));
+    no_callbacks(w);
+    assert_true(number(w, "PTTL " PREFIX "job:default:a") > 3600000 * 47ll); // the record outlives the wait
+    freeReplyObject(command(w, "ZADD " PREFIX "outbox_due 1 %s", c.entry));
+    queue_callback_free(&c);
+    c = take_callback(w, 60000);
+    assert_int_equal(c.tries, 2);
+    OK(queue_callback_retry(w->q, &c, 0, false, e)); // given back: it was not tried
+    queue_callback_free(&c);
+    c = take_callback(w, 60000);
+    assert_int_equal(c.tries, 2);
+    const struct err why = {.code = ERR_UPLOAD, .text = "answered 410"};
+    OK(queue_callback_dead(w->q, &c, &why, "https://example.org/done", e));
+    outbox_is_empty(w);
+    redisReply *r = command(w, "XREVRANGE " PREFIX "dlq + - COUNT 1");
+    const char *const want[] = {"tenant", "default", "id",           "a",        "code",
+                                "upload", "error",   "answered 410", "callback", "https://example.org/done"};
+    assert_int_equal(r->element[0]->element[1]->elements, 10);
+    for (size_t i = 0; i < 10; i++)
+        assert_string_equal(r->element[0]->element[1]->element[i]->str, want[i]);
+    freeReplyObject(r);
+    assert_string_equal(state_of(w, "a"), "CANCELLED");
+    queue_callback_free(&c);
+}
+
+// A tenant whose receivers hang does not keep others waiting.
+static void test_callbacks_are_shared_among_tenants(void **state)
+{
+    struct world *w = *state;
+    struct queue_callback list[QUEUE_BATCH];
+    size_t count;
+    uint64_t next_ms;
+    char id[16];
+    OK(queue_tenant_add(w->q, "acme", 1, e));
+    reopen(w);
+    for (int i = 0; i < QUEUE_BATCH; i++) {
+        snprintf(id, sizeof id, "a%d", i);
+        over(w, "default", id);
+    }
+    over(w, "acme", "b");
+    const char *tenants[] = {"default"};
+    const unsigned hand[] = {3};
+    const struct queue_callbacks_want want = {
+        .max = 8, .lease_ms = 60000, .max_of_tenant = 5, .in_hand = tenants, .n_of_tenant = hand, .n_in_hand = 1};
+    OK(queue_callbacks(w->q, &want, list, &count, &next_ms, e));
+    assert_int_equal(count, 2);
+    for (size_t i = 0; i < count; i++) {
+        assert_string_equal(list[i].tenant, "default");
+        queue_callback_free(&list[i]);
+    }
+    OK(queue_callbacks(w->q, &want, list, &count, &next_ms, e)); // those passed over come later
+    assert_int_equal(count, 1);
+    assert_string_equal(list[0].tenant, "acme");
+    queue_callback_free(&list[0]);
+    assert_int_equal(number(w, "XLEN " PREFIX "outbox"), QUEUE_BATCH + 1);
+}
+
+// Nothing is dropped without a word: neither where the outbox is full nor where the record did not wait.
+static void test_callbacks_that_cannot_be_made(void **state)
+{
+    struct world *w = *state;
+    OK(queue_set(w->q, "outbox_max", 1, e));
+    over(w, "default", "a");
+    over(w, "default", "b");
+    assert_int_equal(number(w, "XLEN " PREFIX "outbox"), 1);
+    redisReply *r = command(w, "XRANGE " PREFIX "dlq - +");
+    const redisReply *fields = r->element[r->elements - 1]->element[1];
+    assert_string_equal(fields->element[3]->str, "b");
+    assert_non_null(strstr(fields->element[7]->str, "outbox_max"));
+    assert_string_equal(fields->element[9]->str, "https://example.org/done");
+    freeReplyObject(r);
+    freeReplyObject(command(w, "DEL " PREFIX "job:default:a"));
+    submit(w, "a"); // another job of the same name
+    admit(w);
+    no_callbacks(w);
+    outbox_is_empty(w);
+    r = command(w, "XREVRANGE " PREFIX "dlq + - COUNT 1");
+    assert_string_equal(r->element[0]->element[1]->element[3]->str, "a");
+    assert_string_equal(r->element[0]->element[1]->element[5]->str, "not_found");
+    freeReplyObject(r);
+    assert_string_equal(state_of(w, "a"), "QUEUED");
+}
+
+static void refused_callback(void *arg, const char *tenant, const char *id, const char *entry, const struct err *why)
+{
+    (void)tenant, (void)entry;
+    assert_string_equal(id, "a");
+    assert_int_equal(why->code, ERR_REFUSED);
+    assert_non_null(strstr(why->text, "[callback] secret_file"));
+    ++*(int *)arg;
+}
+
+static void test_callbacks_are_off(void **state)
+{
+    struct world *w = *state;
+    int refusals = 0;
+    const struct queue_admission admission = {.consumer = "node1", .on_refusal = refused_callback, .arg = &refusals};
+    struct queue_admitted out;
+    Ditfleet__V1__Job *job = new_job("a");
+    OK(job_set_field(job, "callback_url", "https://example.org/done", e));
+    submit_job(w, "default", job, NULL);
+    submit(w, "b");
+    OK(queue_admit(w->q, &admission, 0, &out, e));
+    assert_int_equal(out.admitted, 1);
+    assert_int_equal(out.refused, 1);
+    assert_int_equal(refusals, 1);
+    assert_string_equal(state_of(w, "a"), "DEAD");
+    outbox_is_empty(w);
+}
+
 static void test_access_of_a_tenant(void **state)
 {
     struct world *w = *state;
@@ -1341,6 +1544,12 @@ int main(void)
         TEST(test_dead_admitter),
         TEST(test_delivery_lost_by_failover),
         TEST(test_outbox),
+        TEST(test_callback_is_made_once),
+        TEST(test_callback_is_taken_over),
+        TEST(test_callback_is_tried_again),
+        TEST(test_callbacks_are_shared_among_tenants),
+        TEST(test_callbacks_that_cannot_be_made),
+        TEST(test_callbacks_are_off),
         TEST(test_access_of_a_tenant),
         TEST(test_server_checks),
         TEST(test_await_waits),
