@@ -13,8 +13,8 @@ struct piece {
 };
 
 struct buffer {
-    void *host;  // pinned
-    void *stage; // where a piece waits on the device for its conversion; NULL until one has to
+    void *host;       // pinned
+    void *stage;      // where a piece waits on the device for its conversion; NULL until one has to
     cudaEvent_t sent; // the buffer is free again
 };
 
