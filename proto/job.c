@@ -105,6 +105,9 @@ static int check_url(const char *name, const char *text, struct err *e)
 static int check_callback(const char *name, const char *text, struct err *e)
 {
     TRY(check_plain_url(name, text, e));
+    const char *authority = strchr(text, ':') + 3;
+    if (memchr(authority, '@', strcspn(authority, "/?#")))
+        return err_set(e, ERR_INVALID, "%s has a user or password before its host; callbacks are signed instead", name);
     if (strpbrk(text, "{}"))
         return err_set(e, ERR_INVALID, "%s has braces; no placeholders are allowed here", name);
     return 0;

@@ -107,8 +107,12 @@ local PLACE = { QUEUED = 'queued', DELAYED = 'delayed', RETRY_WAIT = 'delayed',
 local function count(field, by) call('HINCRBY', P .. 'stats', field, by) end
 local function count_place(place, r, by) -- jobs of a pool, and what they cost
   if not place then return end
-  count(place .. ':' .. r.pool, by)
-  count(place .. '_ms:' .. r.pool, 0 + by * r.gpu_ms) -- 0 +: of a free job it would be -0, which is no integer to Redis
+  -- 0 +: of a free job it would be -0, which is no integer to Redis.
+  for _, f in ipairs({ { '', by }, { '_ms', 0 + by * r.gpu_ms } }) do
+    local name = place .. f[1] .. ':' .. r.pool
+    -- Never below nothing: jobs that an older script let in leave without having been counted.
+    if call('HINCRBY', P .. 'stats', name, f[2]) < 0 then call('HSET', P .. 'stats', name, 0) end
+  end
 end
 
 local function tell(r, e, eta) -- an event for whoever watches this job
@@ -177,7 +181,7 @@ local function give_up_callback(c, code, message, shown)
     'callback', shown)
 end
 local function post_callback(r, k)
-  if call('XLEN', P .. 'outbox') >= conf('outbox_max') then
+  if call('ZCARD', P .. 'outbox_due') >= conf('outbox_max') then
     local shown = r.callback:match('^[^?#]*')
     return give_up_callback(r, 'no_memory', 'the callback was not tried: outbox is full (outbox_max)', shown)
   end
@@ -650,12 +654,15 @@ local function keep_record(key, ms) call('PEXPIRE', key, int(ms + 60000), 'GT') 
 -- next, {entry, try, message, tenant, id, state, url, updated_ms, result}, ...}. Those of a tenant that has its share in
 -- hand are looked at again in a second, so that a slow receiver does not stand before everybody else's.
 function ops.callbacks()
-  local n, lease_ms, most, hand, out = min(K, tonumber(ARGV[2])), tonumber(ARGV[3]), tonumber(ARGV[4]), {}, { 0 }
+  local n, lease_ms, most, hand, out, put_off = min(K, tonumber(ARGV[2])), tonumber(ARGV[3]), tonumber(ARGV[4]), {}, { 0 }, false
   for i = 5, #ARGV, 2 do hand[ARGV[i]] = tonumber(ARGV[i + 1]) end
   for _, entry in ipairs(due('outbox_due')) do
     if #out > n then break end
     local c = read_callback(entry)
-    if c and (hand[c.tenant] or 0) >= most then call('ZADD', P .. 'outbox_due', int(now() + 1000), entry)
+    if c and (hand[c.tenant] or 0) >= most then
+      call('ZADD', P .. 'outbox_due', int(now() + 1000), entry)
+      keep_record(c.key, 1000)
+      put_off = true
     elseif c then
       hand[c.tenant] = (hand[c.tenant] or 0) + 1
       call('ZADD', P .. 'outbox_due', int(now() + lease_ms), entry)
@@ -665,7 +672,7 @@ function ops.callbacks()
     end
   end
   local first = call('ZRANGE', P .. 'outbox_due', 0, 0, 'WITHSCORES')
-  out[1] = first[2] and max(0, min(1000, tonumber(first[2]) - now())) or 1000
+  out[1] = first[2] and max(put_off and 250 or 0, min(1000, tonumber(first[2]) - now())) or 1000
   return out
 end
 

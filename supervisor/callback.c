@@ -174,7 +174,7 @@ static int make_lines(struct slot *s, struct err *err)
 
 static int begin(struct slot *s, struct err *err)
 {
-    if (s->callback.tries > s->settings->attempts)
+    if (s->callback.tries > s->settings->attempts + 1) // of one try nobody may know: it is made up for
         return err_set(err, ERR_TIMEOUT, "what became of the last of %llu tries is not known",
                        (unsigned long long)s->callback.tries - 1);
     TRY(callback_body(&s->callback, &s->body, err));
@@ -406,8 +406,10 @@ static void give_back(struct callback *c)
         if (s->state == CALLING) {
             curl_multi_remove_handle(c->multi, http_curl(s->http));
             http_end(s->http, CURLE_ABORTED_BY_CALLBACK, &ignored, &err);
-            if (answers) // else its lease runs out
-                answers = queue_callback_retry(c->queue, &s->callback, 0, false, &err) != ERR_UNAVAILABLE;
+            if (answers) { // else its lease runs out
+                const int rc = queue_callback_retry(c->queue, &s->callback, 0, false, &err);
+                answers = rc == 0 || rc == ERR_STALE;
+            }
         }
         if (s->state != FREE)
             clear_slot(c, s);

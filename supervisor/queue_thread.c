@@ -166,7 +166,6 @@ static int round_of_work(struct queue_thread *t, double *reap_at, bool *idle, st
             log_line(&t->used.log, LOG_INFO, "queue.reaped", "lost=%u expired=%u orphans=%u", reaped.lost,
                      reaped.expired, reaped.orphans);
     }
-    TRY(ask_numbers(t, err));
     *idle = !t->used.admit;
     if (t->used.admit) {
         const struct queue_admission admission = {
@@ -174,7 +173,7 @@ static int round_of_work(struct queue_thread *t, double *reap_at, bool *idle, st
         TRY(queue_admit(t->queue, &admission, ADMIT_BLOCK_MS, &admitted, err));
         *idle = admitted.no_models;
     }
-    return 0;
+    return ask_numbers(t, err); // last: what they meet holds up no job
 }
 
 // Waits until monotonic `until`, a release (unless failed: then the wait is for Redis), new settings or the end. false:

@@ -214,6 +214,7 @@ static void test_bad_fields_from_text(void **state)
         {"output.file", "a/../b.png", "'..'"},
         {"output.file", "a/", "ends in"},
         {"callback_url", "http://h/{id}", "braces"},
+        {"callback_url", "http://me:secret@h/", "user or password"},
         {"traceparent", "00-xyz", "W3C"},
         {"scheduler", "DDIM", "FlowMatch"},
         {"prompt", "\xff\xfe", "UTF-8 at byte 0"},

@@ -1336,6 +1336,22 @@ static void test_pools_follow_every_move(void **state)
     check_invariants(w);
 }
 
+// Jobs that were let in before pools were counted leave no debt.
+static void test_pools_of_uncounted_jobs(void **state)
+{
+    struct world *w = *state;
+    admit_priced(w, new_job("old"), 100);
+    admit_priced(w, new_job("older"), 100);
+    freeReplyObject(command(w, "DEL " PREFIX "stats"));
+    struct queue_fence a = claim(w, 60000), b = claim(w, 60000);
+    POOL_IS(look(w, POOL), 0, 0, 2, 0, 0, 200);
+    admit_priced(w, new_job("new"), 70);
+    POOL_IS(look(w, POOL), 1, 0, 2, 70, 0, 200);
+    finish(w, &a);
+    finish(w, &b);
+    POOL_IS(look(w, POOL), 1, 0, 0, 70, 0, 0);
+}
+
 // The age counts from admission, through a retry too; from not_before_ms where there was one.
 static void test_age_of_the_oldest(void **state)
 {
@@ -1554,6 +1570,7 @@ int main(void)
         TEST(test_server_checks),
         TEST(test_await_waits),
         TEST(test_pools_follow_every_move),
+        TEST(test_pools_of_uncounted_jobs),
         TEST(test_age_of_the_oldest),
         TEST(test_pools_of_a_thousand_jobs),
         TEST(test_random_moves),
