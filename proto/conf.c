@@ -105,7 +105,9 @@ static const struct key keys[] = {
      .doc = "threads that a rank computes with; 0: cores / ranks, at least 1"},
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
      .doc = "name@version=directory of a model in diffusers format (relative: to this file); at least one"},
-    {"group", "cfg_degree", INT, IN(cfg_degree), 0, 2, "0", .doc = "guidance branches apart; 0: the planner decides"},
+    {"group", "cfg_degree", INT, IN(cfg_degree), 0, 2, "0",
+     .doc = "guidance branches apart; 0: the planner decides. With 2 a job of one branch is made as if no degree were "
+            "set"},
     {"group", "ulysses_degree", INT, IN(ulysses_degree), 0, 64, "0",
      .doc = "ranks that share attention heads; 0: the planner decides"},
     {"group", "ring_degree", INT, IN(ring_degree), 0, 64, "0",
@@ -119,7 +121,8 @@ static const struct key keys[] = {
     {"group", "warmup_steps", INT, IN(warmup_steps), 1, 1000, "1",
      .doc = "steps that take the image whole before its patches follow each other"},
     {"group", "data_degree", INT, IN(data_degree), 0, 64, "0",
-     .doc = "parts that make a job's images side by side; 0: as many as its images can be dealt to"},
+     .doc = "parts that make a job's images side by side; 0: as many as its images can be dealt to. A job whose images "
+            "cannot be dealt to so many is made as if no degree were set"},
     {"group", "slab", SIZE, IN(slab_bytes), 64 * 1024, 1 << 30, "4M",
      .doc = "each rank's window in the memory that the ranks share"},
     {"group", "memory_budget", SIZE, IN(memory_budget), 0, CONF_MAX_BYTES, "0",
@@ -204,10 +207,15 @@ static const char *check_listen(const char *v)
 
 static const char *check_blocks(const char *v)
 {
-    for (const char *at = v; *at; at++)
-        if (!isdigit((unsigned char)*at) && (*at != ',' || at == v || at[-1] == ',' || !at[1]) &&
-            (*at != ' ' || at == v || at[-1] != ','))
-            return "whole numbers, one for each stage, with commas between them: 2,4";
+    static const char allowed[] = "1 to 64 whole numbers from 1 to 1000, one for each stage, commas between them: 2,4";
+    int n = 0;
+    for (const char *at = v; *at; n++) {
+        char *end = NULL;
+        const long blocks = isdigit((unsigned char)at[*at == ' ']) ? strtol(at, &end, 10) : 0;
+        if (blocks < 1 || blocks > 1000 || n == 64 || (*end && (*end != ',' || !end[1])))
+            return allowed;
+        at = *end ? end + 1 : end;
+    }
     return NULL;
 }
 

@@ -76,16 +76,19 @@ int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__
 int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, enum dtype activation,
                 struct engine_estimate *out, struct err *err)
 {
-    *out = (struct engine_estimate){0};
+    Ditfleet__V1__Job first = *job; // pictures of a part follow each other in the same memory
+    struct engine_estimate most = {0};
+    first.num_images = (uint32_t)plan->data;
     for (int r = 0; r < plan->ranks; r++) {
         struct engine_estimate e;
-        TRY(engine_predict_rank(m, job, plan, r, activation, &e, err));
-        if (e.activation_bytes > out->activation_bytes)
-            out->activation_bytes = e.activation_bytes;
+        TRY(engine_predict_rank(m, &first, plan, r, activation, &e, err));
+        if (e.activation_bytes > most.activation_bytes)
+            most.activation_bytes = e.activation_bytes;
         for (int i = 0; i < ENGINE_STAGES; i++)
-            if (e.stage_bytes[i] > out->stage_bytes[i])
-                out->stage_bytes[i] = e.stage_bytes[i];
+            if (e.stage_bytes[i] > most.stage_bytes[i])
+                most.stage_bytes[i] = e.stage_bytes[i];
     }
+    *out = most;
     return 0;
 }
 

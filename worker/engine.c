@@ -477,16 +477,19 @@ static size_t trace_bytes(const struct engine_hooks *hooks, const Ditfleet__V1__
     return hooks->trace ? (size_t)job->width * job->height * 3 * sizeof(float) * 2 + (1 << 20) : 0;
 }
 
-// The cache comes first: what is in it must not depend on what fails on one rank alone.
-static int reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
-                   size_t extra, struct err *err)
+static int reserve_prompts(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, struct err *err)
 {
     const struct prompt_shape shape = {job->max_sequence_length, m->info.text_dim, m->info.pooled_dim};
-    struct engine_estimate estimate;
     if (e->residency)
         residency_reserve(e->residency,
                           ENGINE_LIBRARY_BYTES + prompt_cache_bytes(e->cache, &shape) + (int64_t)e->arena_bytes);
-    TRY(prompt_cache_reserve(e->cache, &shape, err));
+    return prompt_cache_reserve(e->cache, &shape, err);
+}
+
+static int reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
+                   size_t extra, struct err *err)
+{
+    struct engine_estimate estimate;
     TRY(engine_predict(e, m, job, plan, &estimate, err));
     e->demand = demand_of(e, m, job, &estimate, extra);
     return (e->residency ? reserve_on_device : reserve_on_host)(e, m, job, plan, extra, err);
@@ -532,8 +535,10 @@ static int run_prepared(struct engine *e, struct run *r, struct engine_result *o
     if (rc == 0)
         rc = make_pictures(r, noise, out, err);
     run_leave(r);
-    if (rc == 0)
+    if (rc == 0) {
         gather_pictures(e, r, out);
+        rc = comm_check(e->control, err); // a part may have failed after the last word that all heard
+    }
     free(noise);
     return rc;
 }
@@ -620,17 +625,34 @@ static int choose(struct engine *e, const struct model *m, const Ditfleet__V1__J
     return rc ? rc : comm_check(e->control, err);
 }
 
-// What can be known before any work: the plan, and whether it fits.
+// What can be known before any work: the plan, and whether it fits. The cache of prompts comes first: what is in it
+// must not depend on what fails on one rank alone.
 static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
                             struct err *err)
 {
     struct plan open = *want, here;
     open.ranks = comm_size(e->data);
+    TRY(reserve_prompts(e, m, job, err));
     TRY(plan_deal_images(&open, (int)job->num_images, err));
     TRY(choose(e, m, job, &open, trace_bytes(hooks, job), &here, err));
     TRY(plan_make(&m->info, e->k, &here, job_true_cfg(job), plan, err));
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
+}
+
+// The same with all ranks. Where images that are made side by side do not fit, they are made one after the other.
+static int agree_on_plan(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+                         const struct engine_hooks *hooks, struct plan *plan, struct err *err)
+{
+    struct plan dealt = *want;
+    struct err unused;
+    int rc = agree(e->control, plan_and_reserve(e, m, job, want, hooks, plan, err), err);
+    dealt.ranks = comm_size(e->data);
+    if (rc != ERR_UNSUPPORTED || want->data != 0 || plan_deal_images(&dealt, (int)job->num_images, &unused) != 0 ||
+        dealt.data == 1)
+        return rc;
+    dealt.data = 1;
+    return agree(e->control, plan_and_reserve(e, m, job, &dealt, hooks, plan, err), err);
 }
 
 // Between jobs the arena holds nothing.
@@ -667,7 +689,7 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     *out = (struct engine_result){0};
     if (e->residency)
         residency_moves(e->residency); // of this job from here on
-    int rc = agree(e->control, plan_and_reserve(e, m, job, want, hooks, &out->plan, err), err);
+    int rc = agree_on_plan(e, m, job, want, hooks, &out->plan, err);
     if (rc != 0) {
         end_run(e, out);
         return rc;
@@ -683,8 +705,10 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     out->idle_seconds = e->ended > 0 && r.begun > 0 ? r.begun - e->ended : 0;
     e->ended = monotonic_seconds();
     end_run(e, out);
-    if (rc == 0)
+    if (rc == 0) {
         share_times(e, began, before, out);
+        rc = comm_check(e->control, err);
+    }
     if (rc != 0) {
         if (!r.agreed) // the other ranks do not know: nobody may wait for this one
             comm_abort(e->control, err->text);

@@ -50,12 +50,14 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
     return v->release ? err_set(err, ERR_UNAVAILABLE, "the worker is draining") : 0;
 }
 
-// The degrees asked of the group, where the job allows them: a job of one guidance branch has no use for two.
+// The degrees asked of the group, where the job allows them: a job of one guidance branch has no use for two, and
+// images cannot always be dealt to so many parts.
 static int wanted(const struct worker *w, const Ditfleet__V1__Job *job, struct plan *out, struct err *err)
 {
     const struct conf_group *g = w->group;
     *out = (struct plan){0};
-    if (g->cfg_degree == 2 && !job_true_cfg(job))
+    if ((g->cfg_degree == 2 && !job_true_cfg(job)) ||
+        (g->data_degree > 0 && job->num_images % (uint32_t)g->data_degree != 0))
         return 0;
     *out = (struct plan){.cfg = g->cfg_degree,
                          .ulysses = g->ulysses_degree,
@@ -94,7 +96,7 @@ static uint32_t warm_up_side(const struct model *m)
 
 static int make_one(struct worker *w, int model, Ditfleet__V1__Job *job, struct err *err)
 {
-    struct engine_result result;
+    struct engine_result result = {0};
     struct watch watch = {.w = w};
     job->prompt = (char *)"warm up";
     job->seed__case = DITFLEET__V1__JOB__SEED__SEED;
@@ -157,7 +159,7 @@ int worker_follow(struct worker *w, struct err *err)
         if (!job)
             return err_set(err, ERR_INTERNAL, "rank 0 sent a job that does not parse");
         struct watch watch = {.w = w};
-        struct engine_result result;
+        struct engine_result result = {0};
         struct err ended = {.code = ERR_NONE};
         run_job(w, order.model, job, &watch, &result, &ended); // a job refused here is refused on rank 0 too
         engine_result_free(&result);

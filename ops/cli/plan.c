@@ -113,14 +113,13 @@ static int fastest_first(const void *a, const void *b)
     return (rate(x) < rate(y)) - (rate(x) > rate(y));
 }
 
-static int add_rows(struct planning *p, int groups, struct err *err)
+// *fit: some of them do.
+static int add_rows(struct planning *p, int groups, const struct plan *want, bool *fit, struct err *err)
 {
     struct plan_choice choices[PLAN_MAX_CHOICES];
     struct engine_estimate most;
-    struct plan want = p->want;
-    want.ranks = p->ranks / groups;
-    TRY(plan_deal_images(&want, (int)p->job->num_images, err));
-    const int n = plan_choices(&p->model->info, &p->k, &want, job_true_cfg(p->job), choices);
+    const int n = plan_choices(&p->model->info, &p->k, want, job_true_cfg(p->job), choices);
+    *fit = false;
     for (int i = 0; i < n && p->n_rows < MOST_ROWS; i++) {
         struct row *r = &p->rows[p->n_rows++];
         *r = (struct row){.groups = groups, .price.plan = choices[i].plan, .why = choices[i].why};
@@ -132,8 +131,24 @@ static int add_rows(struct planning *p, int groups, struct err *err)
         if (r->memory > p->limit)
             err_set(&r->why, ERR_UNSUPPORTED, "needs %.1f MB of memory on a rank, there are %.1f",
                     (double)r->memory / 1e6, (double)p->limit / 1e6);
+        *fit |= r->memory <= p->limit;
     }
     return 0;
+}
+
+// Images are made side by side where they can be, one after the other where that is asked for or all that fits: as the
+// engine has it.
+static int add_group(struct planning *p, int groups, struct err *err)
+{
+    struct plan want = p->want;
+    bool fit;
+    want.ranks = p->ranks / groups;
+    TRY(plan_deal_images(&want, (int)p->job->num_images, err));
+    TRY(add_rows(p, groups, &want, &fit, err));
+    if (fit || want.data == 1 || p->want.data != 0)
+        return 0;
+    want.data = 1;
+    return add_rows(p, groups, &want, &fit, err);
 }
 
 // Where the degrees asked for make no plan, plan_make says what would; where none fits, the error says how near it is.
@@ -154,7 +169,7 @@ static int enumerate(struct planning *p, struct err *err)
 {
     for (int groups = p->throughput ? p->ranks : 1; groups >= 1; groups--) // those that exchange least first
         if (p->ranks % groups == 0)
-            TRY(add_rows(p, groups, err));
+            TRY(add_group(p, groups, err));
     double seconds[MOST_ROWS]; // that a step of one picture takes of the whole machine
     for (int i = 0; i < p->n_rows; i++)
         seconds[i] = p->rows[i].why.code == ERR_NONE ? 1 / rate(&p->rows[i]) : -1;

@@ -49,6 +49,9 @@ expect 2 "say 2,4" plan "${demo[@]}" --ranks 2 --pipefusion-blocks 4,
 expect 0 '"objective":"throughput"' plan "${demo[@]}" "${guided[@]}" --ranks 4 --objective throughput --json
 check "{(p['groups'], p['ranks']) for p in d['plans']} == {(4, 1), (2, 2), (1, 4)} and len(d['plans']) == 9"
 expect 0 "ulysses=2 ring=1 data=2" plan "${demo[@]}" --ranks 4 --num-images 2
+side=(--threads 1 --width 256 --height 256 --max-sequence-length 64 --num-images 2)
+expect 0 "ring=1 data=2" plan "${demo[@]}" --ranks 2 "${side[@]}"
+expect 0 "* cfg=1 ulysses=2 ring=1   " plan "${demo[@]}" --ranks 2 "${side[@]}" --memory-budget 24MiB # one after the other
 expect 1 "data_degree 2: 3 images cannot be dealt" plan "${demo[@]}" --ranks 4 --num-images 3 --data-degree 2
 expect 0 "of memory on a rank, there are 8.4" plan "${demo[@]}" --ranks 1 --memory-budget 8MiB --all --width 256
 expect 1 "no plan fits: the one that takes least needs" plan "${demo[@]}" --ranks 1 --memory-budget 8MiB --width 256

@@ -495,6 +495,77 @@ static void endings(void **state)
     }
 }
 
+// A part that is gone before its picture is there is no success.
+static void die_in_a_convolution(struct device *d, struct tensor y, struct tensor x, const struct conv *conv)
+{
+    (void)d, (void)y, (void)x, (void)conv;
+    _exit(1);
+}
+
+static int second_part_dies(const struct group *g, struct comm *comm, struct err *err)
+{
+    struct kernels mortal = kernels_cpu;
+    const struct engine_hooks none = {0};
+    const struct engine_options options = {
+        .kernels = comm_rank(comm) == 0 ? &kernels_cpu : &mortal, .device.threads = 1, .data = comm, .control = comm};
+    struct engine *e;
+    struct engine_result result;
+    mortal.conv2d = die_in_a_convolution; // as the VAE has them, once steps are over
+    comm_set_timeout(comm, 2000);
+    TRY(engine_new(&options, &e, err));
+    const int rc = engine_run(e, g->model, g->job, &g->want, &none, &result, err);
+    engine_result_free(&result);
+    engine_free(e);
+    return rc;
+}
+
+static void part_that_dies_decoding(void **state)
+{
+    Ditfleet__V1__Job *job =
+        demo_job(*state, FIELDS(PROMPT, "num_images", "2", "width", "32", "height", "32", "num_inference_steps", "1"));
+    struct outcome *o = outcome_new();
+    struct group g = {
+        .model = *state, .job = job, .want = {.ranks = 2, .data = 2}, .outcome = o, .work = second_part_dies};
+    run_group(&g);
+    assert_int_equal(o->rc[1], -1); // it did not come back
+    assert_int_equal(o->rc[0], ERR_TIMEOUT);
+    outcome_free(o);
+    job_free(job);
+}
+
+// Images side by side take more memory than one after the other by all ranks.
+static int in_little_memory(const struct group *g, struct comm *comm, struct err *err)
+{
+    const struct engine_hooks none = {0};
+    const struct engine_options options = {
+        .kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm, .memory_limit = 24 << 20};
+    struct engine *e;
+    struct engine_result result;
+    TRY(engine_new(&options, &e, err));
+    const int rc = engine_run(e, g->model, g->job, &g->want, &none, &result, err);
+    if (rc == 0 && comm_rank(comm) == 0)
+        g->outcome->plan = result.plan;
+    engine_result_free(&result);
+    engine_free(e);
+    return rc;
+}
+
+static void images_that_do_not_fit_side_by_side(void **state)
+{
+    Ditfleet__V1__Job *job = demo_job(
+        *state, FIELDS(PROMPT, "num_images", "2", "width", "256", "height", "256", "num_inference_steps", "1"));
+    struct outcome *o = outcome_new();
+    struct group g = {.model = *state, .job = job, .want = {.ranks = 2}, .outcome = o, .work = in_little_memory};
+    run_group(&g);
+    expect_success(o, 2);
+    assert_string_equal(plan_text(&o->plan), "cfg=1 ulysses=2 ring=1");
+    g.want.data = 2;
+    run_group(&g);
+    assert_int_equal(o->rc[0], ERR_UNSUPPORTED);
+    outcome_free(o);
+    job_free(job);
+}
+
 // ---- prompts that were encoded before: every rank finds them, or none
 
 static int served_from_cache(const struct group *g, struct comm *comm, struct err *err)
@@ -562,6 +633,8 @@ int main(void)
         cmocka_unit_test(same_bits_each_time),
         cmocka_unit_test(threads),
         cmocka_unit_test(endings),
+        cmocka_unit_test(part_that_dies_decoding),
+        cmocka_unit_test(images_that_do_not_fit_side_by_side),
         cmocka_unit_test(cached_prompts),
     };
     return cmocka_run_group_tests(tests, ranks_set_up, ranks_tear_down);
