@@ -14,7 +14,7 @@ static void module_path(char path[PATH_ROOM])
     ssize_t n = readlink("/proc/self/exe", path, PATH_ROOM - sizeof MODULE - 1);
     path[n > 0 ? n : 0] = '\0';
     char *slash = strrchr(path, '/');
-    strcpy(slash ? slash + 1 : path, MODULE);
+    memcpy(slash ? slash + 1 : path, MODULE, sizeof MODULE);
 }
 
 static int load_cuda(const struct kernels **out, struct err *err)

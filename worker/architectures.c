@@ -79,17 +79,17 @@ static const struct architecture architectures[] = {
                " \"default_max_sequence_length\": 128, \"min_side\": 16, \"max_side\": 2048}"}},
 };
 
-static int find(const char *name, const struct architecture **out, struct err *err)
+// NULL: there is none, and err says which there are.
+static const struct architecture *find(const char *name, struct err *err)
 {
     char known[256] = "";
     for (int i = 0; architecture_names[i]; i++) {
-        if (strcmp(architecture_names[i], name) == 0) {
-            *out = &architectures[i];
-            return 0;
-        }
+        if (strcmp(architecture_names[i], name) == 0)
+            return &architectures[i];
         snprintf(known + strlen(known), sizeof known - strlen(known), "%s%s", i ? ", " : "", architecture_names[i]);
     }
-    return err_set(err, ERR_INVALID, "architecture %.60s: it may be %s", name, known);
+    err_set(err, ERR_INVALID, "architecture %.60s: it may be %s", name, known);
+    return NULL;
 }
 
 static int write_text(const char *dir, const char *file, const char *text, struct err *err)
@@ -146,9 +146,10 @@ static void clear(const char *dir, int n)
 
 int architecture_write(const char *name, const char *dir, size_t *largest, struct err *err)
 {
-    const struct architecture *a = NULL;
+    const struct architecture *a = find(name, err);
     int rc = 0, written = 0;
-    TRY(find(name, &a, err));
+    if (!a)
+        return err->code;
     if (strlen(dir) > MAX_DIR)
         return err_set(err, ERR_INVALID, "%.80s...: path longer than %d bytes", dir, MAX_DIR);
     for (size_t i = 0; rc == 0 && i < sizeof folders / sizeof *folders; i++)

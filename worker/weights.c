@@ -75,24 +75,29 @@ static void *own(struct weights *w, size_t bytes)
     return list[w->n_owned] ? list[w->n_owned++] : NULL;
 }
 
-static int map_file(struct shard *s, const char *path, struct err *err)
+// The file's bytes, from s->map on; NULL: err says why not.
+static uint8_t *map_file(struct shard *s, const char *path, struct err *err)
 {
     s->path = strdup(path);
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a pipe is refused, not waited for
     struct stat st;
-    if (fd < 0)
-        return err_set(err, ERR_NOT_FOUND, "%s: cannot be opened (%s)", path, strerror(errno));
+    if (fd < 0) {
+        err_set(err, ERR_NOT_FOUND, "%s: cannot be opened (%s)", path, strerror(errno));
+        return NULL;
+    }
     if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size < 8) {
         close(fd);
-        return err_set(err, ERR_CORRUPT, "%s: too short for a safetensors file, or not a file", path);
+        err_set(err, ERR_CORRUPT, "%s: too short for a safetensors file, or not a file", path);
+        return NULL;
     }
     s->size = (size_t)st.st_size;
     void *map = mmap(NULL, s->size, PROT_READ, MAP_SHARED, fd, 0);
     close(fd);
-    if (map == MAP_FAILED)
-        return err_set(err, ERR_NO_MEMORY, "%s: cannot be mapped (%s)", path, strerror(errno));
-    s->map = map;
-    return 0;
+    if (map == MAP_FAILED) {
+        err_set(err, ERR_NO_MEMORY, "%s: cannot be mapped (%s)", path, strerror(errno));
+        return NULL;
+    }
+    return s->map = map;
 }
 
 static int parse_dtype(const char *name, enum dtype *out)
@@ -231,7 +236,7 @@ static int by_name(const void *a, const void *b)
 
 static int open_shards(struct weights *w, const char *dir, const char *const *names, int count, struct err *err)
 {
-    w->shards = calloc((size_t)count, sizeof *w->shards);
+    w->shards = calloc((size_t)count + 1, sizeof *w->shards);
     if (!w->shards)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
     for (int i = 0; i < count; i++) {
@@ -239,10 +244,12 @@ static int open_shards(struct weights *w, const char *dir, const char *const *na
         if (strchr(names[i], '/') || snprintf(path, sizeof path, "%s/%s", dir, names[i]) >= (int)sizeof path)
             return err_set(err, ERR_CORRUPT, "%s: shard name %.80s is not a plain file name", dir, names[i]);
         w->n_shards++;
-        TRY(map_file(&w->shards[i], path, err));
+        if (!map_file(&w->shards[i], path, err))
+            return err->code;
         TRY(parse_header(w, &w->shards[i], err));
     }
-    qsort(w->entries, w->n_entries, sizeof *w->entries, by_name);
+    if (w->n_entries > 0)
+        qsort(w->entries, w->n_entries, sizeof *w->entries, by_name);
     for (size_t i = 1; i < w->n_entries; i++)
         if (by_name(&w->entries[i - 1], &w->entries[i]) == 0)
             return err_set(err, ERR_CORRUPT, "%s: tensor %.120s is in %s too", w->entries[i].shard->path,
@@ -429,7 +436,7 @@ static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n
     char name[MAX_NAME];                                                                                               \
     va_list name##_args;                                                                                               \
     va_start(name##_args, format);                                                                                     \
-    vsnprintf(name, sizeof name, format, name##_args);                                                                 \
+    vsnprintf(name, sizeof(name), format, name##_args);                                                                \
     va_end(name##_args)
 
 int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
@@ -546,7 +553,7 @@ int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_i
 {
     FORMAT_NAME(name, name_format);
     const int64_t shape[] = {c_out, c_in, size, size};
-    struct tensor t;
+    struct tensor t = {0};
     char full[MAX_NAME + 8];
     snprintf(full, sizeof full, "%s.weight", name);
     TRY(get(w, &t, 4, shape, full, err));
@@ -583,7 +590,7 @@ static int describe(json_t *header, const struct entry *e, int64_t start)
     return json_object_set_new(header, e->name,
                                json_pack("{s:s,s:o,s:[I,I]}", "dtype", dtype_name(t.dtype), "shape", shape,
                                          "data_offsets", (json_int_t)start,
-                                         (json_int_t)(start + (int64_t)tensor_bytes(t))));
+                                         (json_int_t)start + (json_int_t)tensor_bytes(t)));
 }
 
 // Length and header of a file that holds the tensors one after another, padded as the reference's writer does: data

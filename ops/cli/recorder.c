@@ -48,7 +48,7 @@ void recorder_put(void *recorder, const char *name, struct tensor t)
         json_array_append_new(shape, json_integer(t.n[i]));
     json_object_set_new(r->header, name,
                         json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype_name(t.dtype), "shape", shape, "data_offsets",
-                                  (json_int_t)r->size, (json_int_t)(r->size + bytes)));
+                                  (json_int_t)r->size, (json_int_t)r->size + (json_int_t)bytes));
     r->size += bytes;
 }
 

@@ -358,8 +358,9 @@ static int measure_exchange(struct bed *b, struct findings *f, struct err *err)
     memset(recv, 1, room);
     double collective = time_exchange(b->comm, send, recv, 16); // at the least, whatever noise made of it
     for (int i = 0; i < SIZES; i++) {
-        const double seconds = time_exchange(b->comm, send, recv, sizes[i] / others), moving = seconds - collective;
-        rates[i] = (double)(sizes[i] / others * others) / (moving > seconds / 10 ? moving : seconds / 10);
+        const int64_t each = sizes[i] / others;
+        const double seconds = time_exchange(b->comm, send, recv, each), moving = seconds - collective;
+        rates[i] = (double)each * others / (moving > seconds / 10 ? moving : seconds / 10);
     }
     if (f->collective.middle < collective)
         f->collective = found_of(&collective, 1);

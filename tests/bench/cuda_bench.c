@@ -251,8 +251,10 @@ static void accuracy(struct bench *b, struct device *f, int64_t k)
           *factors = malloc(sizeof(float) * (M + N));
     for (int i = 0; i < 4; i++) { // x, w and two results
         wide[i] = tensor_2d(NULL, DT_F32, i == 1 ? N : M, i < 2 ? k : N);
-        if (G->alloc(f, tensor_bytes(wide[i]), &wide[i].data, NULL))
-            return;
+        if (G->alloc(f, tensor_bytes(wide[i]), &wide[i].data, NULL)) {
+            fputs("no memory on the device\n", stderr);
+            exit(1);
+        }
     }
     launch_codes(0, wide[0], x);
     launch_codes(0, wide[1], w);

@@ -125,7 +125,7 @@ static inline int run_rank(const struct group *g, int rank)
 static inline void run_group(struct group *g)
 {
     struct err err = {.code = ERR_NONE};
-    pid_t pid[MAX_RANKS];
+    pid_t pid[MAX_RANKS] = {0};
     g->region = comm_shm_region(g->want.ranks, SLAB_BYTES, &err);
     assert_true(g->region >= 0);
     for (int r = 0; r < g->want.ranks; r++) {

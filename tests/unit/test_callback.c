@@ -43,6 +43,12 @@ static void test_published_vector(void **state)
     assert_string_not_equal(signature, SIGNED);
 }
 
+static void append(char *text, size_t size, const char *more)
+{
+    const size_t at = strlen(text);
+    snprintf(text + at, size - at, "%s", more);
+}
+
 // Rotation: one signature by each, in the file's order; the most that fit.
 static void test_several_secrets(void **state)
 {
@@ -50,7 +56,7 @@ static void test_several_secrets(void **state)
     struct callback_secrets secrets;
     char signature[CALLBACK_SIGNATURE_SIZE], text[1024] = "# new\n\n  " SECRET "\t\r\n";
     for (int i = 1; i < CALLBACK_MAX_SECRETS; i++) // of 64 bytes
-        strcat(text,
+        append(text, sizeof text,
                "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA==\n");
     OK(callback_secrets_parse(text, "secrets", &secrets, e));
     assert_int_equal(secrets.count, CALLBACK_MAX_SECRETS);
@@ -58,7 +64,7 @@ static void test_several_secrets(void **state)
     OK(callback_sign(&secrets, ID, TIME, BODY, signature, e));
     assert_int_equal(strlen(signature), sizeof signature - 2);
     assert_ptr_equal(strstr(signature, SIGNED " v1,"), signature);
-    strcat(text, SECRET);
+    append(text, sizeof text, SECRET);
     struct err err = {0};
     assert_int_equal(callback_secrets_parse(text, "secrets", &secrets, &err), ERR_INVALID);
     assert_non_null(strstr(err.text, "secrets:11: more than 8 secrets"));

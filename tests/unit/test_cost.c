@@ -327,7 +327,7 @@ static void what_fits(void **state)
     const char *const *fields = FIELDS("prompt", "a ring", "negative_prompt", "a star", "true_cfg_scale", "3",
                                        "max_sequence_length", "256", SIZE("32", "2"));
     struct price prices[PLAN_MAX_CHOICES];
-    struct engine_estimate most[PLAN_MAX_CHOICES];
+    struct engine_estimate most[PLAN_MAX_CHOICES] = {0};
     struct err err;
     int n, least = 0;
     char folder[] = "/tmp/ditfleet-cost-XXXXXX", command[64];

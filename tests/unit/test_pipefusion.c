@@ -129,8 +129,9 @@ static void pass(struct reference *f, int step, int64_t first, int64_t count)
     const size_t mark = arena_mark(f->x.arena);
     float *ids = calloc((size_t)(count * 3), sizeof *ids);
     for (int64_t i = 0; i < n; i++) {
-        ids[(text + i) * 3 + 1] = (float)((from + i) / f->grid_w);
-        ids[(text + i) * 3 + 2] = (float)((from + i) % f->grid_w);
+        const int64_t row = (from + i) / f->grid_w, column = (from + i) % f->grid_w;
+        ids[(text + i) * 3 + 1] = (float)row;
+        ids[(text + i) * 3 + 2] = (float)column;
     }
     struct tensor rope = arena_tensor(f->x.arena, DT_F32, 3, count, f->info.head_dim / 2, 2, 1);
     ops->rope(f->m->dit, ids, count, rope.data);

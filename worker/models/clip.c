@@ -142,7 +142,7 @@ static void encode_layer(const struct clip *c, struct exec *x, const struct laye
 
     x->k->layer_norm(x->d, normed, h, l->norm1_gamma, l->norm1_beta, (float)c->eps);
     x->k->linear(x->d, qkv, normed, &l->qkv, ACT_NONE);
-    const struct attention_opts opts = {.scale = 1.0F / sqrtf((float)(c->dim / c->heads)), .causal = true};
+    const struct attention_opts opts = {.scale = 1.0F / sqrtf((float)c->dim / (float)c->heads), .causal = true};
     x->k->attention(x->d, heads_of(c, y), heads_of(c, tensor_cols(qkv, 0, c->dim)),
                     heads_of(c, tensor_cols(qkv, c->dim, c->dim)), heads_of(c, tensor_cols(qkv, 2 * c->dim, c->dim)),
                     &opts);
