@@ -211,7 +211,8 @@ int queue_release_all(struct queue *q, const char *worker, const char *incarnati
 
 struct queue_callback {
     char entry[QUEUE_ENTRY_SIZE];
-    uint64_t tries;   // with this one; proves who has it in hand
+    uint64_t hold;    // proves who has it in hand
+    uint64_t tries;   // with this one
     char message[48]; // the same for each try
     char tenant[JOB_MAX_TENANT + 1];
     char id[JOB_NAME_SIZE];
@@ -231,7 +232,8 @@ struct queue_callbacks_want {
     size_t n_in_hand;            // at most QUEUE_BATCH
 };
 
-// Takes callbacks that are due into list[], *count of them. *next_ms: when to ask again, at most 1000.
+// Takes callbacks that are due into list[], *count of them; first those of tenants with the fewest in hand. *next_ms:
+// when to ask again, at most 1000.
 int queue_callbacks(struct queue *q, const struct queue_callbacks_want *want, struct queue_callback *list,
                     size_t *count, uint64_t *next_ms, struct err *e);
 void queue_callback_free(struct queue_callback *c); // url and result

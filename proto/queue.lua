@@ -17,6 +17,7 @@ local SETTINGS = {
   check_ms = 60000, dlq_max = 10000, outbox_max = 10000,
 }
 local EVENT_MAX = 1000 -- of one job's stream
+local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
 
 local function int(n) return string.format('%.0f', n) end
 
@@ -174,20 +175,30 @@ local function enter(r)
   end
 end
 
--- A callback is in outbox until it was made or given up, and in outbox_due by when it is to be tried (next). outbox_tries
--- counts its tries; the number proves who has it in hand. What finds no room is given up at once, so that it shows.
+-- A callback is in outbox, and in outbox_due:<tenant> by when it is to be tried (next), until it was made or given up.
+-- outbox_ring orders the tenants that have some: by when the next is due, or since when they wait for their turn.
+-- outbox_tries counts the tries that are charged; outbox_hold only grows, and proves who has it in hand. What finds no room is
+-- given up at once, so that it shows.
+local function due_key(tenant) return P .. 'outbox_due:' .. tenant end
+local function put_callback(tenant, entry, at)
+  call('ZADD', due_key(tenant), int(at), entry)
+  call('ZADD', P .. 'outbox_ring', 'LT', int(at), tenant)
+end
+-- The record must outlive the callback, which may have to wait for its turn after it fell due.
+local function keep_record(key, ms) call('PEXPIRE', key, int(ms + CALLBACK_KEEP_MS), 'GT') end
 local function give_up_callback(c, code, message, shown)
   call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', c.tenant, 'id', c.id, 'code', code, 'error', message,
     'callback', shown)
 end
 local function post_callback(r, k)
-  if call('ZCARD', P .. 'outbox_due') >= conf('outbox_max') then
+  if call('ZCARD', due_key(r.tenant)) >= conf('outbox_max') then
     local shown = r.callback:match('^[^?#]*')
-    return give_up_callback(r, 'no_memory', 'the callback was not tried: outbox is full (outbox_max)', shown)
+    return give_up_callback(r, 'no_memory', 'the callback was not tried: its tenant has too many waiting (outbox_max)', shown)
   end
   local entry = call('XADD', P .. 'outbox', '*', 'tenant', r.tenant, 'id', r.id, 'entry', call('HGET', k, 'entry') or '',
     'state', r.state, 'url', r.callback)
-  call('ZADD', P .. 'outbox_due', int(now()), entry)
+  put_callback(r.tenant, entry, now())
+  keep_record(k, 0)
 end
 
 local function settle(r, k) -- a record that became final
@@ -550,7 +561,7 @@ end
 
 -- ---- upkeep
 
-local function due(name) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, K) end
+local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, n or K) end
 
 local function reap_lease(m, random)
   local r = load_member(m)
@@ -623,23 +634,28 @@ end
 
 -- ---- callbacks
 
-local function drop_callback(entry)
+local function drop_callback(tenant, id, entry)
   call('XDEL', P .. 'outbox', entry)
-  call('ZREM', P .. 'outbox_due', entry)
+  call('ZREM', due_key(tenant), entry)
+  if call('EXISTS', due_key(tenant)) == 0 then call('ZREM', P .. 'outbox_ring', tenant) end
   call('HDEL', P .. 'outbox_tries', entry)
+  call('HDEL', P .. 'outbox_hold', entry)
+  -- From now on the record stays as long as any. One that never expires is of a job that is not final.
+  local key = id and record_key(tenant, id)
+  if key and call('PTTL', key) > 0 then call('PEXPIRE', key, conf('retention_ms'), 'LT') end
 end
 
 -- The callback of an entry of outbox; nil: it can be told no more, and is given up.
-local function read_callback(entry)
+local function read_callback(tenant, entry)
   local found, c = call('XRANGE', P .. 'outbox', entry, entry), {}
-  if not found[1] then return drop_callback(entry) end
+  if not found[1] then return drop_callback(tenant, nil, entry) end
   local fields = found[1][2]
   for i = 1, #fields, 2 do c[fields[i]] = fields[i + 1] end
   c.key = record_key(c.tenant, c.id)
   local record = call('HMGET', c.key, 'entry', 'updated_ms', 'result')
   if record[1] ~= c.entry then
     give_up_callback(c, 'not_found', 'the callback was not made: the record is gone (retention_ms)', c.url:match('^[^?#]*'))
-    return drop_callback(entry)
+    return drop_callback(tenant, nil, entry)
   end
   c.updated_ms, c.result = record[2], record[3] or ''
   -- The same for each try, and also where a failover let a job be finished twice.
@@ -647,63 +663,89 @@ local function read_callback(entry)
   return c
 end
 
--- The record must outlive the callback.
-local function keep_record(key, ms) call('PEXPIRE', key, int(ms + 60000), 'GT') end
+-- The callback of an entry that falls to the caller now; nil as above.
+local function take_callback(tenant, entry, lease_ms)
+  local c = read_callback(tenant, entry)
+  if not c then return end
+  call('ZADD', due_key(tenant), int(now() + lease_ms), entry)
+  keep_record(c.key, lease_ms)
+  return { entry, int(call('HINCRBY', P .. 'outbox_hold', entry, 1)), int(call('HINCRBY', P .. 'outbox_tries', entry, 1)),
+           c.message, c.tenant, c.id, c.state, c.url, c.updated_ms, c.result }
+end
+
+-- A tenant that had its turn goes behind all that wait for theirs; to when its next is due; or out.
+local function turn_ring(tenant)
+  local first = call('ZRANGE', due_key(tenant), 0, 0, 'WITHSCORES')
+  if first[1] then call('ZADD', P .. 'outbox_ring', int(max(now(), tonumber(first[2]))), tenant)
+  else call('ZREM', P .. 'outbox_ring', tenant) end
+end
+
+-- The place in tenants of the first that has the fewest in hand; nil: none may have more.
+local function next_turn(tenants, hand, most)
+  local best
+  for i, tenant in ipairs(tenants) do
+    if hand[tenant] < (best and hand[tenants[best]] or most) then best = i end
+  end
+  return best
+end
 
 -- callbacks <n> <lease_ms> <most of a tenant> {<tenant> <in hand>}: up to n callbacks to make now; {milliseconds until the
--- next, {entry, try, message, tenant, id, state, url, updated_ms, result}, ...}. Those of a tenant that has its share in
--- hand are looked at again in a second, so that a slow receiver does not stand before everybody else's.
+-- next, {entry, hold, try, message, tenant, id, state, url, updated_ms, result}, ...}. The tenant with the fewest in hand comes
+-- first, whoever has waited longer, so that slow receivers do not stand before everybody else's.
 function ops.callbacks()
-  local n, lease_ms, most, hand, out, put_off = min(K, tonumber(ARGV[2])), tonumber(ARGV[3]), tonumber(ARGV[4]), {}, { 0 }, false
+  local n, lease_ms, most, hand, out = min(K, tonumber(ARGV[2])), tonumber(ARGV[3]), tonumber(ARGV[4]), {}, { 0 }
   for i = 5, #ARGV, 2 do hand[ARGV[i]] = tonumber(ARGV[i + 1]) end
-  for _, entry in ipairs(due('outbox_due')) do
-    if #out > n then break end
-    local c = read_callback(entry)
-    if c and (hand[c.tenant] or 0) >= most then
-      call('ZADD', P .. 'outbox_due', int(now() + 1000), entry)
-      keep_record(c.key, 1000)
-      put_off = true
-    elseif c then
-      hand[c.tenant] = (hand[c.tenant] or 0) + 1
-      call('ZADD', P .. 'outbox_due', int(now() + lease_ms), entry)
-      keep_record(c.key, lease_ms)
-      out[#out + 1] = { entry, int(call('HINCRBY', P .. 'outbox_tries', entry, 1)), c.message, c.tenant, c.id, c.state, c.url,
-                        c.updated_ms, c.result }
-    end
+  local tenants, full = due('outbox_ring'), false
+  for _, tenant in ipairs(tenants) do hand[tenant] = hand[tenant] or 0 end
+  for _ = 1, K do
+    local i = #out <= n and next_turn(tenants, hand, most)
+    if not i then break end
+    local tenant = tenants[i]
+    local entry = due('outbox_due:' .. tenant, 1)[1]
+    local taken = entry and take_callback(tenant, entry, lease_ms)
+    if taken then out[#out + 1], hand[tenant] = taken, hand[tenant] + 1 end
+    if not entry then table.remove(tenants, i) end
+    turn_ring(tenant)
   end
-  local first = call('ZRANGE', P .. 'outbox_due', 0, 0, 'WITHSCORES')
-  out[1] = first[2] and max(put_off and 250 or 0, min(1000, tonumber(first[2]) - now())) or 1000
+  for _, tenant in ipairs(tenants) do full = full or hand[tenant] >= most end
+  local first = call('ZRANGE', P .. 'outbox_ring', 0, 0, 'WITHSCORES')
+  out[1] = first[2] and max(full and 250 or 0, min(1000, tonumber(first[2]) - now())) or 1000
   return out
 end
 
--- Whether the try <entry> <try> of ARGV still has the callback in hand.
-local function has_callback() return call('HGET', P .. 'outbox_tries', ARGV[2]) == ARGV[3] end
+-- The tenant and id of the callback <entry> <hold> of ARGV, if it still is in that hand.
+local function held_callback()
+  if call('HGET', P .. 'outbox_hold', ARGV[2]) ~= ARGV[3] then return end
+  local found = call('XRANGE', P .. 'outbox', ARGV[2], ARGV[2])
+  local fields = found[1] and found[1][2]
+  return fields and { tenant = fields[2], id = fields[4] }
+end
 
--- callback_done <entry> <try>
+-- callback_done <entry> <hold>
 function ops.callback_done()
-  if not has_callback() then return 'STALE' end
-  drop_callback(ARGV[2])
+  local c = held_callback()
+  if not c then return 'STALE' end
+  drop_callback(c.tenant, c.id, ARGV[2])
   return 'ok'
 end
 
--- callback_retry <entry> <try> <wait_ms> <1, or 0: it does not count as a try>
+-- callback_retry <entry> <hold> <wait_ms> <1, or 0: it does not count as a try>
 function ops.callback_retry()
-  if not has_callback() then return 'STALE' end
-  local found = call('XRANGE', P .. 'outbox', ARGV[2], ARGV[2])
-  local fields = found[1] and found[1][2]
-  if fields then keep_record(record_key(fields[2], fields[4]), tonumber(ARGV[4])) end
-  call('ZADD', P .. 'outbox_due', int(now() + tonumber(ARGV[4])), ARGV[2])
+  local c, wait_ms = held_callback(), tonumber(ARGV[4])
+  if not c then return 'STALE' end
+  keep_record(record_key(c.tenant, c.id), wait_ms)
+  put_callback(c.tenant, ARGV[2], now() + wait_ms)
+  call('HINCRBY', P .. 'outbox_hold', ARGV[2], 1) -- it is in no hand: the same message once more changes nothing
   if ARGV[5] == '0' then call('HINCRBY', P .. 'outbox_tries', ARGV[2], -1) end
   return 'ok'
 end
 
--- callback_dead <entry> <try> <code> <message> <url to show>
+-- callback_dead <entry> <hold> <code> <message> <url to show>
 function ops.callback_dead()
-  if not has_callback() then return 'STALE' end
-  local found = call('XRANGE', P .. 'outbox', ARGV[2], ARGV[2])
-  local fields = found[1] and found[1][2]
-  if fields then give_up_callback({ tenant = fields[2], id = fields[4] }, ARGV[4], ARGV[5], ARGV[6]) end
-  drop_callback(ARGV[2])
+  local c = held_callback()
+  if not c then return 'STALE' end
+  give_up_callback(c, ARGV[4], ARGV[5], ARGV[6])
+  drop_callback(c.tenant, c.id, ARGV[2])
   return 'ok'
 end
 

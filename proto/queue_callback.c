@@ -23,15 +23,17 @@ static void copy(char *out, size_t size, const redisReply *r)
 
 static int take(struct queue_callback *c, const redisReply *r)
 {
-    // The order is that of ops.callbacks in queue.lua.
-    const redisReply *result = reply_at(r, 8);
-    *c = (struct queue_callback){.tries = reply_number(reply_at(r, 1)), .time_ms = reply_number(reply_at(r, 7))};
+    // The order is that of take_callback in queue.lua.
+    const redisReply *result = reply_at(r, 9);
+    *c = (struct queue_callback){.hold = reply_number(reply_at(r, 1)),
+                                 .tries = reply_number(reply_at(r, 2)),
+                                 .time_ms = reply_number(reply_at(r, 8))};
     copy(c->entry, sizeof c->entry, reply_at(r, 0));
-    copy(c->message, sizeof c->message, reply_at(r, 2));
-    copy(c->tenant, sizeof c->tenant, reply_at(r, 3));
-    copy(c->id, sizeof c->id, reply_at(r, 4));
-    c->state = job_state_parse(reply_text(reply_at(r, 5)));
-    c->url = strdup(reply_text(reply_at(r, 6)));
+    copy(c->message, sizeof c->message, reply_at(r, 3));
+    copy(c->tenant, sizeof c->tenant, reply_at(r, 4));
+    copy(c->id, sizeof c->id, reply_at(r, 5));
+    c->state = job_state_parse(reply_text(reply_at(r, 6)));
+    c->url = strdup(reply_text(reply_at(r, 7)));
     c->result_length = *reply_text(result) ? (size_t)result->len : 0;
     c->result = c->result_length ? malloc(c->result_length) : NULL;
     if (!c->url || (c->result_length && !c->result)) {
@@ -83,11 +85,11 @@ static int settle(struct queue *q, const char *op, const struct queue_callback *
                   struct err *e)
 {
     struct args a = {0};
-    struct number tries = number(c->tries);
+    struct number hold = number(c->hold);
     redisReply *reply = NULL;
     args_text(&a, op);
     args_text(&a, c->entry);
-    args_text(&a, tries.text);
+    args_text(&a, hold.text);
     for (size_t i = 0; i < n; i++)
         args_text(&a, more[i]);
     TRY(queue_eval(q, &a, &reply, e));

@@ -186,7 +186,7 @@ submit quick other "$url/ok/quick"
 until_true 60 final hang24
 until_true 30 ask 'of("/ok/quick")'
 ask 'sum(len(of("/hang/%d" % i)) for i in range(1, 25)) < 72' || fail "the hanging ones were over before: nothing is shown"
-redis DEL 'dit:{default}:outbox' 'dit:{default}:outbox_due' 'dit:{default}:outbox_tries' >/dev/null # enough of them
+redis DEL 'dit:{default}:outbox'{,_ring,_due:default,_due:other,_tries,_hold} >/dev/null # enough of them
 echo "24 hanging receivers: $((SECONDS - start)) s"
 
 # ---- the supervisor is killed in the middle of a callback: the next one makes it, with the same id
@@ -235,7 +235,7 @@ until_true 10 outbox_is 0
 for what in good wrong stopped quick after rotated; do
   ask "len(of('/ok/$what')) == 1" || fail "$what was called more than once"
 done
-[[ $(redis EXISTS 'dit:{default}:outbox_due' 'dit:{default}:outbox_tries') == 0 ]] || fail "something is left in the outbox"
+[[ $(redis EXISTS 'dit:{default}:outbox'{_ring,_due:default,_due:other,_tries,_hold}) == 0 ]] || fail "something is left in the outbox"
 ! grep -hE "hush|whsec_" "$fleet"/*.log || fail "a secret is in a log"
 fleet_stop supervisor
 ! grep -E -A 30 'Sanitizer|runtime error:' "$fleet"/*.log || fail "a sanitizer spoke"

@@ -987,6 +987,12 @@ static struct queue_callback take_callback(struct world *w, uint64_t lease_ms)
     return list[0];
 }
 
+static void callback_is_due(struct world *w, const char *entry)
+{
+    freeReplyObject(command(w, "ZADD " PREFIX "outbox_due:default 1 %s", entry));
+    freeReplyObject(command(w, "ZADD " PREFIX "outbox_ring 1 default"));
+}
+
 static void no_callbacks(struct world *w)
 {
     struct queue_callback list[QUEUE_BATCH];
@@ -996,7 +1002,9 @@ static void no_callbacks(struct world *w)
 static void outbox_is_empty(struct world *w)
 {
     assert_int_equal(number(w, "XLEN " PREFIX "outbox"), 0);
-    assert_int_equal(number(w, "EXISTS " PREFIX "outbox_due " PREFIX "outbox_tries"), 0);
+    assert_int_equal(number(w, "EXISTS " PREFIX "outbox_ring " PREFIX "outbox_due:default " PREFIX
+                               "outbox_tries " PREFIX "outbox_hold"),
+                     0);
 }
 
 static void test_callback_is_made_once(void **state)
@@ -1054,11 +1062,7 @@ static void test_callback_is_tried_again(void **state)
     OK(queue_callback_retry(w->q, &c, 3600000 * 48ull, true, e));
     no_callbacks(w);
     assert_true(number(w, "PTTL " PREFIX "job:default:a") > 3600000 * 47ll); // the record outlives the wait
-    freeReplyObject(command(w, "ZADD " PREFIX "outbox_due 1 %s", c.entry));
-    queue_callback_free(&c);
-    c = take_callback(w, 60000);
-    assert_int_equal(c.tries, 2);
-    OK(queue_callback_retry(w->q, &c, 0, false, e)); // given back: it was not tried
+    callback_is_due(w, c.entry);
     queue_callback_free(&c);
     c = take_callback(w, 60000);
     assert_int_equal(c.tries, 2);
@@ -1073,39 +1077,146 @@ static void test_callback_is_tried_again(void **state)
         assert_string_equal(r->element[0]->element[1]->element[i]->str, want[i]);
     freeReplyObject(r);
     assert_string_equal(state_of(w, "a"), "CANCELLED");
+    assert_true(number(w, "PTTL " PREFIX "job:default:a") <= 1000); // nothing waits for it any more
     queue_callback_free(&c);
 }
 
-// A tenant whose receivers hang does not keep others waiting.
-static void test_callbacks_are_shared_among_tenants(void **state)
+// What is given back was not tried. Said twice it counts once, and does not disturb whoever has it then.
+static void test_callback_is_given_back(void **state)
 {
     struct world *w = *state;
+    OK(queue_set(w->q, "retention_ms", 1000, e));
+    over(w, "default", "a");
+    assert_true(number(w, "PTTL " PREFIX "job:default:a") > 80000000); // it may have to wait for its turn
+    struct queue_callback first = take_callback(w, 60000);
+    OK(queue_callback_retry(w->q, &first, 0, false, e));
+    FAILS(ERR_STALE, queue_callback_retry(w->q, &first, 0, false, e));
+    struct queue_callback c = take_callback(w, 60000);
+    assert_int_equal(c.tries, 1);
+    assert_true(c.hold > first.hold);
+    FAILS(ERR_STALE, queue_callback_retry(w->q, &first, 0, false, e));
+    FAILS(ERR_STALE, queue_callback_done(w->q, &first, e));
+    no_callbacks(w);
+    OK(queue_callback_done(w->q, &c, e));
+    assert_true(number(w, "PTTL " PREFIX "job:default:a") <= 1000);
+    outbox_is_empty(w);
+    queue_callback_free(&first);
+    queue_callback_free(&c);
+}
+
+static void add_tenants(struct world *w, const char *const *names, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        OK(queue_tenant_add(w->q, names[i], 1, e));
+    reopen(w);
+}
+
+static void many_over(struct world *w, const char *tenant, int n)
+{
+    char id[16];
+    for (int i = 0; i < n; i++) {
+        snprintf(id, sizeof id, "j%d", i);
+        over(w, tenant, id);
+    }
+}
+
+// Takes callbacks as a node does; whose they are, in order. Returns how soon to ask again.
+static uint64_t turns(struct world *w, const struct queue_callbacks_want *want, const char *const *tenants, size_t n)
+{
     struct queue_callback list[QUEUE_BATCH];
     size_t count;
     uint64_t next_ms;
-    char id[16];
-    OK(queue_tenant_add(w->q, "acme", 1, e));
-    reopen(w);
-    for (int i = 0; i < QUEUE_BATCH; i++) {
-        snprintf(id, sizeof id, "a%d", i);
-        over(w, "default", id);
-    }
-    over(w, "acme", "b");
-    const char *tenants[] = {"default"};
-    const unsigned hand[] = {3};
-    const struct queue_callbacks_want want = {
-        .max = 8, .lease_ms = 60000, .max_of_tenant = 5, .in_hand = tenants, .n_of_tenant = hand, .n_in_hand = 1};
-    OK(queue_callbacks(w->q, &want, list, &count, &next_ms, e));
-    assert_int_equal(count, 2);
-    for (size_t i = 0; i < count; i++) {
-        assert_string_equal(list[i].tenant, "default");
+    OK(queue_callbacks(w->q, want, list, &count, &next_ms, e));
+    assert_int_equal(count, n);
+    for (size_t i = 0; i < n; i++) {
+        assert_string_equal(list[i].tenant, tenants[i]);
         queue_callback_free(&list[i]);
     }
-    OK(queue_callbacks(w->q, &want, list, &count, &next_ms, e)); // those passed over come later
-    assert_int_equal(count, 1);
-    assert_string_equal(list[0].tenant, "acme");
-    queue_callback_free(&list[0]);
+    return next_ms;
+}
+
+// A tenant whose receivers hang does not keep others waiting, and has no more than its share.
+static void test_callbacks_are_shared_among_tenants(void **state)
+{
+    struct world *w = *state;
+    add_tenants(w, (const char *[]){"acme"}, 1);
+    many_over(w, "default", QUEUE_BATCH);
+    over(w, "acme", "b");
+    const char *const tenants[] = {"default"};
+    const unsigned hand[] = {3};
+    struct queue_callbacks_want want = {
+        .max = 8, .lease_ms = 60000, .max_of_tenant = 5, .in_hand = tenants, .n_of_tenant = hand, .n_in_hand = 1};
+    turns(w, &want, (const char *[]){"acme", "default", "default"}, 3);
+    want.max_of_tenant = 3;
+    assert_true(turns(w, &want, NULL, 0) >= 250); // what may not be taken is not asked for all the time
     assert_int_equal(number(w, "XLEN " PREFIX "outbox"), QUEUE_BATCH + 1);
+}
+
+// Several tenants whose receivers hang do not take each place that becomes free from those that have none.
+static void test_callbacks_of_who_has_the_fewest(void **state)
+{
+    struct world *w = *state;
+    const char *const tenants[] = {"a", "b", "c"};
+    add_tenants(w, tenants, 3);
+    many_over(w, "a", 40);
+    many_over(w, "b", 40);
+    over(w, "c", "late");
+    const unsigned full[] = {8, 8}, freed[] = {7, 8}, fewer[] = {7, 5};
+    struct queue_callbacks_want want = {
+        .max = 1, .lease_ms = 60000, .max_of_tenant = 8, .in_hand = tenants, .n_of_tenant = full, .n_in_hand = 2};
+    struct queue_callbacks_want also = want;
+    also.n_of_tenant = freed;
+    turns(w, &also, (const char *[]){"c"}, 1);
+    over(w, "c", "later");
+    turns(w, &want, (const char *[]){"c"}, 1);
+    turns(w, &also, (const char *[]){"a"}, 1);
+    also.n_of_tenant = fewer;
+    also.max = 3;
+    turns(w, &also, (const char *[]){"b", "b", "b"}, 3);
+    also.n_in_hand = 0;
+    also.max = 4;
+    over(w, "c", "last");
+    turns(w, &also, (const char *[]){"a", "b", "c", "a"}, 4);
+}
+
+// More tenants than one call looks at: each has its turn before any has its second.
+static void test_callbacks_of_many_tenants(void **state)
+{
+    enum { TENANTS = QUEUE_BATCH + 8 };
+    struct world *w = *state;
+    char names[TENANTS][8];
+    const char *list[TENANTS];
+    for (int i = 0; i < TENANTS; i++) {
+        snprintf(names[i], sizeof names[i], "t%02d", i);
+        list[i] = names[i];
+    }
+    add_tenants(w, list, TENANTS);
+    for (int i = 0; i < TENANTS; i++)
+        many_over(w, list[i], 2);
+    const struct queue_callbacks_want want = {.max = 8, .lease_ms = 60000, .max_of_tenant = 8};
+    for (int round = 0; round < 2; round++)
+        for (int i = 0; i < TENANTS; i += 8) {
+            nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL); // turns are told apart by milliseconds
+            turns(w, &want, list + i, 8);
+        }
+    no_callbacks(w);
+}
+
+// What one tenant's dead receiver leaves waiting is no other tenant's loss.
+static void test_outbox_of_each_tenant(void **state)
+{
+    struct world *w = *state;
+    add_tenants(w, (const char *[]){"acme"}, 1);
+    OK(queue_set(w->q, "outbox_max", 2, e));
+    many_over(w, "default", 3);
+    many_over(w, "acme", 2);
+    assert_int_equal(number(w, "ZCARD " PREFIX "outbox_due:default"), 2);
+    assert_int_equal(number(w, "ZCARD " PREFIX "outbox_due:acme"), 2);
+    struct queue_callback c = take_callback(w, 60000);
+    OK(queue_callback_done(w->q, &c, e));
+    over(w, c.tenant, "more"); // there is room again
+    assert_int_equal(number(w, "XLEN " PREFIX "outbox"), 4);
+    queue_callback_free(&c);
 }
 
 // Nothing is dropped without a word: neither where the outbox is full nor where the record did not wait.
@@ -1563,7 +1674,11 @@ int main(void)
         TEST(test_callback_is_made_once),
         TEST(test_callback_is_taken_over),
         TEST(test_callback_is_tried_again),
+        TEST(test_callback_is_given_back),
         TEST(test_callbacks_are_shared_among_tenants),
+        TEST(test_callbacks_of_who_has_the_fewest),
+        TEST(test_callbacks_of_many_tenants),
+        TEST(test_outbox_of_each_tenant),
         TEST(test_callbacks_that_cannot_be_made),
         TEST(test_callbacks_are_off),
         TEST(test_access_of_a_tenant),
