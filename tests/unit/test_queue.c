@@ -249,7 +249,7 @@ static void check_invariants(struct world *w)
         queued += s == DITFLEET__V1__STATE__STATE_QUEUED;
         leased += held;
         gpu_ms += job_state_final(s) ? 0 : atoll(r->element[3]->str);
-        if (!job_state_final(s))
+        if (r->element[1]->str && !job_state_final(s))
             tally(pool_of(pools, &n_pools, r->element[1]->str), s == DITFLEET__V1__STATE__STATE_QUEUED, delayed, held,
                   (uint64_t)atoll(r->element[3]->str));
         redisReply *all[] = {r, ready, lease, later, alive};
@@ -1061,7 +1061,7 @@ static void test_callback_is_tried_again(void **state)
     struct queue_callback c = take_callback(w, 60000);
     OK(queue_callback_retry(w->q, &c, 3600000 * 48ull, true, e));
     no_callbacks(w);
-    assert_true(number(w, "PTTL " PREFIX "job:default:a") > 3600000 * 47ll); // the record outlives the wait
+    assert_true(number(w, "PTTL " PREFIX "job:default:a") > 3600000 * 47LL); // the record outlives the wait
     callback_is_due(w, c.entry);
     queue_callback_free(&c);
     c = take_callback(w, 60000);
