@@ -51,7 +51,7 @@ expect 0 '"first_step_s"' "${demo[@]}" --what start
 check "0 < d['loaded_s'] < d['first_step_s'] < 60"
 expect 2 "compares with float32" "${demo[@]}" --what error
 expect 0 "verdict" --model "$model" "${small[@]}" --repeat 1
-ls "$work" | grep -q ditfleet-bench && fail "the architecture's directory is still there"
+ls "$work" | grep ditfleet-bench >/dev/null && fail "the architecture's directory is still there"
 
 # ---- an architecture as files: all of it or nothing, and a model as soon as the tokenizers are there
 written=$work/written

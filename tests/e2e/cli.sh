@@ -19,7 +19,7 @@ for command in generate submit show cancel status tenant bench backlog; do
   expect 2 "unknown flag --nonsense" "$ditfleet" $command --nonsense
 done
 expect 0 "--output-url" "$ditfleet" submit --help
-"$ditfleet" generate --help | grep -q -e --output-url -e --callback-url && fail "generate offers flags of delivery"
+"$ditfleet" generate --help | grep -e --output-url -e --callback-url >/dev/null && fail "generate offers flags of delivery"
 expect 2 "unknown flag --output-url" "$ditfleet" generate --output-url http://h/x
 expect 2 "--device cpu has none" "$ditfleet" generate --model x --memory-budget 24GiB
 expect 2 "written like 24GiB" "$ditfleet" generate --model x --device cuda --memory-budget 24GB
@@ -65,7 +65,7 @@ expect 1 "has no job nope" "$ditfleet" show nope
 expect 1 "has no job nope" "$ditfleet" cancel nope
 expect 0 "id       first" "$ditfleet" submit "${job[@]}" --id first --output-headers "Authorization: hush"
 expect 0 '"id":"second"' "$ditfleet" submit "${job[@]}" --id second --json --tenant acme
-"$ditfleet" submit "${job[@]}" | grep -qE '^id {7}[0-9a-f]{16}$' || fail "no id was made"
+"$ditfleet" submit "${job[@]}" | grep -E '^id {7}[0-9a-f]{16}$' >/dev/null || fail "no id was made"
 admitted() {
   "$ditfleet" show "$@" >/dev/null 2>&1
 }

@@ -101,7 +101,7 @@ if [[ ${1:-cpu} == cuda ]]; then
   submit other 1 "group demo, which took the job, computes in bf16" "${url[@]}" --precision fp16
 fi
 submit after 0 "state    SUCCEEDED" "${url[@]}"
-fleet_cli status --json | grep -q '"dead_letter":[1-9]' || fail "the rubbish is in no dead-letter stream"
+fleet_cli status --json | grep '"dead_letter":[1-9]' >/dev/null || fail "the rubbish is in no dead-letter stream"
 grep -qE "a red circle|rubbish" "$fleet/supervisor.log" && fail "a prompt is in the log"
 
 # ---- jobs in a line: how long the device had nothing to do between them
@@ -119,13 +119,13 @@ grep -oE 'job=line[23] .*idle_ms=[0-9.]+' "$fleet/supervisor.log" | sed 's/.*=//
 fleet_cli submit --id survivor --model demo --wait "${long[@]}" --max-sequence-length 16 "${url[@]}" >"$fleet/survivor" 2>&1 &
 waiting=$!
 denoising() {
-  fleet_cli show survivor 2>/dev/null | grep -q "^stage    denoise"
+  fleet_cli show survivor 2>/dev/null | grep "^stage    denoise" >/dev/null
 }
 fleet_wait supervisor 60 denoising
 pid=$(fleet_cli status --json | grep -o "\"rank\":$last_rank,\"pid\":[0-9]*" | grep -o '[0-9]*$')
 kill -9 "$pid"
 wait $waiting || fail "a job was lost with a worker: $(<"$fleet/survivor")"
-fleet_cli show survivor | grep -q "0 failed by its own error, 1 by the fleet's" || fail "$(fleet_cli show survivor)"
+fleet_cli show survivor | grep "0 failed by its own error, 1 by the fleet's" >/dev/null || fail "$(fleet_cli show survivor)"
 
 # ---- nothing is left behind
 fleet_wait_ready 1
