@@ -62,6 +62,18 @@ struct kernel_cost {
     double calls;     // operations
 };
 
+// Adds what was counted between two readings.
+static inline void kernel_cost_add(struct kernel_cost *to, const struct kernel_cost *now,
+                                   const struct kernel_cost *before)
+{
+    to->flops += now->flops - before->flops;
+    to->attention += now->attention - before->attention;
+    to->bytes += now->bytes - before->bytes;
+    to->copied += now->copied - before->copied;
+    to->row_bytes += now->row_bytes - before->row_bytes;
+    to->calls += now->calls - before->calls;
+}
+
 struct kernels {
     const char *name;
     // Type of activations unless the options of open ask for another; then the caller goes on with a copy of the table

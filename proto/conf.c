@@ -205,18 +205,26 @@ static const char *check_listen(const char *v)
     return *end || port > 65535 || inet_pton(ipv6 ? AF_INET6 : AF_INET, host, bytes) != 1 ? allowed : NULL;
 }
 
-static const char *check_blocks(const char *v)
+int conf_counts(const char *text, short *out, int most)
 {
-    static const char allowed[] = "1 to 64 whole numbers from 1 to 1000, one for each stage, commas between them: 2,4";
     int n = 0;
-    for (const char *at = v; *at; n++) {
+    for (const char *at = text; *at; n++) {
         char *end = NULL;
-        const long blocks = isdigit((unsigned char)at[*at == ' ']) ? strtol(at, &end, 10) : 0;
-        if (blocks < 1 || blocks > 1000 || n == 64 || (*end && (*end != ',' || !end[1])))
-            return allowed;
+        const long count = isdigit((unsigned char)at[*at == ' ']) ? strtol(at, &end, 10) : 0;
+        if (count < 1 || count > 1000 || n == most || (*end && (*end != ',' || !end[1])))
+            return -1;
+        out[n] = (short)count;
         at = *end ? end + 1 : end;
     }
-    return NULL;
+    return n;
+}
+
+static const char *check_blocks(const char *v)
+{
+    short counts[64];
+    return conf_counts(v, counts, 64) >= 0
+               ? NULL
+               : "1 to 64 whole numbers from 1 to 1000, one for each stage, commas between them: 2,4";
 }
 
 static const char *check_model(const char *v)

@@ -103,6 +103,9 @@ void conf_free(struct conf *c);
 // Bytes from a size as the file writes it, "24GiB" or "512M". False: it is none, or above CONF_MAX_BYTES.
 #define CONF_MAX_BYTES ((double)(1LL << 40))
 bool conf_size(const char *text, int64_t *bytes);
+// Whole numbers from 1 to 1000 with commas between them, "2, 4": how many there are, none in "". -1: text is something
+// else, or there are more than most.
+int conf_counts(const char *text, short *out, int most);
 
 // The table, as a commented example file that conf_load accepts.
 void conf_print_doc(FILE *to);

@@ -97,10 +97,7 @@ static void args_start(struct args *a, const char *const *texts)
 }
 #define ARGS(a, ...) args_start((a), (const char *const[]){__VA_ARGS__, NULL})
 
-struct digits {
-    char text[24];
-};
-static struct digits digits(uint64_t n)
+struct digits digits(uint64_t n)
 {
     struct digits d;
     snprintf(d.text, sizeof d.text, "%" PRIu64, n);

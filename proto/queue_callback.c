@@ -1,20 +1,8 @@
 // queue_callback.c: the outbox: callbacks are taken under a lease, and settled by whoever has them in hand.
 #include "proto/queue_internal.h"
 
-#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct number {
-    char text[24];
-};
-
-static struct number number(uint64_t n)
-{
-    struct number d;
-    snprintf(d.text, sizeof d.text, "%" PRIu64, n);
-    return d;
-}
 
 static void copy(char *out, size_t size, const redisReply *r)
 {
@@ -56,7 +44,7 @@ int queue_callbacks(struct queue *q, const struct queue_callbacks_want *want, st
                     size_t *count, uint64_t *next_ms, struct err *e)
 {
     struct args a = {0};
-    struct number n = number(want->max), lease = number(want->lease_ms), most = number(want->max_of_tenant),
+    struct digits n = digits(want->max), lease = digits(want->lease_ms), most = digits(want->max_of_tenant),
                   in_hand[QUEUE_BATCH];
     redisReply *reply = NULL;
     int rc = 0;
@@ -65,7 +53,7 @@ int queue_callbacks(struct queue *q, const struct queue_callbacks_want *want, st
     for (size_t i = 0; i < sizeof head / sizeof *head; i++)
         args_text(&a, head[i]);
     for (size_t i = 0; i < want->n_in_hand && i < QUEUE_BATCH; i++) {
-        in_hand[i] = number(want->n_of_tenant[i]);
+        in_hand[i] = digits(want->n_of_tenant[i]);
         args_text(&a, want->in_hand[i]);
         args_text(&a, in_hand[i].text);
     }
@@ -85,7 +73,7 @@ static int settle(struct queue *q, const char *op, const struct queue_callback *
                   struct err *e)
 {
     struct args a = {0};
-    struct number hold = number(c->hold);
+    struct digits hold = digits(c->hold);
     redisReply *reply = NULL;
     args_text(&a, op);
     args_text(&a, c->entry);
@@ -105,7 +93,7 @@ int queue_callback_done(struct queue *q, const struct queue_callback *c, struct 
 
 int queue_callback_retry(struct queue *q, const struct queue_callback *c, uint64_t wait_ms, bool charged, struct err *e)
 {
-    struct number wait = number(wait_ms);
+    struct digits wait = digits(wait_ms);
     return settle(q, "callback_retry", c, (const char *const[]){wait.text, charged ? "1" : "0"}, 2, e);
 }
 

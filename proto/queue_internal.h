@@ -1,4 +1,4 @@
-// queue_internal.h: what queue.c and queue_admit.c share; nobody else includes it.
+// queue_internal.h: what queue.c, queue_admit.c and queue_callback.c share; nobody else includes it.
 #ifndef DITFLEET_QUEUE_INTERNAL_H
 #define DITFLEET_QUEUE_INTERNAL_H
 
@@ -27,6 +27,11 @@ struct args {
 };
 void args_bytes(struct args *a, const void *bytes, size_t length);
 void args_text(struct args *a, const char *text);
+
+struct digits {
+    char text[24];
+};
+struct digits digits(uint64_t n);
 
 // Runs the script; sent once more when the connection broke. The caller frees *reply.
 int queue_eval(struct queue *q, const struct args *a, redisReply **reply, struct err *e);

@@ -3,8 +3,10 @@
 #   printed      the file that takes what the last one printed
 under_test=()
 
+# Where a supervisor runs, its last lines are told, too.
 fail() {
   echo "FAILED: $*" >&2
+  [[ ! -e ${fleet-}/supervisor.log ]] || fleet_show_log supervisor
   exit 1
 }
 

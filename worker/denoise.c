@@ -8,10 +8,7 @@
 // What stays the same over the steps, on this rank.
 struct loop {
     struct schedule schedule;
-    struct spread image;             // image rows over the ranks of the branch
-    int64_t of_rank[COMM_MAX_RANKS]; // text and image rows together
-    int64_t text_of_rank[COMM_MAX_RANKS];
-    struct dit_rows rows;
+    struct share share; // of all rows
     struct dit_cond cond[BRANCHES];
     struct tensor v[BRANCHES];   // predicted velocities of my rows, side by side
     struct recording *recording; // of predict_all, whose operations and addresses are the same at every step
@@ -19,20 +16,9 @@ struct loop {
 
 static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BRANCHES], struct err *err)
 {
-    const int me = comm_rank(r->branch.comm), ranks = comm_size(r->branch.comm);
-    const struct spread text = spread_even(r->text_tokens, me, ranks);
     loop_schedule(r, &l->schedule);
-    l->image = spread_even(r->image_tokens, me, ranks);
-    l->rows = (struct dit_rows){.text = spread_mine(&text),
-                                .image = spread_mine(&l->image),
-                                .of_rank = l->of_rank,
-                                .text_of_rank = l->text_of_rank};
-    for (int i = 0; i < ranks; i++) {
-        l->text_of_rank[i] = spread_of(&text, i).count;
-        l->of_rank[i] = l->text_of_rank[i] + spread_of(&l->image, i).count;
-    }
-    TRY(loop_rope(r, l->rows.text, l->rows.image, &l->rows.rope, err));
-    loop_condition(r, &l->schedule, prompts, l->rows.text, l->cond);
+    TRY(loop_deal(r, r->text_tokens, (struct span){0, r->image_tokens}, &l->share, err));
+    loop_condition(r, &l->schedule, prompts, l->share.rows.text, l->cond);
     return 0;
 }
 
@@ -40,7 +26,7 @@ static void predict_all(struct run *r, struct loop *l, struct tensor x, int i)
 {
     for (int b = 0; b < r->branches; b++)
         if (loop_my_branch(r, b))
-            r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->rows, i, x, l->v[b]);
+            r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->share.rows, i, x, l->v[b]);
 }
 
 // Records the second step: the first one has shown the device every shape. Ranks that exchange rows launch each step.
@@ -72,7 +58,7 @@ static void trace_rows(struct run *r, const struct loop *l, const char *name, st
     struct exec *x = &r->branch;
     const size_t mark = arena_mark(x->arena);
     struct tensor whole = exec_tensor(x, 2, r->image_tokens, mine.n[1], 1, 1);
-    exec_gather(x, whole, mine, &l->image);
+    exec_gather(x, whole, mine, &l->share.spread);
     run_trace(r, name, tensor_reshape(whole, 3, 1, r->image_tokens, mine.n[1], 1));
     arena_release(x->arena, mark);
 }
@@ -110,14 +96,14 @@ static int whole(struct run *r, const struct prompt prompts[BRANCHES], const flo
     if (!l)
         return err_set(err, ERR_NO_MEMORY, "no memory for the loop");
     int rc = prepare(r, l, prompts, err);
-    const int64_t rows = l->rows.image.count;
+    const int64_t rows = l->share.rows.image.count;
     struct tensor mine = exec_tensor(x, 2, rows, channels, 1, 1);
     struct tensor both = exec_tensor(x, 2, BRANCHES * rows, channels, 1, 1);
     for (int b = 0; b < BRANCHES; b++)
         l->v[b] = tensor_rows(both, b * rows, rows);
     if (rc == 0) {
         if (!r->dry)
-            x->k->upload(x->d, mine, noise + l->rows.image.start * channels);
+            x->k->upload(x->d, mine, noise + l->share.rows.image.start * channels);
         loop_trace_schedule(r, &l->schedule);
         trace_rows(r, l, "initial_noise", mine);
         rc = run_checkpoint(r, ENGINE_DENOISE, 0, err);
@@ -125,7 +111,7 @@ static int whole(struct run *r, const struct prompt prompts[BRANCHES], const flo
     for (int i = 0; rc == 0 && i < (int)r->job->num_inference_steps; i++)
         rc = step(r, l, mine, i, err);
     if (rc == 0)
-        exec_gather(x, tokens, mine, &l->image);
+        exec_gather(x, tokens, mine, &l->share.spread);
     if (l->recording)
         x->k->forget(x->d, l->recording);
     free(l);

@@ -147,6 +147,13 @@ int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Di
                    f32_alone ? "fp32" : "fp32, bf16, fp16 and fp8");
 }
 
+const char *precision_name(const struct precision *p)
+{
+    if (p->fp8)
+        return "fp8";
+    return p->activation == DT_F32 ? "fp32" : p->activation == DT_BF16 ? "bf16" : "fp16";
+}
+
 void engine_result_free(struct engine_result *r)
 {
     free(r->pixels);

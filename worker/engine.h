@@ -50,6 +50,7 @@ struct precision {
 // leaves a model's preference alone. ERR_UNSUPPORTED: not on this backend; names what it can do.
 int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
                      struct precision *out, struct err *err);
+const char *precision_name(const struct precision *p); // as jobs spell it
 
 enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE, ENGINE_STAGES };
 

@@ -203,12 +203,6 @@ static int share_order(struct leader *l, int model, const Ditfleet__V1__Job *job
     return comm_check(l->w->comm, err);
 }
 
-const char *worker_precision_name(const struct worker *w)
-{
-    const enum dtype type = w->precision.activation;
-    return w->precision.fp8 ? "fp8" : type == DT_F32 ? "fp32" : type == DT_BF16 ? "bf16" : "fp16";
-}
-
 // A group computes in one precision: its weights lie on the device in it.
 static int check_precision(const struct worker *w, Ditfleet__V1__Precision wanted, struct err *err)
 {
@@ -221,7 +215,8 @@ static int check_precision(const struct worker *w, Ditfleet__V1__Precision wante
     return err_set(err, ERR_UNSUPPORTED,
                    "precision %s: group %s, which took the job, computes in %s; leave precision at default, or ask for "
                    "a model of a group with precision = %s",
-                   job_precision_name(wanted), w->group->name, worker_precision_name(w), job_precision_name(wanted));
+                   job_precision_name(wanted), w->group->name, precision_name(&w->precision),
+                   job_precision_name(wanted));
 }
 
 // Everything about a claimed job that can be judged before a GPU is touched. *model: index into worker.models.

@@ -23,9 +23,6 @@ struct worker {
     bool serving; // it was ready: what goes wrong from here on need not go wrong again
 };
 
-// "fp32", "bf16", "fp16" or "fp8".
-const char *worker_precision_name(const struct worker *w);
-
 // A picture through every model, on all ranks: pages, threads and buffers are there afterwards. On a GPU it has the
 // model's default size, where that fits: then algorithms are chosen and memory is taken before the first job.
 int worker_warm_up(struct worker *w, struct err *err);

@@ -14,7 +14,7 @@ bool loop_my_branch(const struct run *r, int b)
     return r->pair == NULL || b == comm_rank(r->pair);
 }
 
-int loop_rope(struct run *r, struct span text, struct span image, struct tensor *rope, struct err *err)
+static int make_rope(struct run *r, struct span text, struct span image, struct tensor *rope, struct err *err)
 {
     const struct dit_info *info = &r->model->info;
     const int64_t count = text.count + image.count, grid_w = r->latent_w / 2;
@@ -36,6 +36,23 @@ int loop_rope(struct run *r, struct span text, struct span image, struct tensor 
     free(ids);
     free(turns);
     return short_of_memory ? err_set(err, ERR_NO_MEMORY, "no memory for position tables") : 0;
+}
+
+int loop_deal(struct run *r, int64_t text_rows, struct span image, struct share *out, struct err *err)
+{
+    const int me = comm_rank(r->branch.comm), ranks = comm_size(r->branch.comm);
+    const struct spread text = spread_even(text_rows, me, ranks);
+    out->spread = spread_even(image.count, me, ranks);
+    const struct span mine = spread_mine(&out->spread);
+    out->rows = (struct dit_rows){.text = spread_mine(&text),
+                                  .image = {image.start + mine.start, mine.count},
+                                  .of_rank = out->of_rank,
+                                  .text_of_rank = out->text_of_rank};
+    for (int i = 0; i < ranks; i++) {
+        out->text_of_rank[i] = spread_of(&text, i).count;
+        out->of_rank[i] = out->text_of_rank[i] + spread_of(&out->spread, i).count;
+    }
+    return make_rope(r, out->rows.text, out->rows.image, &out->rows.rope, err);
 }
 
 void loop_condition(struct run *r, const struct schedule *s, const struct prompt prompts[BRANCHES], struct span text,

@@ -11,11 +11,19 @@ struct schedule {
     float sigmas[SAMPLER_MAX_STEPS + 1], timesteps[SAMPLER_MAX_STEPS];
 };
 
+// What a rank carries of some rows: text rows first, then image rows.
+struct share {
+    struct dit_rows rows;
+    struct spread spread; // of these image rows, over the ranks of the branch, or of a stage
+    int64_t of_rank[COMM_MAX_RANKS], text_of_rank[COMM_MAX_RANKS]; // where rows points to
+};
+
 void loop_schedule(const struct run *r, struct schedule *s);
 // Of the two branches of guidance, whether this rank computes b.
 bool loop_my_branch(const struct run *r, int b);
-// The turns of these rows' positions, text first, in the arena. Text is at the origin, image token (y, x) at (0, y, x).
-int loop_rope(struct run *r, struct span text, struct span image, struct tensor *rope, struct err *err);
+// Deals text rows, and image rows that lie together, evenly over r->branch.comm. The turns of their positions are in
+// the arena: text is at the origin, image token (y, x) at (0, y, x). *out stays where it is.
+int loop_deal(struct run *r, int64_t text_rows, struct span image, struct share *out, struct err *err);
 // What the prompts of my branches contribute to every step, in the arena; text: of this rank.
 void loop_condition(struct run *r, const struct schedule *s, const struct prompt prompts[BRANCHES], struct span text,
                     struct dit_cond cond[BRANCHES]);

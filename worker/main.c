@@ -140,7 +140,7 @@ static int load_models(struct worker *w, struct err *err)
         TRY(model_load_on(w->group->models[i].directory, mapped ? NULL : &home, &w->models[i], err));
         log_line(w->log, LOG_INFO, "model.loaded", "model=%s@%s hash=%.16s device=%s precision=%s",
                  w->group->models[i].name, w->group->models[i].version, w->models[i]->hash, w->kernels->name,
-                 worker_precision_name(w));
+                 precision_name(&w->precision));
     }
     return 0;
 }

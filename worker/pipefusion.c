@@ -15,11 +15,9 @@
 
 // Some rows of the image, or all of them, that go through the stages together.
 struct patch {
-    struct span all;      // of the image
-    bool text;            // the text's rows come along
-    struct spread spread; // of all, over the ranks of a stage
-    struct dit_rows rows; // of this rank
-    int64_t of_rank[COMM_MAX_RANKS], text_of_rank[COMM_MAX_RANKS];
+    struct span all;           // of the image
+    bool text;                 // the text's rows come along
+    struct share share;        // of them, over the ranks of a stage
     struct tensor x;           // (image rows of this rank, channels): latents, of the first and the last stage
     struct tensor v[BRANCHES]; // as x: what the last stage predicted, side by side
 };
@@ -41,25 +39,15 @@ struct pipe {
 static int patch_init(struct pipe *p, struct patch *a, struct span all, bool text, struct err *err)
 {
     struct exec *x = &p->r->branch;
-    const int me = comm_rank(x->comm), ranks = comm_size(x->comm);
-    const struct spread texts = spread_even(text ? p->r->text_tokens : 0, me, ranks);
     a->all = all;
     a->text = text;
-    a->spread = spread_even(all.count, me, ranks);
-    const struct span mine = spread_mine(&a->spread);
-    a->rows = (struct dit_rows){.text = spread_mine(&texts),
-                                .image = {all.start + mine.start, mine.count},
-                                .of_rank = a->of_rank,
-                                .text_of_rank = a->text_of_rank};
-    for (int i = 0; i < ranks; i++) {
-        a->text_of_rank[i] = spread_of(&texts, i).count;
-        a->of_rank[i] = a->text_of_rank[i] + spread_of(&a->spread, i).count;
-    }
-    a->x = exec_tensor(x, 2, mine.count, p->info.channels, 1, 1);
-    struct tensor both = exec_tensor(x, 2, BRANCHES * mine.count, p->info.channels, 1, 1);
+    TRY(loop_deal(p->r, text ? p->r->text_tokens : 0, all, &a->share, err));
+    const int64_t mine = a->share.rows.image.count;
+    a->x = exec_tensor(x, 2, mine, p->info.channels, 1, 1);
+    struct tensor both = exec_tensor(x, 2, BRANCHES * mine, p->info.channels, 1, 1);
     for (int b = 0; b < BRANCHES; b++)
-        a->v[b] = tensor_rows(both, b * mine.count, mine.count);
-    return loop_rope(p->r, a->rows.text, a->rows.image, &a->rows.rope, err);
+        a->v[b] = tensor_rows(both, b * mine, mine);
+    return 0;
 }
 
 // Cuts the joint sequence, text first, into even parts.
@@ -106,21 +94,21 @@ static int prepare(struct pipe *p, const struct prompt prompts[BRANCHES], const 
     p->blocks = plan_stage(&r->plan, p->info.blocks, p->stage);
     loop_schedule(r, &p->schedule);
     TRY(cut(p, err));
-    loop_condition(r, &p->schedule, prompts, p->whole.rows.text, p->cond);
+    loop_condition(r, &p->schedule, prompts, p->whole.share.rows.text, p->cond);
     for (int b = 0; b < r->branches; b++)
         if (loop_my_branch(r, b))
             TRY(keep(p, &p->kept[b], err));
-    const int64_t rows = my_branches(r) * (p->whole.rows.text.count + p->whole.rows.image.count);
+    const int64_t rows = my_branches(r) * (p->whole.share.rows.text.count + p->whole.share.rows.image.count);
     int64_t most = rows; // a rank's share of a patch may be larger by a row than its share of the whole would have it
     for (int i = 0; i < r->plan.patches; i++) {
-        const struct dit_rows *of = &p->patches[i].rows;
+        const struct dit_rows *of = &p->patches[i].share.rows;
         const int64_t n = my_branches(r) * (of->text.count + of->image.count);
         most = n > most ? n : most;
     }
     p->here = exec_tensor(x, 2, most, p->info.hidden, 1, 1);
     p->coming = exec_tensor(x, 2, most, p->info.hidden, 1, 1);
     if (!r->dry)
-        x->k->upload(x->d, p->whole.x, noise + p->whole.rows.image.start * p->info.channels);
+        x->k->upload(x->d, p->whole.x, noise + p->whole.share.rows.image.start * p->info.channels);
     return 0;
 }
 
@@ -142,7 +130,7 @@ static void through_blocks(struct pipe *p, struct patch *a, int step, int b, str
     struct exec *x = &p->r->branch;
     const struct dit *m = p->r->model->dit;
     const size_t mark = arena_mark(x->arena);
-    struct dit_pass pass = {.cond = &p->cond[b], .rows = &a->rows, .hidden = hidden};
+    struct dit_pass pass = {.cond = &p->cond[b], .rows = &a->share.rows, .hidden = hidden};
     p->kept[b].image = a->all;
     p->kept[b].text = a->text;
     p->r->stale.state = &p->kept[b];
@@ -177,12 +165,12 @@ static void advance(struct pipe *p, struct patch *a, int step)
 
 static struct tensor hidden_of(const struct pipe *p, struct tensor room, const struct patch *a)
 {
-    return tensor_rows(room, 0, my_branches(p->r) * (a->rows.text.count + a->rows.image.count));
+    return tensor_rows(room, 0, my_branches(p->r) * (a->share.rows.text.count + a->share.rows.image.count));
 }
 
 static void compute(struct pipe *p, struct patch *a, int step)
 {
-    const int64_t rows = a->rows.text.count + a->rows.image.count;
+    const int64_t rows = a->share.rows.text.count + a->share.rows.image.count;
     for (int b = 0, i = 0; b < p->r->branches; b++)
         if (loop_my_branch(p->r, b))
             through_blocks(p, a, step, b, tensor_rows(p->here, i++ * rows, rows));
@@ -236,7 +224,8 @@ static void collect(struct pipe *p, struct patch *patches, int count, int branch
     struct exec *x = &p->r->branch;
     for (int i = 0; i < count; i++) {
         const struct patch *a = &patches[i];
-        exec_gather(x, tensor_rows(whole, a->all.start, a->all.count), branch < 0 ? a->x : a->v[branch], &a->spread);
+        exec_gather(x, tensor_rows(whole, a->all.start, a->all.count), branch < 0 ? a->x : a->v[branch],
+                    &a->share.spread);
     }
     comm_broadcast(p->r->pipe, whole.data, (int64_t)tensor_bytes(whole), p->stages - 1);
 }
@@ -292,7 +281,7 @@ static int run_steps(struct pipe *p, struct tensor tokens, struct err *err)
     if (warmup == p->schedule.steps)
         return 0;
     for (int i = 0; i < plan->patches; i++) {
-        const struct span rows = p->patches[i].rows.image;
+        const struct span rows = p->patches[i].share.rows.image;
         x->k->copy(x->d, p->patches[i].x, tensor_rows(tokens, rows.start, rows.count));
     }
     TRY(run_passes(p, p->patches, plan->patches, warmup, p->schedule.steps - warmup, err));

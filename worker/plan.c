@@ -1,8 +1,9 @@
 #include "worker/plan.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
+
+#include "proto/conf.h"
 
 static void divisors(int64_t n, char *text, size_t size)
 {
@@ -246,18 +247,13 @@ struct span plan_stage(const struct plan *p, int blocks, int stage)
 
 int plan_parse_blocks(const char *text, struct plan *p, struct err *err)
 {
-    int n = 0;
-    for (const char *at = text; *at; n++) {
-        char *end;
-        const long blocks = strtol(at, &end, 10);
-        if (end == at || (*end && (*end != ',' || !end[1])) || blocks < 1 || blocks > INT16_MAX || n == COMM_MAX_RANKS)
-            return err_set(err, ERR_INVALID,
-                           "pipefusion_blocks \"%.80s\"; it may be how many blocks each stage has, say 2,4: 1 to %d "
-                           "numbers of 1 or more",
-                           text, COMM_MAX_RANKS);
-        p->blocks[n] = (short)blocks;
-        at = *end ? end + 1 : end;
-    }
+    const int n = conf_counts(text, p->blocks, COMM_MAX_RANKS);
+    if (n < 0)
+        return err_set(
+            err, ERR_INVALID,
+            "pipefusion_blocks \"%.80s\"; it may be how many blocks each stage has, say 2,4: 1 to %d numbers "
+            "from 1 to 1000",
+            text, COMM_MAX_RANKS);
     if (p->pipe == 0)
         p->pipe = n;
     return 0;

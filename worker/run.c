@@ -111,12 +111,7 @@ static void note_step(struct run *r, int step)
     now->collectives = (double)comm_collectives(r->world.comm);
     if (step == 0)
         return;
-    loop->cost.flops += now->cost.flops - last.cost.flops;
-    loop->cost.attention += now->cost.attention - last.cost.attention;
-    loop->cost.bytes += now->cost.bytes - last.cost.bytes;
-    loop->cost.copied += now->cost.copied - last.cost.copied;
-    loop->cost.row_bytes += now->cost.row_bytes - last.cost.row_bytes;
-    loop->cost.calls += now->cost.calls - last.cost.calls;
+    kernel_cost_add(&loop->cost, &now->cost, &last.cost);
     loop->sent += now->sent - last.sent;
     loop->collectives += now->collectives - last.collectives;
 }

@@ -78,11 +78,7 @@ void tuned_key_of(const struct kernels *k, int ranks, int threads, const struct 
     if (!(cpu ? read_line("/proc/cpuinfo", "model name", out->device, sizeof out->device)
               : gpu_name(out->device, sizeof out->device)))
         snprintf(out->device, sizeof out->device, "%s", cpu ? "CPU" : "GPU");
-    snprintf(out->precision, sizeof out->precision, "%s",
-             p->fp8                     ? "fp8"
-             : p->activation == DT_F32  ? "fp32"
-             : p->activation == DT_BF16 ? "bf16"
-                                        : "fp16");
+    snprintf(out->precision, sizeof out->precision, "%s", precision_name(p));
 }
 
 static json_t *key_json(const struct tuned_key *key)

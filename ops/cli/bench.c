@@ -12,13 +12,6 @@
 static const char *const whats[BENCH_WHATS] = {[BENCH_STEP] = "step", [BENCH_IMAGE] = "image", [BENCH_TEXT] = "text",
                                                [BENCH_VAE] = "vae",   [BENCH_START] = "start", [BENCH_ERROR] = "error"};
 
-const char *bench_precision_name(const struct bench *b)
-{
-    if (b->precision.fp8)
-        return "fp8";
-    return b->precision.activation == DT_F32 ? "fp32" : b->precision.activation == DT_BF16 ? "bf16" : "fp16";
-}
-
 // An architecture's configurations, in a directory of their own, and its numbers.
 static int invent_model(struct bench *b, struct err *err)
 {

@@ -104,8 +104,6 @@ struct bench {
     int n_errors;
 };
 
-const char *bench_precision_name(const struct bench *b); // as jobs spell it
-
 // Rows of the joint sequence, text and image.
 static inline int64_t bench_rows(const struct bench *b)
 {

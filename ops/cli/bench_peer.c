@@ -74,7 +74,7 @@ static void start_python(const struct bench *b, const struct told *t, const char
     dup2(out, 1);
     dup2(errors, 2);
     execlp("python3", "python3", script, "--config", t->config, "--width", t->width, "--height", t->height, "--steps",
-           t->steps, "--text-tokens", t->text, "--precision", bench_precision_name(b), "--device", b->device,
+           t->steps, "--text-tokens", t->text, "--precision", precision_name(&b->precision), "--device", b->device,
            (char *)NULL);
     _exit(write(1, none, sizeof none - 1) > 0 ? CLI_FAILED : CLI_UNAVAILABLE);
 }

@@ -170,7 +170,8 @@ void bench_print(struct bench *b)
 {
     const Ditfleet__V1__Job *j = b->job;
     printf("%s on %s, %s: %u x %u, %u steps, %u text tokens\n", b->architecture ? b->architecture : b->model_dir,
-           b->k->name, bench_precision_name(b), j->width, j->height, j->num_inference_steps, j->max_sequence_length);
+           b->k->name, precision_name(&b->precision), j->width, j->height, j->num_inference_steps,
+           j->max_sequence_length);
     printf("%-28s %.2f s after the process began%s\n", "loaded", b->loaded,
            b->architecture ? ", weights made up meanwhile" : "");
     if (b->what == BENCH_ERROR) {
@@ -286,7 +287,7 @@ void bench_print_json(struct bench *b)
     const Ditfleet__V1__Job *j = b->job;
     json_t *root =
         json_pack("{s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:f}", "model", b->architecture ? b->architecture : b->model_dir,
-                  "device", b->k->name, "precision", bench_precision_name(b), "width", (int)j->width, "height",
+                  "device", b->k->name, "precision", precision_name(&b->precision), "width", (int)j->width, "height",
                   (int)j->height, "num_inference_steps", (int)j->num_inference_steps, "max_sequence_length",
                   (int)j->max_sequence_length, "loaded_s", b->loaded);
     json_object_set_new(root, "memory", memory_json(&b->memory));

@@ -202,16 +202,13 @@ static struct found found_of(double *values, int n)
 static int count(struct bed *b, sample s, int64_t rows, struct kernel_cost *out, struct err *err)
 {
     struct kernels dry = kernels_dry;
-    struct kernel_cost before;
+    struct kernel_cost before, after;
     dry.cost(b->dry, &before);
     s(b, &dry, b->dry, rows);
     TRY(dry.sync(b->dry, err));
-    dry.cost(b->dry, out);
-    out->flops -= before.flops;
-    out->attention -= before.attention;
-    out->row_bytes -= before.row_bytes;
-    out->copied -= before.copied;
-    out->calls -= before.calls;
+    dry.cost(b->dry, &after);
+    *out = (struct kernel_cost){0};
+    kernel_cost_add(out, &after, &before);
     return 0;
 }
 

@@ -3,6 +3,7 @@
 # configuration, its Redis, its directories and its models.
 set -euo pipefail
 source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+source "$DITFLEET_SOURCE/tests/expect.bash"
 unset CUDA_VISIBLE_DEVICES
 fleet_begin "${DITFLEET_BUILD:?}"
 # Copies of the programs, which find no CUDA backend but what lies beside them: no GPU of this host is ever opened.
@@ -10,11 +11,6 @@ mkdir "$fleet/cpu" "$fleet/cuda"
 cp "$fleet_build/ditfleet" "$fleet_build/ditfleet-worker" "$fleet/cpu"
 cp "$fleet_build/ditfleet" "$fleet_build/tests/fake_cuda/libditfleet_cuda.so" "$fleet/cuda"
 ditfleet=$fleet/cpu/ditfleet
-
-fail() {
-  echo "FAILED: $*" >&2
-  exit 1
-}
 
 # expect STATUS LINE flags...: exit status, and an extended regular expression that one line matches
 expect() {

@@ -3,6 +3,7 @@
 # that `generate` makes, byte for byte; bad jobs end in an error that says why; a killed worker costs no job.
 set -euo pipefail
 source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+source "$DITFLEET_SOURCE/tests/expect.bash"
 unset DITFLEET_REDIS
 export no_proxy=127.0.0.1
 fleet_begin "${DITFLEET_BUILD:?}"
@@ -22,12 +23,6 @@ case ${1:-cpu} in
 esac
 model=$DITFLEET_SOURCE/ops/demo/model
 small=(--width 64 --height 48 --num-inference-steps 2 --max-sequence-length 64 --seed 11)
-
-fail() {
-  echo "FAILED: $*" >&2
-  fleet_show_log supervisor
-  exit 1
-}
 
 # submit NAME STATUS TEXT flags...: waits; the exit status, and a text that it prints
 submit() {

@@ -2,14 +2,9 @@
 # A group with a data_degree makes several images side by side, and a job whose images cannot be dealt so all the same.
 set -euo pipefail
 source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+source "$DITFLEET_SOURCE/tests/expect.bash"
 export no_proxy=127.0.0.1
 fleet_begin "${DITFLEET_BUILD:?}"
-
-fail() {
-  echo "FAILED: $*" >&2
-  fleet_show_log supervisor
-  exit 1
-}
 
 model=$DITFLEET_SOURCE/ops/demo/model
 fleet_redis

@@ -2,17 +2,12 @@
 # /metrics, /healthz and `ditfleet backlog`: before, during and after jobs, without Redis, under abuse, on a queue node.
 set -euo pipefail
 source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+source "$DITFLEET_SOURCE/tests/expect.bash"
 unset DITFLEET_REDIS
 export no_proxy=127.0.0.1
 fleet_begin "${DITFLEET_BUILD:?}"
 export XDG_CACHE_HOME=$fleet/cache
 model=$DITFLEET_SOURCE/ops/demo/model
-
-fail() {
-  echo "FAILED: $*" >&2
-  [[ ! -e $fleet/supervisor.log ]] || fleet_show_log supervisor
-  exit 1
-}
 
 # scrape: /metrics of $port to $fleet/scrape, which must be OpenMetrics to the letter
 scrape() {

@@ -3,14 +3,9 @@
 # two steps, and the group goes on to the next job.
 set -euo pipefail
 source "${DITFLEET_SOURCE:?}/ops/private-fleet.sh"
+source "$DITFLEET_SOURCE/tests/expect.bash"
 export no_proxy=127.0.0.1
 fleet_begin "${DITFLEET_BUILD:?}"
-
-fail() {
-  echo "FAILED: $*" >&2
-  fleet_show_log supervisor
-  exit 1
-}
 
 model=$DITFLEET_SOURCE/ops/demo/model
 job=(--prompt "a red circle" --seed 3 --width 96 --height 80 --num-inference-steps 6 --max-sequence-length 24)

@@ -3,45 +3,16 @@
 #include "kernels/algo_cache.h"
 
 #include <dirent.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cmocka.h>
+#include "tests/unit/place.h"
 
 enum { KEY = 5 };
 static const char *const WORDS = "GPU Test 9000, driver 1, library 2";
-
-struct place {
-    char root[64], folder[128], file[512];
-};
-
-static int setup(void **state)
-{
-    struct place *p = calloc(1, sizeof *p);
-    strcpy(p->root, "/tmp/ditfleet-algo-XXXXXX");
-    assert_non_null(mkdtemp(p->root));
-    snprintf(p->folder, sizeof p->folder, "%s/a/b", p->root);
-    *state = p;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    char command[128];
-    struct place *p = *state;
-    snprintf(command, sizeof command, "rm -rf '%s'", p->root);
-    assert_int_equal(system(command), 0);
-    free(p);
-    return 0;
-}
 
 // The one file in the folder; "" when there is none, and the test fails when there are more.
 static const char *only_file(struct place *p)
@@ -304,13 +275,13 @@ static void folders(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(found_again, setup, teardown),
-        cmocka_unit_test_setup_teardown(others, setup, teardown),
-        cmocka_unit_test_setup_teardown(merged, setup, teardown),
-        cmocka_unit_test_setup_teardown(at_once, setup, teardown),
-        cmocka_unit_test_setup_teardown(damaged, setup, teardown),
-        cmocka_unit_test_setup_teardown(in_the_way, setup, teardown),
-        cmocka_unit_test_setup_teardown(full_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(found_again, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(others, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(merged, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(at_once, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(damaged, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(in_the_way, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(full_disk, place_set_up, place_tear_down),
         cmocka_unit_test(folders),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -372,7 +372,8 @@ static void plans(void **state)
 static void blocks_of_stages_are_parsed(void **state)
 {
     (void)state;
-    static const char *const wrong[] = {"2,", ",2", "2;4", "0,6", "-1,7", "2,,4", "x", "2,40000", "2 4"};
+    static const char *const wrong[] = {"2,", ",2",     "2;4",     "0,6", "-1,7", "2,,4",
+                                        "x",  "2,1001", "2,40000", "2, ", "2 4"};
     struct plan p = {0};
     struct err err = {.code = ERR_NONE};
     assert_int_equal(plan_parse_blocks("", &p, &err), 0);

@@ -4,18 +4,13 @@
 
 #include <dirent.h>
 #include <math.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cmocka.h>
+#include "tests/unit/place.h"
 
 static const struct machine machine = {.products = 1.2345678912e11,
                                        .attention = 6e10,
@@ -25,30 +20,6 @@ static const struct machine machine = {.products = 1.2345678912e11,
                                        .exchange = 5e9,
                                        .collective = 2e-5};
 static const struct tuned_key key = {.device = "Processor \"9000\"", .ranks = 4, .threads = 2, .precision = "fp32"};
-
-struct place {
-    char root[64], folder[128], file[512];
-};
-
-static int setup(void **state)
-{
-    struct place *p = calloc(1, sizeof *p);
-    strcpy(p->root, "/tmp/ditfleet-tuned-XXXXXX");
-    assert_non_null(mkdtemp(p->root));
-    snprintf(p->folder, sizeof p->folder, "%s/a/b", p->root);
-    *state = p;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    char command[128];
-    struct place *p = *state;
-    snprintf(command, sizeof command, "rm -rf '%s'", p->root);
-    assert_int_equal(system(command), 0);
-    free(p);
-    return 0;
-}
 
 static void save(struct place *p, const struct machine *c)
 {
@@ -248,12 +219,12 @@ static void keys_and_defaults(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(written_and_read, setup, teardown),
-        cmocka_unit_test_setup_teardown(of_another_key, setup, teardown),
-        cmocka_unit_test_setup_teardown(damaged, setup, teardown),
-        cmocka_unit_test_setup_teardown(no_such_machine, setup, teardown),
-        cmocka_unit_test_setup_teardown(in_the_way, setup, teardown),
-        cmocka_unit_test_setup_teardown(full_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(written_and_read, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(of_another_key, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(damaged, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(no_such_machine, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(in_the_way, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(full_disk, place_set_up, place_tear_down),
         cmocka_unit_test(keys_and_defaults),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
