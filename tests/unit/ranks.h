@@ -229,4 +229,20 @@ static inline double compare(const struct outcome *o, const struct outcome *one)
         __VA_ARGS__, NULL                                                                                              \
     }
 
+// Ranks that are threads of one process: the job by many gives what it gives by few.
+static inline void check_on_threads(const struct model *m, const Ditfleet__V1__Job *job, struct plan few,
+                                    struct plan many)
+{
+    struct outcome *one = outcome_new(), *all = outcome_new();
+    struct group g = {.model = m, .job = job, .want = few, .outcome = one, .work = whole_job};
+    run_group_of_threads(&g);
+    expect_success(one, few.ranks);
+    g.want = many, g.outcome = all;
+    run_group_of_threads(&g);
+    expect_success(all, many.ranks);
+    compare(all, one);
+    outcome_free(one);
+    outcome_free(all);
+}
+
 #endif

@@ -298,19 +298,9 @@ static void stale_steps_with_guidance(void **state)
 
 static void ranks_as_threads(void **state)
 {
-    const struct model *m = *state;
-    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
-                                                "48", "height", "48", "num_inference_steps", "3"));
-    struct outcome *one = outcome_new(), *all = outcome_new();
-    struct group g = {.model = m, .job = job, .want = PIPE(1, 1, 1, 1, 2, 1), .outcome = one, .work = whole_job};
-    run_group_of_threads(&g);
-    expect_success(one, 1);
-    g.want = (struct plan)PIPE(8, 2, 2, 2, 2, 1), g.outcome = all;
-    run_group_of_threads(&g);
-    expect_success(all, 8);
-    compare(all, one);
-    outcome_free(one);
-    outcome_free(all);
+    Ditfleet__V1__Job *job = demo_job(*state, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3",
+                                                     "width", "48", "height", "48", "num_inference_steps", "3"));
+    check_on_threads(*state, job, (struct plan)PIPE(1, 1, 1, 1, 2, 1), (struct plan)PIPE(8, 2, 2, 2, 2, 1));
     job_free(job);
 }
 

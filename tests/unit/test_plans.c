@@ -334,19 +334,9 @@ static void same_bits_each_time(void **state)
 
 static void threads(void **state)
 {
-    const struct model *m = *state;
-    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3", "width",
-                                                "80", "height", "48", "num_inference_steps", "2"));
-    struct outcome *one = outcome_new(), *all = outcome_new();
-    struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
-    run_group_of_threads(&g);
-    expect_success(one, 1);
-    g.want = (struct plan)PLAN(8, 2, 2, 2), g.outcome = all;
-    run_group_of_threads(&g);
-    expect_success(all, 8);
-    compare(all, one);
-    outcome_free(one);
-    outcome_free(all);
+    Ditfleet__V1__Job *job = demo_job(*state, FIELDS(PROMPT, "negative_prompt", "a star", "true_cfg_scale", "3",
+                                                     "width", "80", "height", "48", "num_inference_steps", "2"));
+    check_on_threads(*state, job, (struct plan)PLAN(1, 1, 1, 1), (struct plan)PLAN(8, 2, 2, 2));
     job_free(job);
 }
 
