@@ -21,6 +21,7 @@
 
 struct device; // each backend has its own
 struct recording;
+struct link;
 
 enum act { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_GELU_ERF, ACT_QUICK_GELU };
 // silu x*sigmoid(x); gelu_tanh 0.5x(1+tanh(sqrt(2/pi)(x+0.044715x^3))); gelu_erf the exact one;
@@ -74,6 +75,23 @@ static inline void kernel_cost_add(struct kernel_cost *to, const struct kernel_c
     to->calls += now->calls - before->calls;
 }
 
+// ---- links: devices of several processes, of one host or of many, that send each other rows.
+#define LINK_NAME_BYTES 128
+#define LINK_KIND_BYTES 192
+
+// Rows that go to the device of a rank, or come from it.
+struct link_piece {
+    int rank;
+    struct tensor t;
+};
+
+// How far a link is; readable at any time from any thread.
+struct link_state {
+    uint64_t begun, done; // exchanges: queued by this rank, and over on its device
+    const char *what;     // the first that is not over, as exchange was told; NULL: all are
+    double seconds;       // the device spent in those that are over, waiting for others included
+};
+
 struct kernels {
     const char *name;
     // Type of activations unless the options of open ask for another; then the caller goes on with a copy of the table
@@ -116,6 +134,28 @@ struct kernels {
     // Runs them again on the same memory. False: that has moved since (scratch memory of the device grew); nothing ran.
     bool (*replay)(struct device *d, struct recording *r);
     void (*forget)(struct device *d, struct recording *r); // frees it
+
+    // ---- links. NULL: this backend has none.
+    // What ranks that are to be linked have to have in common: kind, the GPU and the libraries; and what each has for
+    // itself: place, one GPU of one host. Texts of LINK_KIND_BYTES.
+    void (*link_kind)(struct device *d, char *kind, char *place);
+    // Draws a name for a new link, LINK_NAME_BYTES of it; one rank's, which all are given.
+    int (*link_name)(void *name, struct err *err);
+    // Joins; called by all ranks at once, once in a device's life. ERR_TIMEOUT: others did not come. Freed by unlink,
+    // before the device is closed.
+    int (*link)(struct device *d, const void *name, int rank, int ranks, int timeout_ms, struct link **out,
+                struct err *err);
+    void (*unlink)(struct link *l);
+    // Pieces to and from ranks, oneself among them, in the order of the device's operations; can be recorded. Between
+    // two ranks pieces match in order, in type, rows and row lengths; empty ones are left out. what: a name for it,
+    // which stays.
+    void (*exchange)(struct device *d, struct link *l, const char *what, int sends, const struct link_piece *send,
+                     int recvs, const struct link_piece *recv);
+    // From any thread. A failure of this rank's or another's that the link has noticed.
+    int (*link_check)(struct link *l, struct err *err);
+    void (*link_state)(struct link *l, struct link_state *out);
+    // From any thread: what waits for other ranks ends, whatever it has got; exchanges do nothing from here on.
+    void (*link_abort)(struct link *l);
 
     // Time of each operation between start and end: each is called with an operation's name and milliseconds, in order.
     // Costs a little speed; not within a recording. NULL: this backend has none.

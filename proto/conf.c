@@ -22,7 +22,7 @@ enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
 static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_model, check_listen,
-    check_blocks;
+    check_blocks, check_gpus;
 
 struct key {
     const char *section, *name;
@@ -94,13 +94,15 @@ static const struct key keys[] = {
     {"metrics", "listen", STRING, AT(metrics.listen), 0, 60, "", check_listen,
      .doc = "address:port on which /metrics and /healthz are served over HTTP, say 127.0.0.1:9464; empty: nowhere"},
     {"group", "device", ENUM, IN(device), .initial = "cpu", .choices = devices, .doc = "what a rank computes on"},
-    {"group", "gpu", INT, IN(gpu), 0, 63, "0",
-     .doc = "with device = cuda: which one, as nvidia-smi counts; a GPU serves one group"},
+    {"group", "gpu", STRING, IN(gpu), 0, 180, "", check_gpus,
+     .doc =
+         "with device = cuda: which one, or which ones, a rank each, as nvidia-smi counts: 0,1; empty: 0. A GPU serves "
+         "one group"},
     {"group", "precision", ENUM, IN(precision), .initial = "default", .choices = precisions,
      .doc = "with device = cuda: what all jobs of the group compute in; default: as the model's ditfleet.json says, "
             "else bf16"},
     {"group", "ranks", INT, IN(ranks), 1, 64, "1",
-     .doc = "processes that make one image together; with device = cuda 1, a group for each GPU"},
+     .doc = "processes that make one image together; with device = cuda as many as GPUs, which need not be said"},
     {"group", "threads", INT, IN(threads), 0, 1024, "0",
      .doc = "threads that a rank computes with; 0: cores / ranks, at least 1"},
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
@@ -205,13 +207,13 @@ static const char *check_listen(const char *v)
     return *end || port > 65535 || inet_pton(ipv6 ? AF_INET6 : AF_INET, host, bytes) != 1 ? allowed : NULL;
 }
 
-int conf_counts(const char *text, short *out, int most)
+int conf_numbers(const char *text, long least, long greatest, short *out, int most)
 {
     int n = 0;
     for (const char *at = text; *at; n++) {
         char *end = NULL;
-        const long count = isdigit((unsigned char)at[*at == ' ']) ? strtol(at, &end, 10) : 0;
-        if (count < 1 || count > 1000 || n == most || (*end && (*end != ',' || !end[1])))
+        const long count = isdigit((unsigned char)at[*at == ' ']) ? strtol(at, &end, 10) : -1;
+        if (count < least || count > greatest || n == most || (*end && (*end != ',' || !end[1])))
             return -1;
         out[n] = (short)count;
         at = *end ? end + 1 : end;
@@ -222,9 +224,20 @@ int conf_counts(const char *text, short *out, int most)
 static const char *check_blocks(const char *v)
 {
     short counts[64];
-    return conf_counts(v, counts, 64) >= 0
+    return conf_numbers(v, 1, 1000, counts, 64) >= 0
                ? NULL
                : "1 to 64 whole numbers from 1 to 1000, one for each stage, commas between them: 2,4";
+}
+
+static const char *check_gpus(const char *v)
+{
+    short gpus[CONF_MAX_GPUS];
+    const int n = conf_numbers(v, 0, CONF_MAX_GPUS - 1, gpus, CONF_MAX_GPUS);
+    for (int i = 1; i < n; i++)
+        for (int j = 0; j < i; j++)
+            if (gpus[i] == gpus[j])
+                return "each GPU once";
+    return n >= 0 ? NULL : "whole numbers from 0 to 63, commas between them: 0,1";
 }
 
 static const char *check_model(const char *v)
@@ -592,35 +605,45 @@ static int split_models(struct parser *p, struct conf_group *g)
     return 0;
 }
 
-// What a device allows. p->line is the file's last: the values are known only now.
-static int check_device(struct parser *p, const struct conf_group *g)
+// The GPUs of a group: one for each rank, none of them another's.
+static int check_gpu_ranks(struct parser *p, struct conf_group *g)
 {
     char section[80], what[200];
+    name_section(g, section);
+    g->n_gpus = conf_numbers(*g->gpu ? g->gpu : "0", 0, CONF_MAX_GPUS - 1, g->gpus, CONF_MAX_GPUS);
+    if (g->ranks != 1 && g->ranks != g->n_gpus) {
+        snprintf(what, sizeof what, "is %d; with device = cuda there is one for each GPU, and gpu names %d", g->ranks,
+                 g->n_gpus);
+        return fail_at(p, p->line, ERR_INVALID, section, "ranks", what);
+    }
+    g->ranks = g->n_gpus;
+    for (const struct conf_group *other = p->conf->groups; other < g; other++)
+        for (int i = 0; i < g->n_gpus; i++)
+            for (int j = 0; j < other->n_gpus; j++)
+                if (g->gpus[i] == other->gpus[j]) {
+                    snprintf(what, sizeof what, "%d is [group %s]'s already; give each group GPUs of its own",
+                             g->gpus[i], other->name);
+                    return fail_at(p, p->line, ERR_INVALID, section, "gpu", what);
+                }
+    return 0;
+}
+
+// What a device allows. p->line is the file's last: the values are known only now.
+static int check_device(struct parser *p, struct conf_group *g)
+{
+    char section[80];
     name_section(g, section);
     if (g->device == CONF_DEVICE_CPU) {
         if (g->memory_budget)
             return fail_at(p, p->line, ERR_INVALID, section, "memory_budget", "is of a GPU's memory; device is cpu");
-        if (g->gpu)
+        if (*g->gpu)
             return fail_at(p, p->line, ERR_INVALID, section, "gpu", "is for device = cuda; device is cpu");
         if (g->precision > DITFLEET__V1__PRECISION__PRECISION_FP32)
             return fail_at(p, p->line, ERR_INVALID, section, "precision",
                            "is for device = cuda; device is cpu, which computes in fp32");
         return 0;
     }
-    if (g->ranks != 1) {
-        snprintf(what, sizeof what,
-                 "is %d; with device = cuda it must be 1: several GPUs do not share a picture yet; make a group for "
-                 "each GPU",
-                 g->ranks);
-        return fail_at(p, p->line, ERR_INVALID, section, "ranks", what);
-    }
-    for (const struct conf_group *other = p->conf->groups; other < g; other++)
-        if (other->device == CONF_DEVICE_CUDA && other->gpu == g->gpu) {
-            snprintf(what, sizeof what, "= %d is [group %s]'s already; give each group a GPU of its own", g->gpu,
-                     other->name);
-            return fail_at(p, p->line, ERR_INVALID, section, "gpu", what);
-        }
-    return 0;
+    return check_gpu_ranks(p, g);
 }
 
 static int finish(struct parser *p)

@@ -26,11 +26,15 @@ struct conf_model {
 
 enum conf_device { CONF_DEVICE_CPU, CONF_DEVICE_CUDA };
 
+#define CONF_MAX_GPUS 64
+
 // [group NAME]: ranks that make one image together.
 struct conf_group {
     char *name;
-    int device;         // enum conf_device
-    int gpu;            // cuda: which one, as nvidia-smi counts; 0 on the CPU
+    int device; // enum conf_device
+    char *gpu;  // "0,1": of each rank, as nvidia-smi counts; "": as "0", and on the CPU
+    int n_gpus; // the same, taken apart; 0 on the CPU
+    short gpus[CONF_MAX_GPUS];
     int precision;      // a Ditfleet__V1__Precision of proto/job.h that all its jobs compute in; 0: the models' own
     int ranks;          // processes, 1 to 64
     int threads;        // threads a rank computes with; 0: conf_group_threads decides
@@ -103,9 +107,9 @@ void conf_free(struct conf *c);
 // Bytes from a size as the file writes it, "24GiB" or "512M". False: it is none, or above CONF_MAX_BYTES.
 #define CONF_MAX_BYTES ((double)(1LL << 40))
 bool conf_size(const char *text, int64_t *bytes);
-// Whole numbers from 1 to 1000 with commas between them, "2, 4": how many there are, none in "". -1: text is something
-// else, or there are more than most.
-int conf_counts(const char *text, short *out, int most);
+// Whole numbers from least (0 or more) to greatest with commas between them, "2, 4": how many there are, none in "".
+// -1: text is something else, or there are more than most.
+int conf_numbers(const char *text, long least, long greatest, short *out, int most);
 
 // The table, as a commented example file that conf_load accepts.
 void conf_print_doc(FILE *to);

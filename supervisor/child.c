@@ -17,7 +17,7 @@ enum { NUMBER = 16 };
 struct arguments {
     char rank[NUMBER], ranks[NUMBER], control_fd[NUMBER], shm_fd[NUMBER];
     const char *argv[20];
-    char visible[64];
+    char visible[256];
     const char **envp; // malloc
 };
 
@@ -48,16 +48,18 @@ static int make_arguments(const struct child *c, struct arguments *a, struct err
     size_t n = 0, kept = 0;
     while (environ[n])
         n++;
-    a->envp = malloc((n + 3) * sizeof *a->envp);
+    a->envp = malloc((n + 4) * sizeof *a->envp);
     if (!a->envp)
         return err_set(err, ERR_NO_MEMORY, "cannot start rank %d of group %s: out of memory", c->rank, c->group);
     for (size_t i = 0; i < n; i++)
-        if (!is_one_of(environ[i], own) && !(c->gpu >= 0 && is_one_of(environ[i], of_gpus)))
+        if (!is_one_of(environ[i], own) && !(c->gpus && is_one_of(environ[i], of_gpus)))
             a->envp[kept++] = environ[i];
-    if (c->gpu >= 0) {
-        snprintf(a->visible, sizeof a->visible, "CUDA_VISIBLE_DEVICES=%d", c->gpu);
+    if (c->gpus) {
+        snprintf(a->visible, sizeof a->visible, "CUDA_VISIBLE_DEVICES=%s", c->gpus);
         a->envp[kept++] = a->visible;
         a->envp[kept++] = "CUDA_DEVICE_ORDER=PCI_BUS_ID"; // as nvidia-smi counts
+        if (!getenv("NCCL_NVLS_ENABLE"))
+            a->envp[kept++] = "NCCL_NVLS_ENABLE=0"; // nothing here needs NVLink's multicast
     }
     a->envp[kept] = NULL;
     return 0;

@@ -16,8 +16,9 @@ struct child {
     const char *group;
     const char *incarnation;
     int rank, ranks;
-    int gpu;    // the one GPU that it sees, as nvidia-smi counts; -1: what this process sees
-    int shm_fd; // stays the caller's
+    const char *gpus; // those of its group, which are all that it sees, as nvidia-smi counts: "0,1"; NULL: what this
+                      // process sees
+    int shm_fd;       // stays the caller's
 };
 
 // Forks and executes

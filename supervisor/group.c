@@ -222,7 +222,9 @@ static int spawn_rank(struct group *g, int i, int shm_fd, struct err *err)
         .incarnation = g->incarnation,
         .rank = i,
         .ranks = g->n_ranks,
-        .gpu = g->my->device == CONF_DEVICE_CUDA ? g->my->gpu : -1,
+        .gpus = g->my->device != CONF_DEVICE_CUDA ? NULL
+                : *g->my->gpu                     ? g->my->gpu
+                                                  : "0",
         .shm_fd = shm_fd,
     };
     TRY(child_spawn(&c, &r->pid, &r->fd, err));

@@ -106,10 +106,14 @@ static const char *check_surroundings(const struct fake *f)
     if (prctl(PR_GET_PDEATHSIG, &death) != 0 || death != SIGKILL)
         return "would outlive its supervisor";
     const char *gpus = getenv("CUDA_VISIBLE_DEVICES"), *order = getenv("CUDA_DEVICE_ORDER");
-    const bool has_gpu = strncmp(f->group, "gpu", 3) == 0; // "gpu3"
+    const bool has_gpu = strncmp(f->group, "gpu", 3) == 0; // "gpu3", "gpu4-6"
+    char wanted[64];
+    snprintf(wanted, sizeof wanted, "%s", has_gpu ? f->group + 3 : "");
+    for (char *dash = wanted; (dash = strchr(dash, '-')) != NULL;)
+        *dash = ',';
     if (getenv("NOTIFY_SOCKET"))
         return "has the wrong environment";
-    if (has_gpu && (!gpus || strcmp(gpus, f->group + 3) != 0 || !order || strcmp(order, "PCI_BUS_ID") != 0))
+    if (has_gpu && (!gpus || strcmp(gpus, wanted) != 0 || !order || strcmp(order, "PCI_BUS_ID") != 0))
         return "does not see its GPU";
     return NULL;
 }

@@ -29,11 +29,13 @@ static void predict_all(struct run *r, struct loop *l, struct tensor x, int i)
             r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->share.rows, i, x, l->v[b]);
 }
 
-// Records the second step: the first one has shown the device every shape. Ranks that exchange rows launch each step.
+// Records the second step: the first one has shown the device every shape. Exchanges that are no operations of the
+// device cannot be recorded.
 static void record(struct run *r, struct loop *l, struct tensor x, int i)
 {
     const struct kernels *k = r->branch.k;
-    if (i != 1 || !k->record || comm_size(r->branch.comm) > 1 || !k->record(r->branch.d))
+    const bool alone = comm_size(r->branch.comm) == 1 || comm_on_device(r->branch.comm);
+    if (i != 1 || !k->record || !alone || !k->record(r->branch.d))
         return;
     predict_all(r, l, x, i);
     l->recording = k->recorded(r->branch.d);

@@ -9,7 +9,7 @@
 #include "worker/stages.h"
 #include "worker/tuned.h"
 
-enum { ESTIMATES = 16, PRICE_LISTS = 8, KEY = PLAN_TEXT + 256 };
+enum { ESTIMATES = 16, PRICE_LISTS = 8, KEY = PLAN_TEXT + 256, LINK_TIMEOUT_MS = 60000 };
 
 // What a job takes of a rank's memory besides weights.
 struct demand {
@@ -24,7 +24,8 @@ struct engine {
     struct device *d;
     struct arena *arena; // grown to what a job needs, kept for the next
     size_t arena_bytes;
-    struct comm *data, *control;
+    struct comm *control;
+    struct comm *data; // between devices: a link of its own, or control
     int64_t memory_limit;
     bool fp8;
     struct residency *residency; // NULL: the device computes in the host's memory
@@ -47,6 +48,27 @@ struct engine {
     } prices[PRICE_LISTS]; // a ring
     int next_prices;
 };
+
+// All ranks go on, or none: the first failing rank's error is everybody's.
+static int agree(struct comm *control, int rc, struct err *err)
+{
+    const int ranks = comm_size(control);
+    struct err all[COMM_MAX_RANKS];
+    int64_t counts[COMM_MAX_RANKS];
+    if (ranks == 1)
+        return rc;
+    struct err mine = {.code = ERR_NONE};
+    if (rc != 0)
+        mine = *err;
+    for (int r = 0; r < ranks; r++)
+        counts[r] = sizeof mine;
+    comm_all_gather(control, &mine, all, counts);
+    TRY(comm_check(control, err));
+    for (int r = 0; r < ranks; r++)
+        if (all[r].code != ERR_NONE)
+            return err_set(err, all[r].code, "%s", all[r].text);
+    return 0;
+}
 
 // The budget of a device with memory of its own.
 static int open_residency(struct engine *e, int64_t budget, struct err *err)
@@ -75,6 +97,16 @@ static void open_prices(struct engine *e, const struct engine_options *options)
     e->priced = tuned_load(NULL, &key, &e->machine);
 }
 
+// Of several ranks all hear of a device that does not open: nobody waits for it.
+static int open_device(struct engine *e, const struct device_options *options, struct err *err)
+{
+    int rc = e->k->open(options, &e->d, err);
+    if (!e->k->link || comm_size(e->control) == 1)
+        return rc;
+    TRY(agree(e->control, rc, err));
+    return comm_link_new(e->control, e->k, e->d, LINK_TIMEOUT_MS, &e->data, err);
+}
+
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err)
 {
     *out = NULL;
@@ -84,12 +116,11 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->table = *options->kernels;
     e->table.activation = options->device.activation;
     e->k = &e->table;
-    e->data = options->data;
-    e->control = options->control;
+    e->data = e->control = options->control;
     e->memory_limit = options->memory_limit;
     e->fp8 = options->fp8;
     open_prices(e, options);
-    int rc = e->k->open(&options->device, &e->d, err);
+    int rc = open_device(e, &options->device, err);
     if (rc == 0)
         rc = open_residency(e, options->memory_budget, err);
     if (rc == 0)
@@ -109,6 +140,8 @@ void engine_free(struct engine *e)
     prompt_cache_free(e->cache);
     arena_free(e->arena);
     residency_free(e->residency);
+    if (e->data != e->control)
+        comm_free(e->data);
     if (e->d)
         e->k->close(e->d);
     free(e);
@@ -117,6 +150,11 @@ void engine_free(struct engine *e)
 struct home engine_home(const struct engine *e)
 {
     return (struct home){.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency};
+}
+
+struct comm_times engine_comm_times(const struct engine *e)
+{
+    return comm_times(e->data);
 }
 
 int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
@@ -550,27 +588,6 @@ static int run_prepared(struct engine *e, struct run *r, struct engine_result *o
     return rc;
 }
 
-// All ranks go on, or none: the first failing rank's error is everybody's.
-static int agree(struct comm *control, int rc, struct err *err)
-{
-    const int ranks = comm_size(control);
-    struct err all[COMM_MAX_RANKS];
-    int64_t counts[COMM_MAX_RANKS];
-    if (ranks == 1)
-        return rc;
-    struct err mine = {.code = ERR_NONE};
-    if (rc != 0)
-        mine = *err;
-    for (int r = 0; r < ranks; r++)
-        counts[r] = sizeof mine;
-    comm_all_gather(control, &mine, all, counts);
-    TRY(comm_check(control, err));
-    for (int r = 0; r < ranks; r++)
-        if (all[r].code != ERR_NONE)
-            return err_set(err, all[r].code, "%s", all[r].text);
-    return 0;
-}
-
 // ---- the choice of a plan
 
 static int price(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
@@ -675,6 +692,18 @@ static void end_run(struct engine *e, struct engine_result *out)
         out->moves = residency_moves(e->residency);
 }
 
+// Exchanges that hold the waiting: the rank that others waited for has the least of them.
+static void tell_waiting(struct rank_times *times, int ranks)
+{
+    double least = times[0].exchange;
+    for (int r = 1; r < ranks; r++)
+        least = times[r].exchange < least ? times[r].exchange : least;
+    for (int r = 0; r < ranks; r++) {
+        times[r].wait = times[r].exchange - least;
+        times[r].exchange = least;
+    }
+}
+
 // Every rank's times of the job that began then.
 static void share_times(const struct engine *e, double began, struct comm_times before, struct engine_result *out)
 {
@@ -685,6 +714,8 @@ static void share_times(const struct engine *e, double began, struct comm_times 
     for (int r = 0; r < out->plan.ranks; r++)
         counts[r] = sizeof mine;
     comm_all_gather(e->control, &mine, out->ranks, counts);
+    if (comm_on_device(e->data))
+        tell_waiting(out->ranks, out->plan.ranks);
 }
 
 int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,

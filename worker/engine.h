@@ -11,13 +11,13 @@
 
 struct engine;
 
-// Borrowed things outlive the engine. data carries tensors between the ranks' devices, control small words between
-// their hosts; on CPU ranks both may be the same communicator.
+// Borrowed things outlive the engine. control carries small words between the ranks' hosts; rows between their devices
+// too, where the devices have no links of their own (kernels.h).
 struct engine_options {
     const struct kernels *kernels;
     struct device_options device;
     bool fp8; // models placed on this engine offer their linear layers as E4M3 (struct precision)
-    struct comm *data, *control;
+    struct comm *control;
     int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free. In the host's memory alone
     // Of a device with memory of its own: bytes of it that this process may take for everything, context and libraries
     // included; 0: what is free now.
@@ -30,11 +30,14 @@ struct engine_options {
 // Of a budget, what contexts and the workspaces of libraries take.
 #define ENGINE_LIBRARY_BYTES ((int64_t)1229 << 20)
 
-// ERR_INVALID: a budget beyond the device's memory.
+// Called by all ranks at once. ERR_INVALID: a budget beyond the device's memory; GPUs that are not alike.
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err);
 void engine_free(struct engine *e);
 // Where models are to be loaded that this engine runs. They are freed before the engine.
 struct home engine_home(const struct engine *e);
+
+// Of this rank, since the engine was made.
+struct comm_times engine_comm_times(const struct engine *e);
 
 // Bytes the host could still give, from the operating system's own estimate.
 int64_t engine_host_memory_free(void);
@@ -64,7 +67,8 @@ struct engine_hooks {
     void *arg;
 };
 
-// Of a rank, seconds of a job. compute holds all that is no talk between ranks: loading of weights, the host's work.
+// Of a rank, seconds of a job. compute holds all that is no talk between ranks: loading of weights, the host's work. A
+// device does not tell waiting from moving: exchange is the least that any rank spent in both, wait what is above it.
 struct rank_times {
     double compute, exchange, wait;
 };

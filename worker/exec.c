@@ -1,5 +1,7 @@
 #include "worker/exec.h"
 
+#include <string.h>
+
 static int64_t row_bytes(struct tensor t)
 {
     int64_t n = 1;
@@ -19,6 +21,52 @@ void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const 
     for (int r = 0; r < rows->ranks; r++)
         counts[r] = spread_of(rows, r).count * row_bytes(whole);
     comm_all_gather(x->comm, mine.data, whole.data, counts);
+}
+
+// Where the pieces for each rank, or from it, lie side by side in the room.
+struct dealing {
+    int64_t bytes[COMM_MAX_RANKS], at[COMM_MAX_RANKS], total;
+};
+
+static struct dealing deal(int ranks, int n, const struct link_piece *pieces)
+{
+    struct dealing d = {.total = 0};
+    for (int i = 0; i < n; i++)
+        d.bytes[pieces[i].rank] += (int64_t)tensor_bytes(pieces[i].t);
+    for (int r = 0; r < ranks; d.total += d.bytes[r++])
+        d.at[r] = d.total;
+    return d;
+}
+
+static void move_pieces(struct exec *x, int n, const struct link_piece *pieces, char *room, const struct dealing *d,
+                        bool in)
+{
+    int64_t at[COMM_MAX_RANKS];
+    memcpy(at, d->at, sizeof at);
+    for (int i = 0; i < n; i++) {
+        const struct tensor t = pieces[i].t;
+        const struct tensor there =
+            tensor_of(room + at[pieces[i].rank], t.dtype, t.dims, t.n[0], t.n[1], t.n[2], t.n[3]);
+        at[pieces[i].rank] += (int64_t)tensor_bytes(t);
+        x->k->copy(x->d, in ? t : there, in ? there : t);
+    }
+}
+
+void exec_exchange(struct exec *x, struct comm *c, int sends, const struct link_piece *send, int recvs,
+                   const struct link_piece *recv)
+{
+    if (comm_on_device(c)) {
+        comm_exchange(c, sends, send, recvs, recv);
+        return;
+    }
+    const size_t mark = arena_mark(x->arena);
+    const struct dealing out = deal(comm_size(c), sends, send), in = deal(comm_size(c), recvs, recv);
+    char *from = arena_tensor(x->arena, DT_U8, 1, out.total, 1, 1, 1).data;
+    char *to = arena_tensor(x->arena, DT_U8, 1, in.total, 1, 1, 1).data;
+    move_pieces(x, sends, send, from, &out, false);
+    comm_all_to_all(c, from, out.bytes, out.at, to, in.bytes, in.at);
+    move_pieces(x, recvs, recv, to, &in, true);
+    arena_release(x->arena, mark);
 }
 
 struct tensor exec_input(struct exec *x, int64_t rows, const struct linear *w)

@@ -76,6 +76,11 @@ void exec_group_norm(struct exec *x, struct tensor y, struct tensor in, struct t
 // whole (all rows, n) gets every rank's rows of it; mine (this rank's rows) may lie in its place. Row-contiguous.
 void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const struct spread *rows);
 
+// Rows to ranks of c and from them, as they lie: comm_exchange, by copies through the arena where c wants them side by
+// side.
+void exec_exchange(struct exec *x, struct comm *c, int sends, const struct link_piece *send, int recvs,
+                   const struct link_piece *recv);
+
 // Waits for the device and the other ranks' messages; the first failure of arena, device or communicator.
 int exec_check(struct exec *x, struct err *err);
 

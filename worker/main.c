@@ -107,24 +107,24 @@ static int choose_precision(struct worker *w, struct err *err)
     return engine_precision(w->kernels, wanted, preferred, &w->precision, err);
 }
 
-// A GPU belongs to one rank, which sees no other (CUDA_VISIBLE_DEVICES, from the supervisor).
+// Of the group's GPUs, which are all that a rank sees (CUDA_VISIBLE_DEVICES, from the supervisor), it has one.
 static int open_engine(struct worker *w, const struct arguments *a, struct err *err)
 {
     const bool cuda = w->group->device == CONF_DEVICE_CUDA;
     TRY(backend_find(cuda ? "cuda" : "cpu", &w->kernels, err));
-    TRY(cuda ? comm_self_new(&w->comm, err) : comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
+    TRY(comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
     TRY(choose_precision(w, err));
-    const struct engine_options options = {
-        .kernels = w->kernels,
-        .device = {.threads = conf_group_threads(w->group), .gpu = 0, .activation = w->precision.activation},
-        .fp8 = w->precision.fp8,
-        .data = w->comm,
-        .control = w->comm,
-        .memory_budget = w->group->memory_budget,
-        .tuned = true};
+    const struct engine_options options = {.kernels = w->kernels,
+                                           .device = {.threads = conf_group_threads(w->group),
+                                                      .gpu = cuda ? (int)a->rank : 0,
+                                                      .activation = w->precision.activation},
+                                           .fp8 = w->precision.fp8,
+                                           .control = w->comm,
+                                           .memory_budget = w->group->memory_budget,
+                                           .tuned = true};
     const int rc = engine_new(&options, &w->engine, err);
     if (rc != 0 && cuda)
-        err_context(err, "gpu %d of group %s", w->group->gpu, w->group->name);
+        err_context(err, "gpu %d of group %s", w->group->gpus[a->rank], w->group->name);
     return rc;
 }
 

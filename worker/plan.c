@@ -247,7 +247,7 @@ struct span plan_stage(const struct plan *p, int blocks, int stage)
 
 int plan_parse_blocks(const char *text, struct plan *p, struct err *err)
 {
-    const int n = conf_counts(text, p->blocks, COMM_MAX_RANKS);
+    const int n = conf_numbers(text, 1, 1000, p->blocks, COMM_MAX_RANKS);
     if (n < 0)
         return err_set(
             err, ERR_INVALID,

@@ -15,8 +15,10 @@ enum slot {
     SLOT_SCORES,
     SLOT_OPERAND,
     SLOT_QUANTISED,
+    SLOT_LINK,
     SLOTS
-}; // of cuBLASLt and cuDNN; of attention, and sums in f32; a converted operand; one converted to E4M3
+}; // of cuBLASLt and cuDNN; of attention, and sums in f32; a converted operand; one converted to E4M3; rows on their
+   // way
 
 struct device {
     struct check check;
@@ -39,6 +41,7 @@ struct device {
     struct loader *loader;     // loader.c: brings them; NULL until there are some
     struct products *products; // product.c: algorithms by shape
     struct plans *plans;       // graph.c: cuDNN plans by shape
+    struct link *link;         // link.c; NULL: this device is alone
 };
 
 // True when e is no error; else the device fails, naming the operation.
@@ -130,6 +133,23 @@ void cuda_profile_start(struct device *d);
 void cuda_profile_end(struct device *d, void (*each)(void *arg, const char *op, double ms), void *arg);
 void cuda_profile_mark(struct device *d, const char *op); // op has been launched; a profile goes on
 
+// ---- link.c
+void cuda_link_kind(struct device *d, char *kind, char *place);
+int cuda_link_name(void *name, struct err *err);
+int cuda_link(struct device *d, const void *name, int rank, int ranks, int timeout_ms, struct link **out,
+              struct err *err);
+void cuda_unlink(struct link *l);
+void cuda_exchange(struct device *d, struct link *l, const char *what, int sends, const struct link_piece *send,
+                   int recvs, const struct link_piece *recv);
+int cuda_link_check(struct link *l, struct err *err);
+void cuda_link_state(struct link *l, struct link_state *out);
+void cuda_link_abort(struct link *l);
+// For record.c. What was exchanged since begin is in a recording, which is over now or was given up; each replay is one
+// more round of it.
+struct link_round;
+void cuda_link_record(struct link *l);
+struct link_round *cuda_link_recorded(struct link *l); // NULL: nothing was exchanged, or no memory
+void cuda_link_replay(struct link *l, const struct link_round *round);
 // ---- attention.c
 void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                     const struct attention_opts *opts);

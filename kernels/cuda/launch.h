@@ -90,6 +90,16 @@ struct softmax {
 };
 void launch_softmax(cudaStream_t s, const struct softmax *p);
 
+// ---- link.cu
+struct link_clock { // in the device's memory
+    uint64_t began_ns, busy_ns, done;
+};
+struct link_mark { // in the host's
+    volatile uint64_t done, busy_ns;
+};
+// The beginning or the end of an exchange: at its end one more is done, and the time since its beginning is added.
+void launch_link_mark(cudaStream_t s, struct link_clock *clock, struct link_mark *mark, bool end);
+
 // ---- flash.cu
 // The table's attention in bf16 or f16, with heads of a multiple of 8 numbers up to 128, one key or more, rows on
 // 16-byte boundaries and a scale from 1e-6 to 1e6. A bias beyond f32's range times the scale counts as infinite. False:

@@ -9,6 +9,7 @@
 struct recording {
     cudaGraphExec_t graph;
     uint64_t memory; // the device's count of moved scratch blocks when it was made: its addresses hold while this does
+    struct link_round *round; // what it says to other ranks; NULL: nothing
 };
 
 bool cuda_record(struct device *d)
@@ -17,6 +18,8 @@ bool cuda_record(struct device *d)
     if (d->check.failure.code || d->profile)
         return false;
     d->recording_memory = d->scratch_moves;
+    if (d->link)
+        cuda_link_record(d->link);
     return cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
 }
 
@@ -28,14 +31,17 @@ struct recording *cuda_recorded(struct device *d)
     // What failed in between failed to be recorded; nothing ran.
     const bool sound =
         e == cudaSuccess && graph && d->check.failure.code == 0 && d->recording_memory == d->scratch_moves;
+    struct link_round *round = d->link ? cuda_link_recorded(d->link) : NULL;
     d->check.failure = (struct err){.code = ERR_NONE};
     if (sound && (r = calloc(1, sizeof *r)) != NULL) {
-        r->memory = d->scratch_moves;
+        *r = (struct recording){.memory = d->scratch_moves, .round = round};
         if (cudaGraphInstantiate(&r->graph, graph, 0) != cudaSuccess) {
             free(r);
             r = NULL;
         }
     }
+    if (!r)
+        free(round);
     if (graph)
         cudaGraphDestroy(graph);
     cudaGetLastError();
@@ -48,6 +54,8 @@ bool cuda_replay(struct device *d, struct recording *r)
         return false;
     cuda_enter(d);
     cuda_ok(d, cudaGraphLaunch(r->graph, d->stream), "a recorded run");
+    if (r->round)
+        cuda_link_replay(d->link, r->round);
     return true;
 }
 
@@ -58,6 +66,7 @@ void cuda_forget(struct device *d, struct recording *r)
     cuda_enter(d);
     cudaStreamSynchronize(d->stream); // a launch may still go on
     cudaGraphExecDestroy(r->graph);
+    free(r->round);
     free(r);
 }
 

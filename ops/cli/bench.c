@@ -7,6 +7,7 @@
 
 #include "kernels/backend.h"
 #include "ops/cli/bench.h"
+#include "ops/cli/ranks.h"
 #include "proto/conf.h"
 
 static const char *const whats[BENCH_WHATS] = {[BENCH_STEP] = "step", [BENCH_IMAGE] = "image", [BENCH_TEXT] = "text",
@@ -43,12 +44,10 @@ static int choose_precision(struct bench *b, struct err *err)
 int bench_load(struct bench *b, struct err *err)
 {
     size_t available = 0, total = 0;
-    TRY(comm_self_new(&b->comm, err));
     const struct engine_options options = {
         .kernels = b->k,
-        .device = {.threads = b->threads, .activation = b->precision.activation},
+        .device = {.threads = b->threads, .gpu = comm_rank(b->comm), .activation = b->precision.activation},
         .fp8 = b->precision.fp8,
-        .data = b->comm,
         .control = b->comm,
         .memory_limit = b->k->memory ? INT64_MAX : 0,
         .memory_budget = (int64_t)(b->memory_budget * (1 << 30)),
@@ -66,17 +65,17 @@ int bench_load(struct bench *b, struct err *err)
     b->memory.loaded = b->memory.peak;
     b->memory.weights = model_bytes(b->model);
     TRY(model_resolve_job(b->model, b->job, err));
-    return plan_make(&b->model->info, b->k, &(struct plan){.ranks = 1}, job_true_cfg(b->job), &b->plan, err);
+    struct plan want = b->want;
+    want.ranks = b->ranks;
+    return plan_make(&b->model->info, b->k, &want, job_true_cfg(b->job), &b->plan, err);
 }
 
 void bench_unload(struct bench *b)
 {
     model_free(b->model);
     engine_free(b->engine);
-    comm_free(b->comm);
     b->model = NULL;
     b->engine = NULL;
-    b->comm = NULL;
 }
 
 static int load(struct bench *b, struct err *err)
@@ -105,7 +104,7 @@ static void gather_steps(struct bench *b)
 
 static int pictures(struct bench *b, struct err *err)
 {
-    if (b->compare)
+    if (b->compare && comm_rank(b->comm) == 0)
         TRY(bench_peer_start(b, err));
     for (int i = 0; i <= b->repeat; i++) { // one image before those that count, and the peer between them
         TRY(bench_images(b, 1, err));
@@ -155,6 +154,9 @@ static int check(struct bench *b, const char *what, struct err *err)
     if (b->checkpoint)
         return 0; // no device and no job
     TRY(job_check_fields(b->job, err));
+    TRY(plan_parse_blocks(b->blocks, &b->want, err));
+    if (b->ranks > 1 && b->what == BENCH_START)
+        return err_set(err, ERR_INVALID, "--what start is of one process: it goes with --ranks 1");
     if (b->job->num_images > 1)
         return err_set(err, ERR_INVALID, "--num-images: pictures are measured one by one; use --repeat");
     return backend_find(b->device, &b->k, err);
@@ -162,8 +164,6 @@ static int check(struct bench *b, const char *what, struct err *err)
 
 static void leave(struct bench *b)
 {
-    bench_peer_end(b);
-    bench_unload(b);
     invention_free(b->invention);
     if (b->directory[0]) {
         architecture_remove(b->directory);
@@ -173,17 +173,31 @@ static void leave(struct bench *b)
     free(b);
 }
 
+// Every rank goes the same way; rank 0 runs the peer beside it, and tells.
+static int bench_rank(void *arg, struct comm *comm, struct err *err)
+{
+    struct bench *b = arg;
+    b->comm = comm;
+    int rc = load(b, err);
+    if (rc == 0)
+        rc = measure(b, err);
+    bench_peer_end(b);
+    if (rc == 0 && comm_rank(comm) == 0)
+        (b->json ? bench_print_json : bench_print)(b);
+    bench_unload(b);
+    if (rc != 0)
+        comm_abort(comm, err->text); // nobody may wait for this rank
+    return rc;
+}
+
 static int bench(struct bench *b, const char *what, struct err *err)
 {
     TRY(check(b, what, err));
-    const struct conf_group group = {.threads = b->threads, .ranks = 1};
+    const struct conf_group group = {.threads = b->threads, .ranks = b->ranks};
     b->threads = conf_group_threads(&group);
     if (b->checkpoint)
         return bench_checkpoint(b, err);
-    TRY(load(b, err));
-    TRY(measure(b, err));
-    (b->json ? bench_print_json : bench_print)(b);
-    return 0;
+    return ranks_run(b->ranks, bench_rank, b, err);
 }
 
 static int run(const struct cli_command *self, int argc, char **argv)
@@ -194,6 +208,8 @@ static int run(const struct cli_command *self, int argc, char **argv)
         return CLI_FAILED;
     b->device = "cpu";
     b->repeat = 3;
+    b->ranks = 1;
+    b->blocks = "";
     b->job = job_new();
     const struct cli_flag flags[] = {
         {"--architecture", "NAME", "flux.1-dev, flux.1-schnell or demo, with weights made up here", CLI_STRING,
@@ -206,8 +222,12 @@ static int run(const struct cli_command *self, int argc, char **argv)
          "                              start: from the start of the process to the first step;\n"
          "                              error: of the precision, step by step, against float32",
          CLI_STRING, &what, 0, 0},
-        {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &b->device, 0, 0},
-        {"--threads", "N", "threads of the CPU; default: cores", CLI_INT, &b->threads, 1, 1024},
+        {"--device", "cpu|cuda", "where to compute; cuda: a GPU for each rank (default cpu)", CLI_STRING, &b->device, 0,
+         0},
+        {"--ranks", "N", "processes that make each picture together (default 1)", CLI_INT, &b->ranks, 1,
+         COMM_MAX_RANKS},
+        CLI_DEGREES(b->want, b->blocks),
+        {"--threads", "N", "threads of each rank of the CPU; default: cores / ranks", CLI_INT, &b->threads, 1, 1024},
         {"--repeat", "N", "images, or runs of a part, that count; one more goes before (default 3)", CLI_INT,
          &b->repeat, 1, BENCH_MAX_REPEAT - 1},
         {"--memory-budget", "GIB", "of the GPU, for everything; parts come and go (default: what is free)", CLI_DOUBLE,

@@ -25,6 +25,7 @@ struct bench_image {
     double plan, text, loop, decode, whole;
     int64_t loaded; // bytes of weights that came to the device meanwhile, and seconds of it
     double load;
+    double exchange; // of the loop, on this rank: talk with other ranks, waiting included
     struct bench_spread step;
 };
 
@@ -75,7 +76,9 @@ struct bench {
     const char *architecture, *model_dir, *device, *peer_script;
     const char *checkpoint; // where the architecture is to be written, instead of measuring
     enum bench_what what;
-    int repeat, threads;
+    int repeat, threads, ranks;
+    struct plan want;   // degrees
+    const char *blocks; // of each stage, as text
     bool compare, json;
     double memory_budget; // GiB; 0: what is free
     Ditfleet__V1__Job *job;
@@ -84,7 +87,7 @@ struct bench {
     struct precision precision;
     struct invention *invention; // of the architecture's weights; NULL: the model has its own
     char directory[512];         // of the architecture's configurations; "" when there are none
-    struct comm *comm;
+    struct comm *comm;           // of the ranks
     struct engine *engine;
     struct home home;
     struct model *model;
@@ -98,6 +101,7 @@ struct bench {
     struct bench_ops ops;
     struct bench_ceilings ceilings;
     struct bench_cost step_cost, text_cost, decode_cost;
+    double step_sent; // bytes to other ranks
     struct bench_memory memory;
     struct bench_peer peer_result;
     struct bench_error errors[SAMPLER_MAX_STEPS];

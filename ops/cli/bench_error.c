@@ -40,7 +40,6 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
 static int run(struct bench *b, struct record *r, struct err *err)
 {
     const struct engine_hooks hooks = {.progress = on_progress, .trace = on_trace, .arg = r};
-    const struct plan want = {0};
     struct engine_result result;
     const int64_t side = b->model->side_multiple;
     r->steps = (int)b->job->num_inference_steps;
@@ -49,7 +48,7 @@ static int run(struct bench *b, struct record *r, struct err *err)
     r->latents = calloc((size_t)(r->steps * r->values), sizeof *r->latents);
     if (!r->predictions || !r->latents)
         return err_set(err, ERR_NO_MEMORY, "no memory for the latents of %d steps", r->steps);
-    const int rc = engine_run(b->engine, b->model, b->job, &want, &hooks, &result, err);
+    const int rc = engine_run(b->engine, b->model, b->job, &b->want, &hooks, &result, err);
     if (rc == 0)
         engine_result_free(&result);
     if (rc != ERR_CANCELLED)

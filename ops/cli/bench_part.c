@@ -84,7 +84,9 @@ static int time_part(struct bench *b, enum part part, int repeat, struct bench_s
     double ms[BENCH_MAX_REPEAT];
     size_t peak;
     TRY(dry_part(b, part, &cost, &peak, err));
-    struct stand s = {.x = {.k = b->home.k, .d = b->home.d, .comm = b->comm, .attention = &attention_local}};
+    struct stand s = {.x = {.k = b->home.k, .d = b->home.d, .attention = &attention_local}};
+    TRY(comm_self_new(&s.comm, err)); // a part is one rank's work
+    s.x.comm = s.comm;
     int rc = arena_new(b->home.k, b->home.d, peak, &s.x.arena, err);
     for (int i = -WARM; rc == 0 && i < repeat; i++) {
         const double from = monotonic_seconds();
@@ -122,6 +124,7 @@ static int step_cost(struct bench *b, struct err *err)
     TRY(engine_predict(b->engine, b->model, &job, &b->plan, &two, err));
     TRY(engine_predict(b->engine, b->model, b->job, &b->plan, &all, err));
     const double rows = (double)bench_rows(b);
+    b->step_sent = two.loop.sent - one.loop.sent;
     b->memory.activations = (int64_t)all.activation_bytes;
     b->step_cost = (struct bench_cost){.flops = two.cost.flops - one.cost.flops,
                                        .bytes = two.cost.bytes - one.cost.bytes,

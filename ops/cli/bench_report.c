@@ -115,6 +115,8 @@ static void print_images(const struct bench *b)
         if (m->decode > 0)
             printf(", decode %.1f ms", m->decode * 1e3);
         printf(", whole %.3f s", m->whole);
+        if (b->ranks > 1)
+            printf(", %.2f ms a step in exchanges", m->exchange * 1e3 / m->step.count);
         if (m->loaded > 0)
             printf("; %.2f GB of weights came back in %.2f s of it", (double)m->loaded / 1e9, m->load);
         printf("\n");
@@ -172,6 +174,11 @@ void bench_print(struct bench *b)
     printf("%s on %s, %s: %u x %u, %u steps, %u text tokens\n", b->architecture ? b->architecture : b->model_dir,
            b->k->name, precision_name(&b->precision), j->width, j->height, j->num_inference_steps,
            j->max_sequence_length);
+    if (b->ranks > 1) {
+        char plan[PLAN_TEXT];
+        plan_print(&b->plan, plan);
+        printf("%-28s %s; a step sends %.3f GB from each rank\n", "plan", plan, b->step_sent / 1e9);
+    }
     printf("%-28s %.2f s after the process began%s\n", "loaded", b->loaded,
            b->architecture ? ", weights made up meanwhile" : "");
     if (b->what == BENCH_ERROR) {
@@ -228,10 +235,10 @@ static json_t *images_json(const struct bench *b)
     json_t *list = json_array();
     for (int i = 0; i < b->n_images; i++) {
         const struct bench_image *m = &b->images[i];
-        json_array_append_new(list,
-                              json_pack("{s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:o}", "loaded_bytes", (json_int_t)m->loaded,
-                                        "load_s", m->load, "plan_s", m->plan, "text_s", m->text, "loop_s", m->loop,
-                                        "decode_s", m->decode, "whole_s", m->whole, "step_ms", spread_json(&m->step)));
+        json_array_append_new(list, json_pack("{s:I,s:f,s:f,s:f,s:f,s:f,s:f,s:f,s:o}", "loaded_bytes",
+                                              (json_int_t)m->loaded, "load_s", m->load, "plan_s", m->plan, "text_s",
+                                              m->text, "loop_s", m->loop, "decode_s", m->decode, "whole_s", m->whole,
+                                              "exchange_s", m->exchange, "step_ms", spread_json(&m->step)));
     }
     return list;
 }

@@ -13,6 +13,7 @@
 struct watch {
     struct bench *b;
     double start, text, steps, end, done; // when the run began, its encoders, first step, decoding, and its end
+    double exchange;                      // of the loop
     struct residency_moves moves;
     double after[SAMPLER_MAX_STEPS];  // when progress told of step i + 1
     int told;                         // steps told of
@@ -58,6 +59,12 @@ static void end_profile(struct watch *w)
     w->on = false;
 }
 
+static double exchanged(const struct bench *b)
+{
+    const struct comm_times t = engine_comm_times(b->engine);
+    return t.exchange + t.wait;
+}
+
 static int on_progress(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
 {
     struct watch *w = arg;
@@ -66,12 +73,16 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
     end_profile(w);
     if (stage == ENGINE_TEXT)
         w->text = now;
-    if (stage == ENGINE_DENOISE && step == 0)
+    if (stage == ENGINE_DENOISE && step == 0) {
         w->steps = now;
+        w->exchange = exchanged(w->b);
+    }
     if (stage == ENGINE_DENOISE && step > 0)
         w->after[w->told++] = now;
-    if (stage == ENGINE_DECODE)
+    if (stage == ENGINE_DECODE) {
         w->end = now;
+        w->exchange = exchanged(w->b) - w->exchange;
+    }
     if (step == 0 && w->b->n_images == 0) // later images are timed
         bench_memory_seen(w->b);
     if (w->stops && stage == w->stop && step == w->stop_step) {
@@ -102,11 +113,10 @@ void bench_memory_seen(struct bench *b)
 
 static int run(struct watch *w, const Ditfleet__V1__Job *job, struct err *err)
 {
-    const struct plan want = {0};
     const struct engine_hooks hooks = {.progress = on_progress, .arg = w};
     struct engine_result result;
     w->start = monotonic_seconds();
-    int rc = engine_run(w->b->engine, w->b->model, job, &want, &hooks, &result, err);
+    int rc = engine_run(w->b->engine, w->b->model, job, &w->b->want, &hooks, &result, err);
     w->done = monotonic_seconds();
     end_profile(w);
     w->moves = result.moves;
@@ -144,6 +154,7 @@ static struct bench_image image_of(const struct bench *b, const struct watch *w)
                                 .whole = (w->stopped ? w->end : w->done) - w->start,
                                 .loaded = w->moves.loaded_bytes,
                                 .load = w->moves.load_seconds,
+                                .exchange = w->exchange,
                                 .step = step_times(b, w, w->end)};
 }
 

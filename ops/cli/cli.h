@@ -40,6 +40,46 @@ struct cli_flag {
     double min, max; // of numbers
 };
 
+// The flags of a plan's degrees, but data_degree; want: a struct plan, blocks: a const char *.
+#define CLI_DEGREES(want, blocks)                                                                                      \
+    {"--ulysses-degree", "N", "ranks that share attention heads; default: chosen", CLI_INT, &(want).ulysses, 1,        \
+     COMM_MAX_RANKS},                                                                                                  \
+        {"--ring-degree", "N",          "groups of such ranks that pass keys and values round; default: chosen",       \
+         CLI_INT,         &(want).ring, 1,                                                                             \
+         COMM_MAX_RANKS},                                                                                              \
+        {"--cfg-degree",                                                                                               \
+         "N",                                                                                                          \
+         "2: guidance branches on two halves of the ranks; default: chosen",                                           \
+         CLI_INT,                                                                                                      \
+         &(want).cfg,                                                                                                  \
+         1,                                                                                                            \
+         2},                                                                                                           \
+        {"--pipefusion-degree",                                                                                        \
+         "N",                                                                                                          \
+         "stages that share the blocks: pictures close to those of one rank, not equal; default: 1",                   \
+         CLI_INT,                                                                                                      \
+         &(want).pipe,                                                                                                 \
+         1,                                                                                                            \
+         COMM_MAX_RANKS},                                                                                              \
+        {"--num-pipeline-patch",                                                                                       \
+         "N",                                                                                                          \
+         "patches that follow each other through the stages; default: as many",                                        \
+         CLI_INT,                                                                                                      \
+         &(want).patches,                                                                                              \
+         1,                                                                                                            \
+         PLAN_MAX_PATCHES},                                                                                            \
+        {"--pipefusion-blocks",                                                                                        \
+         "N,N,...",                                                                                                    \
+         "blocks of the model that each stage has; default: as even as can be",                                        \
+         CLI_STRING,                                                                                                   \
+         &(blocks),                                                                                                    \
+         0,                                                                                                            \
+         0},                                                                                                           \
+    {                                                                                                                  \
+        "--warmup-steps", "N", "steps that take the image whole before that; default: 1", CLI_INT, &(want).warmup, 1,  \
+            SAMPLER_MAX_STEPS                                                                                          \
+    }
+
 // Reads argv[1..] by the table, and what it does not name by the job's rules when job is not NULL. *operands (room for
 // argc pointers) receives what is no flag, *n_operands how many; NULL: none are allowed. --help prints the usage on
 // stdout. Returns -1 to go on, or the exit code: CLI_OK after --help, CLI_USAGE after a message on stderr that names

@@ -240,12 +240,15 @@ static void check_gpu_of(struct doctor *d)
     const struct conf_group *g = d->group;
     if (g->device != CONF_DEVICE_CUDA)
         return;
+    int last = 0;
+    for (int i = 0; i < g->n_gpus; i++)
+        last = g->gpus[i] > last ? g->gpus[i] : last;
     if (d->gpus->n == 0 && !d->host.device_nodes)
         doctor_add(d, VERDICT_FAIL, "group", "set device = cpu, or see the driver above",
-                   "%s needs GPU %d, but there is none", g->name, g->gpu);
-    else if (d->gpus->n > 0 && g->gpu >= d->gpus->n)
+                   "%s needs GPU %d, but there is none", g->name, last);
+    else if (d->gpus->n > 0 && last >= d->gpus->n)
         doctor_add(d, VERDICT_FAIL, "group", "set gpu to one of those above",
-                   "%s needs GPU %d, but there %s %d, numbered from 0", g->name, g->gpu, d->gpus->n == 1 ? "is" : "are",
+                   "%s needs GPU %d, but there %s %d, numbered from 0", g->name, last, d->gpus->n == 1 ? "is" : "are",
                    (int)d->gpus->n);
     else
         doctor_guard(d, "group", BACKEND_SECONDS, backend_part, "set device = cpu, or see the backend above");

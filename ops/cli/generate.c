@@ -77,8 +77,7 @@ static int summarise(const struct generate *g, struct engine *e, const struct mo
 static int open_engine(const struct generate *g, struct comm *comm, struct engine **out, struct err *err)
 {
     struct engine_options options = {.kernels = g->kernels,
-                                     .device.threads = g->threads,
-                                     .data = comm,
+                                     .device = {.threads = g->threads, .gpu = comm_rank(comm)},
                                      .control = comm,
                                      .memory_budget = g->memory_budget,
                                      .tuned = true};
@@ -177,8 +176,6 @@ static int generate(struct generate *g, struct err *err)
 
 static int choose_device(struct generate *g, struct err *err)
 {
-    if (strcmp(g->device, "cuda") == 0 && g->ranks > 1)
-        return err_set(err, ERR_INVALID, "--device cuda takes --ranks 1: GPUs do not share a picture yet");
     if (g->budget && strcmp(g->device, "cpu") == 0)
         return err_set(err, ERR_INVALID, "--memory-budget is of a GPU's memory: --device cpu has none");
     if (g->budget && !conf_size(g->budget, &g->memory_budget))
@@ -196,28 +193,15 @@ static int run(const struct cli_command *self, int argc, char **argv)
         .device = "cpu", .out = "out.png", .blocks = "", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
     const struct cli_flag flags[] = {
         {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
-        {"--device", "cpu|cuda", "where to compute; cuda is one GPU (default cpu)", CLI_STRING, &g.device, 0, 0},
+        {"--device", "cpu|cuda", "where to compute; cuda: a GPU for each rank (default cpu)", CLI_STRING, &g.device, 0,
+         0},
         {"--memory-budget", "BYTES", "of the GPU, for everything: 24GiB; parts make way for each other (default: all)",
          CLI_STRING, &g.budget, 0, 0},
         {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
-        {"--ulysses-degree", "N", "ranks that share attention heads; default: chosen", CLI_INT, &g.want.ulysses, 1,
-         COMM_MAX_RANKS},
-        {"--ring-degree", "N", "groups of such ranks that pass keys and values round; default: chosen", CLI_INT,
-         &g.want.ring, 1, COMM_MAX_RANKS},
-        {"--pipefusion-degree", "N",
-         "stages that share the blocks: pictures close to those of one rank, not equal; default: 1", CLI_INT,
-         &g.want.pipe, 1, COMM_MAX_RANKS},
-        {"--num-pipeline-patch", "N", "patches that follow each other through the stages; default: as many", CLI_INT,
-         &g.want.patches, 1, PLAN_MAX_PATCHES},
-        {"--pipefusion-blocks", "N,N,...", "blocks of the model that each stage has; default: as even as can be",
-         CLI_STRING, &g.blocks, 0, 0},
-        {"--warmup-steps", "N", "steps that take the image whole before that; default: 1", CLI_INT, &g.want.warmup, 1,
-         SAMPLER_MAX_STEPS},
+        CLI_DEGREES(g.want, g.blocks),
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &g.want.data, 1, COMM_MAX_RANKS},
-        {"--cfg-degree", "N", "2: guidance branches on two halves of the ranks; default: chosen", CLI_INT, &g.want.cfg,
-         1, 2},
         {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},
         {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
          &g.latents, 0, 0},

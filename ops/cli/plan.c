@@ -323,17 +323,9 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--memory-budget", "BYTES",
          "what a rank may take: 24GiB (default: of the host, what is free, shared; of a GPU, no bound)", CLI_STRING,
          &p->budget, 0, 0},
-        {"--ulysses-degree", "N", "plans with this degree alone, as the next ones", CLI_INT, &p->want.ulysses, 1,
-         COMM_MAX_RANKS},
-        {"--ring-degree", "N", "", CLI_INT, &p->want.ring, 1, COMM_MAX_RANKS},
-        {"--cfg-degree", "N", "", CLI_INT, &p->want.cfg, 1, 2},
+        CLI_DEGREES(p->want, p->blocks), // plans with these alone
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &p->want.data, 1, COMM_MAX_RANKS},
-        {"--pipefusion-degree", "N", "its pictures are not equal: there is none unless asked for", CLI_INT,
-         &p->want.pipe, 1, COMM_MAX_RANKS},
-        {"--num-pipeline-patch", "N", "default: as many", CLI_INT, &p->want.patches, 1, PLAN_MAX_PATCHES},
-        {"--pipefusion-blocks", "N,N,...", "of each stage; default: as even as can be", CLI_STRING, &p->blocks, 0, 0},
-        {"--warmup-steps", "N", "default: 1", CLI_INT, &p->want.warmup, 1, SAMPLER_MAX_STEPS},
         {"--all", NULL, "also list what is no plan, or does not fit into memory, and why", CLI_BOOL, &p->all, 0, 0},
         {"--json", NULL, "one JSON object instead of a table", CLI_BOOL, &p->json, 0, 0},
     };

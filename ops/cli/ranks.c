@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -82,6 +83,7 @@ int ranks_run(int ranks, int (*work)(void *arg, struct comm *comm, struct err *e
     struct ranks g = {.count = ranks, .work = work, .arg = arg};
     if (ranks == 1)
         return run_alone(&g, err);
+    setenv("NCCL_NVLS_ENABLE", "0", 0); // of GPUs: nothing here needs NVLink's multicast
     g.region = comm_shm_region(ranks, SLAB_BYTES, err);
     if (g.region < 0)
         return err->code;

@@ -89,7 +89,7 @@ struct group {
 static inline int whole_job(const struct group *g, struct comm *comm, struct err *err)
 {
     struct outcome *o = g->outcome;
-    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .control = comm};
     const struct engine_hooks hooks = {.trace = record, .arg = o};
     struct engine *e;
     struct engine_result result;

@@ -241,12 +241,8 @@ static int64_t limit; // bytes of activations of a rank; 0: what is free
 static int chosen_job(const struct group *g, struct comm *comm, struct err *err)
 {
     static const struct engine_hooks none = {0};
-    const struct engine_options options = {.kernels = &kernels_cpu,
-                                           .device.threads = 1,
-                                           .data = comm,
-                                           .control = comm,
-                                           .memory_limit = limit,
-                                           .tuned = true};
+    const struct engine_options options = {
+        .kernels = &kernels_cpu, .device.threads = 1, .control = comm, .memory_limit = limit, .tuned = true};
     struct engine_result result = {0};
     struct engine *e;
     if (comm_rank(comm) > 0)

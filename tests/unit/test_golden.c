@@ -129,7 +129,7 @@ static int bench_open(struct bench *b, struct err *err)
     const enum dtype type = strcmp(p, "fp32") == 0 ? DT_F32 : strcmp(p, "fp16") == 0 ? DT_F16 : DT_BF16;
     TRY(comm_self_new(&b->comm, err));
     const struct engine_options options = {
-        .kernels = b->kernels, .device = {.threads = 2, .activation = type}, .data = b->comm, .control = b->comm};
+        .kernels = b->kernels, .device = {.threads = 2, .activation = type}, .control = b->comm};
     return engine_new(&options, &b->engine, err);
 }
 

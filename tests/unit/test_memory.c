@@ -125,7 +125,7 @@ static void open_bench(struct bench *b, int64_t budget)
     card.largest = card.placed;
     assert_int_equal(comm_self_new(&b->comm, &b->err), 0);
     const struct engine_options options = {
-        .kernels = &b->kernels, .device.threads = 2, .data = b->comm, .control = b->comm, .memory_budget = budget};
+        .kernels = &b->kernels, .device.threads = 2, .control = b->comm, .memory_budget = budget};
     assert_int_equal(engine_new(&options, &b->engine, &b->err), 0);
     const struct home home = engine_home(b->engine);
     if (model_load_on(DEMO_MODEL, &home, &b->model, &b->err) != 0)
@@ -176,7 +176,7 @@ static uint8_t *reference(const char *const *fields, size_t *size)
     struct model *m = demo_model();
     Ditfleet__V1__Job *job = demo_job(m, fields);
     assert_int_equal(comm_self_new(&comm, &err), 0);
-    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 2, .data = comm, .control = comm};
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 2, .control = comm};
     assert_int_equal(engine_new(&options, &e, &err), 0);
     if (engine_run(e, m, job, &(struct plan){0}, &none, &result, &err) != 0)
         fail_msg("%s", err.text);
@@ -499,7 +499,6 @@ static void no_such_memory(void **state)
     assert_int_equal(comm_self_new(&b.comm, &err), 0);
     const struct engine_options options = {.kernels = &b.kernels,
                                            .device.threads = 1,
-                                           .data = b.comm,
                                            .control = b.comm,
                                            .memory_budget = (int64_t)9 << 30};
     assert_int_equal(engine_new(&options, &e, &err), ERR_INVALID);
@@ -511,7 +510,7 @@ static void no_such_memory(void **state)
     struct model *m = NULL;
     assert_int_equal(comm_self_new(&b.comm, &err), 0);
     enough.memory_budget = 0;
-    enough.data = enough.control = b.comm;
+    enough.control = b.comm;
     assert_int_equal(engine_new(&enough, &e, &err), 0);
     const struct home home = engine_home(e);
     assert_int_equal(model_load_on(DEMO_MODEL, &home, &m, &err), ERR_NO_MEMORY);

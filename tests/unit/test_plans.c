@@ -435,7 +435,7 @@ static int ended_then_served(const struct group *g, struct comm *comm, struct er
 {
     const bool leads = comm_rank(comm) == 0; // who alone is asked
     const struct engine_options options = {
-        .kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm, .memory_limit = 8 << 20};
+        .kernels = &kernels_cpu, .device.threads = 1, .control = comm, .memory_limit = 8 << 20};
     const struct engine_hooks none = {0}, stopping = {.progress = leads ? stop_at_first_step : NULL};
     struct engine *e;
     struct engine_result result;
@@ -497,7 +497,7 @@ static int second_part_dies(const struct group *g, struct comm *comm, struct err
     struct kernels mortal = kernels_cpu;
     const struct engine_hooks none = {0};
     const struct engine_options options = {
-        .kernels = comm_rank(comm) == 0 ? &kernels_cpu : &mortal, .device.threads = 1, .data = comm, .control = comm};
+        .kernels = comm_rank(comm) == 0 ? &kernels_cpu : &mortal, .device.threads = 1, .control = comm};
     struct engine *e;
     struct engine_result result;
     mortal.conv2d = die_in_a_convolution; // as the VAE has them, once steps are over
@@ -528,7 +528,7 @@ static int in_little_memory(const struct group *g, struct comm *comm, struct err
 {
     const struct engine_hooks none = {0};
     const struct engine_options options = {
-        .kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm, .memory_limit = 24 << 20};
+        .kernels = &kernels_cpu, .device.threads = 1, .control = comm, .memory_limit = 24 << 20};
     struct engine *e;
     struct engine_result result;
     TRY(engine_new(&options, &e, err));
@@ -562,7 +562,7 @@ static int served_from_cache(const struct group *g, struct comm *comm, struct er
 {
     static const struct engine_hooks none = {0};
     static const bool cached[] = {false, true, false, true, true}; // of the jobs below
-    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .data = comm, .control = comm};
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .control = comm};
     const size_t bytes = (size_t)g->job->width * g->job->height * 3;
     Ditfleet__V1__Job other = *g->job, swapped = *g->job;
     struct engine_result first, next;

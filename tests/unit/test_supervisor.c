@@ -577,20 +577,21 @@ static int stop_redis(void **state)
     return 0;
 }
 
-static bool both_gpus_are_seen(const json_t *s)
+static bool all_gpus_are_seen(const json_t *s)
 {
-    return is(s, "gpu0", "ready") && is(s, "gpu3", "ready");
+    return is(s, "gpu0", "ready") && is(s, "gpu3", "ready") && is(s, "gpu4-6", "ready");
 }
 
-// A worker of the group gpuN (fake_worker.c) asks for CUDA_VISIBLE_DEVICES=N.
-static void a_gpu_group_sees_its_gpu_alone(void **state)
+// A worker of the group gpuN (fake_worker.c) asks for CUDA_VISIBLE_DEVICES=N, of gpuN-M for N,M.
+static void a_gpu_group_sees_its_gpus_alone(void **state)
 {
     (void)state;
-    configure("2s", GROUP("gpu0") "device = cuda\n" GROUP("gpu3") "device = cuda\ngpu = 3\n");
+    configure("2s", GROUP("gpu0") "device = cuda\n" GROUP("gpu3") "device = cuda\ngpu = 3\n" GROUP(
+                        "gpu4-6") "device = cuda\ngpu = 4,6\n");
     setenv("CUDA_VISIBLE_DEVICES", "7", 1);
     supervisor = launch(NULL);
     unsetenv("CUDA_VISIBLE_DEVICES");
-    json_decref(AWAIT(both_gpus_are_seen, 5));
+    json_decref(AWAIT(all_gpus_are_seen, 5));
     stop(0);
 }
 
@@ -607,7 +608,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_second_supervisor_is_refused, set_up, tear_down),
         cmocka_unit_test_setup_teardown(systemd_hears_ready_status_and_the_watchdog, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_dead_workers_jobs_are_back_within_a_second, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(a_gpu_group_sees_its_gpu_alone, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_gpu_group_sees_its_gpus_alone, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_node_without_groups_admits_and_redis_may_come_later, set_up, tear_down),
     };
     return cmocka_run_group_tests(tests, start_redis, stop_redis);

@@ -9,7 +9,7 @@
 
 static const char *const op_names[] = {
     [COMM_BARRIER] = "barrier",     [COMM_ALL_TO_ALL] = "all_to_all", [COMM_ALL_GATHER] = "all_gather",
-    [COMM_BROADCAST] = "broadcast", [COMM_GROUP] = "group",
+    [COMM_BROADCAST] = "broadcast", [COMM_GROUP] = "group",           [COMM_EXCHANGE] = "exchange",
 };
 
 void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, struct abort_note *note)
@@ -39,12 +39,16 @@ uint64_t comm_collectives(const struct comm *c)
 
 struct comm_times comm_times(const struct comm *c)
 {
+    if (c->ops->seconds)
+        return (struct comm_times){.exchange = c->ops->seconds(c->root)};
     return (struct comm_times){c->root->within - c->root->waiting, c->root->waiting};
 }
 
 void comm_set_timeout(struct comm *c, int timeout_ms)
 {
     c->root->timeout_ms = timeout_ms > 0 ? timeout_ms : 0;
+    if (c->ops->set_timeout)
+        c->ops->set_timeout(c->root, timeout_ms);
 }
 
 void comm_free(struct comm *c)
@@ -141,7 +145,7 @@ static void end(struct comm *c)
     c->root->within += monotonic_seconds() - c->root->began;
 }
 
-static void count_sent(struct comm *c, int64_t bytes)
+void comm_count_sent(struct comm *c, int64_t bytes)
 {
     for (; c != NULL; c = c->parent)
         c->bytes_sent += (uint64_t)bytes;
@@ -159,7 +163,7 @@ void comm_all_to_all(struct comm *c, const void *send, const int64_t *send_count
         return;
     }
     for (int r = 0; r < c->size; r++)
-        count_sent(c, r == c->rank ? 0 : send_counts[r]);
+        comm_count_sent(c, r == c->rank ? 0 : send_counts[r]);
     c->ops->all_to_all(c, send, send_counts, send_offsets, recv, recv_counts, recv_offsets);
     end(c);
 }
@@ -180,8 +184,25 @@ void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t
 {
     if (!begin(c, COMM_ALL_GATHER) || !counts_valid(c, COMM_ALL_GATHER, counts))
         return;
-    count_sent(c, counts[c->rank] * (c->size - 1));
+    comm_count_sent(c, counts[c->rank] * (c->size - 1));
     c->ops->all_gather(c, send, recv, counts);
+    end(c);
+}
+
+bool comm_on_device(const struct comm *c)
+{
+    return c->ops->exchange != NULL;
+}
+
+void comm_exchange(struct comm *c, int sends, const struct link_piece *send, int recvs, const struct link_piece *recv)
+{
+    if (!begin(c, COMM_EXCHANGE))
+        return;
+    if (sends > COMM_MAX_PIECES || recvs > COMM_MAX_PIECES || !c->ops->exchange) {
+        comm_fail(c, ERR_INTERNAL, COMM_EXCHANGE, "%d pieces out and %d in", sends, recvs);
+        return;
+    }
+    c->ops->exchange(c, sends, send, recvs, recv);
     end(c);
 }
 
@@ -194,7 +215,7 @@ void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root)
         return;
     }
     if (root == c->rank)
-        count_sent(c, bytes * (c->size - 1));
+        comm_count_sent(c, bytes * (c->size - 1));
     c->ops->broadcast(c, buffer, bytes, root);
     end(c);
 }

@@ -1,5 +1,5 @@
-// comm.h: what ranks of a group say to each other. Backends: self (one rank), shm (processes of one host), dry
-// (counts bytes); nccl later. A collective is called by every rank of the communicator in the same order.
+// comm.h: what ranks of a group say to each other. Backends: self (one rank), shm (processes of one host), link (their
+// devices), dry (counts bytes). A collective is called by every rank of the communicator in the same order.
 //
 // Errors are sticky, as in kernels.h: after a failure in any communicator of this rank every call returns at once and
 // comm_check of each reports the first one. Ranks that call different collectives, or disagree about sizes, get
@@ -10,9 +10,11 @@
 
 #include <stdint.h>
 
+#include "kernels/kernels.h"
 #include "proto/err.h"
 
-#define COMM_MAX_RANKS 64
+#define COMM_MAX_RANKS  64
+#define COMM_MAX_PIECES (5 * COMM_MAX_RANKS)
 
 struct comm;
 
@@ -25,7 +27,7 @@ uint64_t comm_bytes_sent(const struct comm *c);
 // Collectives begun since c was made, by c and the groups made from it, where there was another rank to wait for.
 uint64_t comm_collectives(const struct comm *c);
 // Seconds of this rank in collectives, in all its communicators since the first was made: moving bytes, and waiting for
-// ranks that came later.
+// ranks that came later. A link does not tell the two apart: all is exchange.
 struct comm_times {
     double exchange, wait;
 };
@@ -41,6 +43,11 @@ void comm_all_to_all(struct comm *c, const void *send, const int64_t *send_count
 void comm_shift(struct comm *c, const void *send, int64_t send_bytes, void *recv, int64_t recv_bytes);
 // recv holds every rank's piece, rank order, counts[r] bytes each. send may be its own place in recv.
 void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t *counts);
+// Whether collectives are operations of the device: queued and recorded like these, with messages in its memory.
+bool comm_on_device(const struct comm *c);
+// Rows as they lie, to ranks and from them, COMM_MAX_PIECES each way at most; see exchange in kernels.h. Only on a
+// device: others want them side by side (exec_exchange).
+void comm_exchange(struct comm *c, int sends, const struct link_piece *send, int recvs, const struct link_piece *recv);
 void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root);
 void comm_barrier(struct comm *c);
 
@@ -62,6 +69,14 @@ int comm_self_new(struct comm **out, struct err *err);
 
 // ---- dry: behaves as rank of size ranks, moves nothing, counts bytes
 int comm_dry_new(int rank, int size, struct comm **out, struct err *err);
+
+// ---- link: devices that send each other rows, in the order of their operations: a collective is queued like one, and
+// fails where they do. Its messages lie in memory of the device.
+// Called by all ranks of control at once, whose device each opens before; control, k and d outlive it. ERR_INVALID:
+// GPUs or libraries differ, or two ranks have the same GPU. An abort of control is one of the link, and the other way
+// round. A collective that waits for more than the timeout (at first 5 minutes) aborts both.
+int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
+                  struct err *err);
 
 // ---- shm: processes of one host over a memfd, woken by futex, never spinning for long
 // Makes the shared region for size ranks and returns its file descriptor (close-on-exec), or -1 with *err.

@@ -8,18 +8,22 @@
 
 #include "worker/comm/comm.h"
 
-enum comm_op { COMM_BARRIER, COMM_ALL_TO_ALL, COMM_ALL_GATHER, COMM_BROADCAST, COMM_GROUP };
+enum comm_op { COMM_BARRIER, COMM_ALL_TO_ALL, COMM_ALL_GATHER, COMM_BROADCAST, COMM_GROUP, COMM_EXCHANGE };
 
 // Called with checked arguments, never after a failure. A failure is told by comm_fail.
 struct comm_ops {
     void (*all_to_all)(struct comm *c, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
                        void *recv, const int64_t *recv_counts, const int64_t *recv_offsets);
+    void (*exchange)(struct comm *c, int sends, const struct link_piece *send, int recvs,
+                     const struct link_piece *recv); // NULL: takes no pieces
     void (*all_gather)(struct comm *c, const void *send, void *recv, const int64_t *counts);
     void (*broadcast)(struct comm *c, void *buffer, int64_t bytes, int root);
     void (*barrier)(struct comm *c);
     // Makes the backend's struct with rank and size set; comm.c links it to root and parent.
     int (*group)(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
-    void (*wake)(struct comm *c); // an abort was noted: nobody may sleep through it. Any thread.
+    double (*seconds)(struct comm *c);                   // in collectives; NULL: as the host's clock has it
+    void (*set_timeout)(struct comm *c, int timeout_ms); // NULL: the backend reads the root's
+    void (*wake)(struct comm *c);                        // an abort was noted: nobody may sleep through it. Any thread.
     void (*free)(struct comm *c);
 };
 
@@ -49,6 +53,8 @@ struct comm {
     double within, waiting; // seconds in collectives; of these, waiting for others: the backend adds to it
 };
 
+// To other ranks, by c and what it was made from. comm.c counts what it can see; an exchange counts its pieces itself.
+void comm_count_sent(struct comm *c, int64_t bytes);
 // Fills a root's common part.
 void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, struct abort_note *note);
 // Keeps the failure unless there is one; returns code. The text begins with the collective's name and number.

@@ -52,38 +52,53 @@ struct party {
     const int64_t *rows, *text; // (ranks), as in the call; text may be NULL
 };
 
-// One all-to-all of the Ulysses exchange: to rank r go `send_rows` rows of its heads, from it come recv_rows[r] of
-// mine. All pieces lie one after the other.
-static void exchange(const struct party *p, struct tensor send, const int64_t *send_rows, struct tensor recv,
-                     const int64_t *recv_rows, int64_t times)
+// Pieces that go out, and pieces that come in.
+struct parcel {
+    struct link_piece out[COMM_MAX_PIECES], in[COMM_MAX_PIECES];
+    int outs, ins;
+};
+
+static void put(struct link_piece *list, int *n, int rank, struct tensor t)
 {
-    int64_t out_bytes[COMM_MAX_RANKS], out_at[COMM_MAX_RANKS], in_bytes[COMM_MAX_RANKS], in_at[COMM_MAX_RANKS];
-    const int64_t row_bytes = send.n[1] * (int64_t)dtype_size(send.dtype) * times;
-    int64_t out = 0, in = 0;
-    for (int r = 0; r < p->ranks; r++) {
-        out_bytes[r] = send_rows[r] * row_bytes, out_at[r] = out, out += out_bytes[r];
-        in_bytes[r] = recv_rows[r] * row_bytes, in_at[r] = in, in += in_bytes[r];
-    }
-    comm_all_to_all(p->comm, send.data, out_bytes, out_at, recv.data, in_bytes, in_at);
+    if (t.n[0] > 0)
+        list[(*n)++] = (struct link_piece){rank, t};
 }
 
-// recv holds (rank, q k v, its rows); pulls part i out of it. Keys and values are put in the order of the whole
-// sequence, all text before all image, whatever the number of ranks: so a query's sums are added in the same order, and
-// its result has the same bits, on one rank and on many.
-static void unpack(struct exec *x, const struct party *p, struct tensor recv, int i, struct tensor whole)
+// To every rank my rows of its heads; from every rank its rows of mine. Keys and values are put in the order of the
+// whole sequence, all text before all image, whatever the number of ranks: so a query's sums are added in the same
+// order, and its result has the same bits, on one rank and on many. Queries stay in the order in which their results go
+// back.
+static void share_heads(const struct party *p, int me, const struct tensor mine[3], const struct tensor whole[3],
+                        struct parcel *parcel)
 {
+    const int64_t width = whole[0].n[1], text = p->text ? p->text[me] : 0;
     int64_t at = 0, text_at = 0, image_at = p->text ? sum_rows(p->text, p->ranks) : 0;
+    parcel->outs = parcel->ins = 0;
     for (int r = 0; r < p->ranks; at += p->rows[r++]) {
-        const int64_t rows = p->rows[r], text = p->text ? p->text[r] : 0;
-        struct tensor from = tensor_rows(recv, 3 * at + i * rows, rows);
-        if (i == 0) { // queries stay in the order in which their results go back
-            x->k->copy(x->d, tensor_rows(whole, at, rows), from);
-            continue;
+        const int64_t rows = p->rows[r], theirs = p->text ? p->text[r] : 0;
+        put(parcel->out, &parcel->outs, r, tensor_cols(mine[0], r * width, width));
+        put(parcel->in, &parcel->ins, r, tensor_rows(whole[0], at, rows));
+        for (int i = 1; i < 3; i++) {
+            const struct tensor t = tensor_cols(mine[i], r * width, width);
+            put(parcel->out, &parcel->outs, r, tensor_rows(t, 0, text));
+            put(parcel->out, &parcel->outs, r, tensor_rows(t, text, t.n[0] - text));
+            put(parcel->in, &parcel->ins, r, tensor_rows(whole[i], text_at, theirs));
+            put(parcel->in, &parcel->ins, r, tensor_rows(whole[i], image_at, rows - theirs));
         }
-        x->k->copy(x->d, tensor_rows(whole, text_at, text), tensor_rows(from, 0, text));
-        x->k->copy(x->d, tensor_rows(whole, image_at, rows - text), tensor_rows(from, text, rows - text));
-        text_at += text;
-        image_at += rows - text;
+        text_at += theirs;
+        image_at += rows - theirs;
+    }
+}
+
+// Results of my heads to the ranks that have the rows; of my rows from the ranks that have the heads.
+static void share_rows(const struct party *p, struct tensor heads, struct tensor mine, struct parcel *parcel)
+{
+    const int64_t width = heads.n[1];
+    int64_t at = 0;
+    parcel->outs = parcel->ins = 0;
+    for (int r = 0; r < p->ranks; at += p->rows[r++]) {
+        put(parcel->out, &parcel->outs, r, tensor_rows(heads, at, p->rows[r]));
+        put(parcel->in, &parcel->ins, r, tensor_cols(mine, r * width, width));
     }
 }
 
@@ -107,41 +122,29 @@ static void attend_across(const struct attention_link *self, struct exec *x, con
     self->next->attend(self->next, &across, &inner);
 }
 
-// q, k and v travel together: one message a pair of ranks.
+// q, k and v travel together: one exchange there, one back.
 static void ulysses(const struct attention_link *self, struct exec *x, const struct attention_call *call)
 {
     const struct ulysses_groups *g = self->state;
     const int ranks = comm_size(g->inside), first = comm_rank(g->across) * ranks;
     const struct party party = {g->inside, ranks, call->rows + first, call->text ? call->text + first : NULL};
-    const int64_t mine = call->q.n[0], all_heads = call->q.n[1] * call->q.n[2], total = sum_rows(party.rows, ranks);
-    const int64_t heads = call->q.n[1] / ranks, dim = call->q.n[2], width = heads * dim;
-    const enum dtype type = call->q.dtype;
+    const int64_t rows = call->q.n[0], dim = call->q.n[2], all = call->q.n[1] * dim, heads = call->q.n[1] / ranks;
+    const int64_t total = sum_rows(party.rows, ranks);
     const size_t mark = arena_mark(x->arena);
-    int64_t my_rows[COMM_MAX_RANKS];
-    for (int r = 0; r < ranks; r++)
-        my_rows[r] = mine;
-
-    struct tensor send = arena_tensor(x->arena, type, 2, 3 * mine * ranks, width, 1, 1);
-    struct tensor recv = arena_tensor(x->arena, type, 2, 3 * total, width, 1, 1);
-    const struct tensor parts[3] = {call->q, call->k, call->v};
-    for (int r = 0; r < ranks; r++)
-        for (int i = 0; i < 3; i++)
-            x->k->copy(x->d, tensor_rows(send, (3 * r + i) * mine, mine),
-                       tensor_cols(tensor_reshape(parts[i], 2, mine, all_heads, 1, 1), r * width, width));
-    exchange(&party, send, my_rows, recv, party.rows, 3);
-
-    struct tensor whole[3], out = arena_tensor(x->arena, type, 3, total, heads, dim, 1);
-    for (int i = 0; i < 3; i++) {
-        struct tensor t = arena_tensor(x->arena, type, 2, total, width, 1, 1);
-        unpack(x, &party, recv, i, t);
-        whole[i] = tensor_reshape(t, 3, total, heads, dim, 1);
+    const struct tensor mine[3] = {tensor_reshape(call->q, 2, rows, all, 1, 1),
+                                   tensor_reshape(call->k, 2, rows, all, 1, 1),
+                                   tensor_reshape(call->v, 2, rows, all, 1, 1)};
+    struct tensor flat[4], whole[4]; // q, k, v and the result, of my heads
+    struct parcel parcel;
+    for (int i = 0; i < 4; i++) {
+        whole[i] = arena_tensor(x->arena, call->q.dtype, 3, total, heads, dim, 1);
+        flat[i] = tensor_reshape(whole[i], 2, total, heads * dim, 1, 1);
     }
-    attend_across(self, x, call, whole, out);
-
-    exchange(&party, tensor_reshape(out, 2, total, width, 1, 1), party.rows, send, my_rows, 1);
-    for (int r = 0; r < ranks; r++)
-        x->k->copy(x->d, tensor_cols(tensor_reshape(call->out, 2, mine, all_heads, 1, 1), r * width, width),
-                   tensor_rows(send, r * mine, mine));
+    share_heads(&party, comm_rank(g->inside), mine, flat, &parcel);
+    exec_exchange(x, g->inside, parcel.outs, parcel.out, parcel.ins, parcel.in);
+    attend_across(self, x, call, whole, whole[3]);
+    share_rows(&party, flat[3], tensor_reshape(call->out, 2, rows, all, 1, 1), &parcel);
+    exec_exchange(x, g->inside, parcel.outs, parcel.out, parcel.ins, parcel.in);
     arena_release(x->arena, mark);
 }
 
