@@ -3,6 +3,8 @@
 // two products with a softmax between, on as many queries at a time as fit the scratch memory.
 #include "kernels/cuda/graph.h"
 
+#include <math.h>
+
 static const int64_t SCORE_BYTES = 256 << 20; // of scores, which their weights take the place of
 
 // ---- fused
@@ -18,7 +20,11 @@ static void describe(struct graph *g, const int64_t *key)
         t[i] = graph_tensor(g, type, GRAPH_GIVEN, (int64_t[]){1, heads, rows[i], dim},
                             (int64_t[]){rows[i] * ld, dim, ld, 1});
     }
-    graph_attention(g, t[0], t[1], t[2], t[3], graph_tensor(g, DT_F32, GRAPH_NUMBER, one, one));
+    const int scale = graph_tensor(g, DT_F32, GRAPH_NUMBER, one, one);
+    int lse = -1;
+    if (key[9])
+        lse = graph_tensor(g, DT_F32, GRAPH_GIVEN, (int64_t[]){1, heads, m, 1}, (int64_t[]){heads * m, m, 1, 1});
+    graph_attention(g, t[0], t[1], t[2], t[3], scale, lse);
 }
 
 static int64_t ld_of(struct tensor t) // one row has no use for a stride; the engines want a sound one all the same
@@ -26,8 +32,8 @@ static int64_t ld_of(struct tensor t) // one row has no use for a stride; the en
     return t.n[0] > 1 ? t.ld : t.n[1] * t.n[2];
 }
 
-static bool fused(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
-                  const struct attention_opts *opts)
+static bool fused(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                  struct tensor v, const struct attention_opts *opts)
 {
     const struct tensor all[] = {q, k, v, out};
     if (d->type == DT_F32 || !tensor_none(opts->bias) || opts->causal || q.n[2] % 8 || q.n[2] > 256 || k.n[0] == 0)
@@ -35,18 +41,26 @@ static bool fused(struct device *d, struct tensor out, struct tensor q, struct t
     for (int i = 0; i < 4; i++)
         if (alignment_of(all[i].data, ld_of(all[i]) * 2) < 16)
             return false;
-    const int64_t key[GRAPH_KEY] = {d->type, q.n[0], k.n[0], q.n[1], q.n[2], ld_of(q), ld_of(k), ld_of(v), ld_of(out)};
+    const int64_t key[GRAPH_KEY] = {d->type,  q.n[0],   k.n[0],   q.n[1],     q.n[2],
+                                    ld_of(q), ld_of(k), ld_of(v), ld_of(out), !tensor_none(lse)};
     float scale = opts->scale;
-    void *pointers[] = {q.data, k.data, v.data, out.data, &scale};
+    void *by_head = NULL; // (heads, m), as the engine writes it
+    if (!tensor_none(lse) && !(by_head = cuda_scratch(d, SLOT_SCORES, tensor_bytes(lse))))
+        return true;
+    void *pointers[] = {q.data, k.data, v.data, out.data, &scale, by_head};
     const double flops = 4 * (double)q.n[0] * (double)k.n[0] * (double)(q.n[1] * q.n[2]);
-    return graph_run(d, GRAPH_ATTENTION, key, flops, describe, 5, pointers);
+    if (!graph_run(d, GRAPH_ATTENTION, key, flops, describe, by_head ? 6 : 5, pointers))
+        return false;
+    if (by_head)
+        launch_turn(d->stream, lse, by_head, 0);
+    return true;
 }
 
 // ---- in products
 
 struct parts {
     struct device *d;
-    struct tensor out, q, k, v;
+    struct tensor out, lse, q, k, v;
     const struct attention_opts *opts;
     int64_t ld; // of the scores: keys, rounded up to a whole 16 bytes of halves
     float *scores;
@@ -100,6 +114,8 @@ static void some_queries(const struct parts *a, int64_t first, int64_t rows)
                                      .scale = a->opts->scale,
                                      .causal = a->opts->causal,
                                      .first = first,
+                                     .lse = a->lse.data,
+                                     .lse_ld = a->lse.ld,
                                      .bias = tensor_none(*bias) ? NULL : (const float *)bias->data + first * keys,
                                      .bias_head = bias->ld,
                                      .bias_row = keys});
@@ -113,10 +129,11 @@ static int64_t even_share(int64_t queries, int64_t fit)
     return min64(fit, (share + tile - 1) / tile * tile);
 }
 
-static void in_products(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
-                        const struct attention_opts *opts)
+static void in_products(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                        struct tensor v, const struct attention_opts *opts)
 {
-    struct parts a = {.d = d, .out = out, .q = q, .k = k, .v = v, .opts = opts, .ld = (k.n[0] + 7) & ~(int64_t)7};
+    struct parts a = {
+        .d = d, .out = out, .lse = lse, .q = q, .k = k, .v = v, .opts = opts, .ld = (k.n[0] + 7) & ~(int64_t)7};
     a.q.ld = ld_of(q), a.k.ld = ld_of(k), a.v.ld = ld_of(v), a.out.ld = ld_of(out);
     int64_t query = q.n[1] * a.ld * 4, fit = SCORE_BYTES / query > 0 ? SCORE_BYTES / query : 1;
     int64_t rows = min64(q.n[0], even_share(q.n[0], fit));
@@ -127,15 +144,48 @@ static void in_products(struct device *d, struct tensor out, struct tensor q, st
         some_queries(&a, first, min64(rows, q.n[0] - first));
 }
 
-void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
-                    const struct attention_opts *opts)
+// ---- the table's entries
+
+// A query that sees no key: a sum of 0, whose logarithm is -inf.
+static void without_keys(struct device *d, struct tensor out, struct tensor lse)
 {
-    if (!check_attention(&d->check, out, q, k, v, opts) || tensor_count(out) == 0)
+    launch_copy(d->stream, out, (struct tensor){0});
+    if (!tensor_none(lse))
+        launch_turn(d->stream, lse, NULL, -INFINITY);
+}
+
+static void attend(struct device *d, const char *op, struct tensor out, struct tensor lse, struct tensor q,
+                   struct tensor k, struct tensor v, const struct attention_opts *opts)
+{
+    if (tensor_count(out) == 0)
         return;
     cuda_enter(d);
     if (k.n[0] == 0)
-        launch_copy(d->stream, out, (struct tensor){0});
-    else if (!fused(d, out, q, k, v, opts) && !launch_flash(d->stream, out, q, k, v, opts))
-        in_products(d, out, q, k, v, opts);
-    cuda_launched(d, "attention");
+        without_keys(d, out, lse);
+    else if (!fused(d, out, lse, q, k, v, opts) && !launch_flash(d->stream, out, lse, q, k, v, opts))
+        in_products(d, out, lse, q, k, v, opts);
+    cuda_launched(d, op);
+}
+
+void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
+                    const struct attention_opts *opts)
+{
+    if (check_attention(&d->check, out, q, k, v, opts))
+        attend(d, "attention", out, (struct tensor){0}, q, k, v, opts);
+}
+
+void cuda_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                         struct tensor v, const struct attention_opts *opts)
+{
+    if (check_attention_part(&d->check, out, lse, q, k, v, opts))
+        attend(d, "attention_part", out, lse, q, k, v, opts);
+}
+
+void cuda_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse)
+{
+    if (!check_attention_merge(&d->check, out, parts, lse) || tensor_count(out) == 0)
+        return;
+    cuda_enter(d);
+    launch_merge(d->stream, out, parts, lse);
+    cuda_launched(d, "attention_merge");
 }

@@ -153,6 +153,9 @@ void cuda_link_replay(struct link *l, const struct link_round *round);
 // ---- attention.c
 void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                     const struct attention_opts *opts);
+void cuda_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                         struct tensor v, const struct attention_opts *opts);
+void cuda_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse);
 // ---- conv.c
 void cuda_conv2d(struct device *d, struct tensor y, struct tensor x, const struct conv *conv);
 

@@ -88,7 +88,8 @@ template <typename T> struct flash_of {
     T *out;
     const T *q, *k, *v;
     const float *bias; // of head 0
-    int64_t out_ld, q_ld, k_ld, v_ld, bias_head;
+    float *lse;        // (m, heads) rows of lse_ld, or NULL
+    int64_t lse_ld, out_ld, q_ld, k_ld, v_ld, bias_head;
     int m, s, dim;
     float scale;
     bool causal, pairs; // pairs: the bias may be read two numbers at a time
@@ -229,6 +230,9 @@ __device__ static void write_out(const flash_of<T> &p, T *rows, float (&o)[D / 8
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         float factor = sum == 0 ? 0 : 1 / sum;
+        const int row = first + lane / 4 + 8 * h;
+        if (p.lse && lane % 4 == 0 && row < p.m)
+            p.lse[row * p.lse_ld + blockIdx.y] = sum == 0 ? -INFINITY : r.top[h] * p.scale + logf(sum);
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *reinterpret_cast<uint32_t *>(rows + (lane / 4 + 8 * h) * tile<D>::pitch + n * 8 + lane % 4 * 2) =
@@ -328,8 +332,8 @@ static bool takes(struct tensor out, struct tensor q, struct tensor k, struct te
            wide(k, VECTOR) && wide(v, VECTOR) && opts->scale >= 1e-6f && opts->scale <= 1e6f;
 }
 
-bool launch_flash(cudaStream_t s, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
-                  const struct attention_opts *opts)
+bool launch_flash(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                  struct tensor v, const struct attention_opts *opts)
 {
     if (!takes(out, q, k, v, opts))
         return false;
@@ -341,7 +345,7 @@ bool launch_flash(cudaStream_t s, struct tensor out, struct tensor q, struct ten
             const unsigned heads = (unsigned)q.n[1];
             flash_of<T> p = {(T *)out.data, (const T *)q.data, (const T *)k.data, (const T *)v.data,
                              tensor_none(*bias) ? nullptr : (const float *)bias->data,
-                             out.ld,        q.ld,              k.ld,              v.ld,
+                             (float *)lse.data, lse.ld, out.ld,        q.ld,              k.ld,              v.ld,
                              bias->ld,      (int)q.n[0],       (int)k.n[0],       (int)q.n[2],
                              opts->scale,   opts->causal,      pairs};
             if (p.dim <= 32)

@@ -135,7 +135,7 @@ void graph_point(struct graph *g, cudnnPointwiseMode_t mode, int x, int b, int y
     add_operation(g, op);
 }
 
-void graph_attention(struct graph *g, int q, int k, int v, int o, int scale)
+void graph_attention(struct graph *g, int q, int k, int v, int o, int scale, int lse)
 {
     desc op = make(g, CUDNN_BACKEND_OPERATION_SDPA_FWD_DESCRIPTOR);
     operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_QDESC, q);
@@ -143,6 +143,7 @@ void graph_attention(struct graph *g, int q, int k, int v, int o, int scale)
     operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_VDESC, v);
     operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_ODESC, o);
     operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_SCALEDESC, scale);
+    operand(g, op, CUDNN_ATTR_OPERATION_SDPA_FWD_STATSDESC, lse);
     add_operation(g, op);
 }
 

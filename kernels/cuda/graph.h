@@ -18,8 +18,8 @@ struct graph;
 int graph_tensor(struct graph *g, enum dtype type, enum graph_role role, const int64_t *dims, const int64_t *strides);
 // y = x op b
 void graph_point(struct graph *g, cudnnPointwiseMode_t mode, int x, int b, int y);
-// o = softmax(scale q k^T) v over (batch, heads, rows, dim)
-void graph_attention(struct graph *g, int q, int k, int v, int o, int scale);
+// o = softmax(scale q k^T) v over (batch, heads, rows, dim); lse (batch, heads, rows, 1) F32, or -1: none
+void graph_attention(struct graph *g, int q, int k, int v, int o, int scale, int lse);
 // y = x correlated with w, stride 1, no zero rows, pad zero columns at either side
 void graph_conv(struct graph *g, int x, int w, int y, int64_t pad);
 

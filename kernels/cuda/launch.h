@@ -85,10 +85,16 @@ struct softmax {
     float scale;
     bool causal;
     int64_t first;
+    float *lse; // (queries, heads) rows of lse_ld: log of a query's sum of e^score, -inf without a key; or NULL
+    int64_t lse_ld;
     const float *bias;           // of head 0 and query `first`, or NULL
     int64_t bias_head, bias_row; // elements from one head, and one query, to the next
 };
 void launch_softmax(cudaStream_t s, const struct softmax *p);
+// y (n, m) f32 = x (m, n) f32, which has no gaps; x NULL: value
+void launch_turn(cudaStream_t s, struct tensor y, const float *x, float value);
+// The table's attention_merge.
+void launch_merge(cudaStream_t s, struct tensor out, struct tensor parts, struct tensor lse);
 
 // ---- link.cu
 struct link_clock { // in the device's memory
@@ -101,10 +107,10 @@ struct link_mark { // in the host's
 void launch_link_mark(cudaStream_t s, struct link_clock *clock, struct link_mark *mark, bool end);
 
 // ---- flash.cu
-// The table's attention in bf16 or f16, with heads of a multiple of 8 numbers up to 128, one key or more, rows on
-// 16-byte boundaries and a scale from 1e-6 to 1e6. A bias beyond f32's range times the scale counts as infinite. False:
-// other operands, and nothing was done.
-bool launch_flash(cudaStream_t s, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
-                  const struct attention_opts *opts);
+// The table's attention, or where lse is given attention_part, in bf16 or f16, with heads of a multiple of 8 numbers up
+// to 128, one key or more, rows on 16-byte boundaries and a scale from 1e-6 to 1e6. A bias beyond f32's range times the
+// scale counts as infinite. False: other operands, and nothing was done.
+bool launch_flash(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                  struct tensor v, const struct attention_opts *opts);
 
 #endif

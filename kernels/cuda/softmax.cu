@@ -75,6 +75,13 @@ __device__ static float top_of(float top, const float (&v)[V])
     return top;
 }
 
+__device__ static void tell_lse(const softmax &p, part all)
+{
+    const int64_t q = blockIdx.x % p.rows, head = blockIdx.x / p.rows;
+    if (p.lse && threadIdx.x == 0)
+        p.lse[(p.first + q) * p.lse_ld + head] = all.sum == 0 ? -INFINITY : all.top + logf(all.sum);
+}
+
 // A block a row.
 template <typename T> __global__ void __launch_bounds__(MAX_THREADS) softmax_kernel(softmax p)
 {
@@ -103,6 +110,7 @@ template <typename T> __global__ void __launch_bounds__(MAX_THREADS) softmax_ker
                 own.sum += v[r][j];
             }
     const part all = merge_block(own, shared);
+    tell_lse(p, all);
     // A thread that sees no key has no top, and weights of 0 already.
     const float factor = own.top == -INFINITY ? 1 : __expf(from - all.top) / all.sum;
 #pragma unroll
@@ -148,6 +156,7 @@ template <typename T> __global__ void __launch_bounds__(MAX_THREADS) long_softma
         own = merge(own, some);
     }
     const part all = merge_block(own, shared);
+    tell_lse(p, all);
     const float from = all.top == -INFINITY ? 0 : all.top, factor = all.sum == 0 ? 0 : 1 / all.sum;
     for (int64_t first = 0; first < p.ld; first += round) {
         load_round(first);
@@ -172,5 +181,60 @@ void launch_softmax(cudaStream_t s, const struct softmax *p)
             long_softmax_kernel<T><<<blocks, MAX_THREADS, 0, s>>>(*p);
         else
             softmax_kernel<T><<<blocks, (unsigned)(ceil_div(ceil_div(p->ld, V), R * WARP) * WARP), 0, s>>>(*p);
+    });
+}
+
+// ---- parts of attention
+
+__global__ static void turn_kernel(float *y, int64_t ld, int64_t n, int64_t m, const float *x, float value)
+{
+    const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, row = i / m, column = i % m; // of y
+    if (row < n)
+        y[row * ld + column] = x ? x[column * n + row] : value;
+}
+
+void launch_turn(cudaStream_t s, struct tensor y, const float *x, float value)
+{
+    turn_kernel<<<(unsigned)ceil_div(tensor_count(y), 256), 256, 0, s>>>((float *)y.data, y.ld, y.n[0], y.n[1], x, value);
+}
+
+// A thread takes N numbers of one query's head.
+template <typename T, int N>
+__global__ static void merge_kernel(T *out, int64_t out_ld, const T *parts, int64_t part_ld, const float *lse,
+                                    int64_t lse_ld, int n, int64_t rows, int64_t heads, int64_t dim)
+{
+    const int64_t i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * N, width = heads * dim;
+    if (i >= rows * width)
+        return;
+    const float *own = lse + i / dim; // row * heads + head
+    float top = -INFINITY, sum = 0, v[N], total[N] = {};
+    for (int p = 0; p < n; p++)
+        top = fmaxf(top, own[p * lse_ld]);
+    for (int p = 0; p < n; p++) {
+        const float weight = own[p * lse_ld] == -INFINITY ? 0 : expf(own[p * lse_ld] - top);
+        if (weight == 0)
+            continue;
+        load(v, parts + p * part_ld + i);
+        sum += weight;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            total[j] += weight * v[j];
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        total[j] = sum == 0 ? 0 : total[j] / sum;
+    store(out + i / width * out_ld + i % width, total);
+}
+
+void launch_merge(cudaStream_t s, struct tensor out, struct tensor parts, struct tensor lse)
+{
+    const int64_t rows = out.n[0], heads = out.n[1], dim = out.n[2], count = rows * heads * dim;
+    with_type(out.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        const bool vectors = dim % 8 == 0 && wide(out, 8) && wide(parts, 8);
+        const unsigned blocks = (unsigned)ceil_div(count, vectors ? 8 * 256 : 256);
+        auto *kernel = vectors ? merge_kernel<T, 8> : merge_kernel<T, 1>;
+        kernel<<<blocks, 256, 0, s>>>((T *)out.data, out.ld, (const T *)parts.data, parts.ld, (const float *)lse.data,
+                                      lse.ld, (int)parts.n[0], rows, heads, dim);
     });
 }

@@ -851,7 +851,9 @@ static void hide(struct pair *bias, struct fix *f)
 static void attention_way(struct fix *f, struct attention_case c, bool own)
 {
     struct pair q = ACTIVE(f, c.gap, 1.5, c.m, c.heads, c.dim), k = ACTIVE(f, 2 * c.gap, 1.5, c.s, c.heads, c.dim),
-                v = ACTIVE(f, 0, 1, c.s, c.heads, c.dim), out = OUTPUT(f, c.gap, c.m, c.heads, c.dim), bias = none;
+                v = ACTIVE(f, 0, 1, c.s, c.heads, c.dim), out = OUTPUT(f, c.gap, c.m, c.heads, c.dim), bias = none,
+                part = OUTPUT(f, c.gap, c.m, c.heads, c.dim),
+                lse = make(f, DT_F32, DT_F32, SHAPE(c.m, c.heads), c.gap % 3, 0, 0);
     if (c.bias)
         bias = make(f, DT_F32, DT_F32, SHAPE(c.heads, c.m, c.s), c.gap ? 7 : 0, 2, 0);
     if (c.hidden)
@@ -861,13 +863,22 @@ static void attention_way(struct fix *f, struct attention_case c, bool own)
     C->attention(f->cpu, out.c, q.c, k.c, v.c, &oc);
     if (own) {
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_true(launch_flash(0, out.g, q.g, k.g, v.g, &og));
+        assert_true(launch_flash(0, out.g, none.g, q.g, k.g, v.g, &og));
+        assert_true(launch_flash(0, part.g, lse.g, q.g, k.g, v.g, &og));
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
     } else {
         G->attention(f->d, out.g, q.g, k.g, v.g, &og);
     }
     // Scores up to 0.5 * 2.25 * dim carry that many units of 2^-24. Halves round the weights, too.
-    same(f, own ? "flash attention" : "attention", out, tolerance(f, 2e-6 + 4e-7 * (double)c.dim, 1.5e-2, 2e-3));
+    const double allowed = tolerance(f, 2e-6 + 4e-7 * (double)c.dim, 1.5e-2, 2e-3);
+    same(f, own ? "flash attention" : "attention", out, allowed);
+    if (c.causal)
+        return; // parts are not
+    C->attention_part(f->cpu, part.c, lse.c, q.c, k.c, v.c, &oc);
+    if (!own)
+        G->attention_part(f->d, part.g, lse.g, q.g, k.g, v.g, &og);
+    same(f, "attention_part", part, allowed);
+    same(f, "the logarithms of attention_part", lse, tolerance(f, 2e-6 + 4e-7 * (double)c.dim, 2e-3, 1e-3));
 }
 
 static void attention_one(struct fix *f, struct attention_case c)
@@ -918,6 +929,27 @@ static void attention_in_products(void **state)
     }
 }
 
+static void attention_merge(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 12; i++) {
+            const int64_t n = 1 + i % 4, m = 1 + i * 7, heads = 1 + i % 3, dim = i % 2 ? 8 * i : 7 + i;
+            struct pair parts = ACTIVE(f, i % 3 * 8, 1, n, m, heads, dim), out = OUTPUT(f, i % 2 * 8, m, heads, dim);
+            struct pair lse = make(f, DT_F32, DT_F32, SHAPE(n, m, heads), i % 3, 3, 0);
+            for (int64_t p = 0; p < n; p++) // of query 0 no part saw a key; of others, some did not
+                for (int64_t j = 0; j < m * heads; j++)
+                    if (j < heads || (j + p) % 5 == 0)
+                        ((float *)lse.c.data)[p * lse.c.ld + j] = -INFINITY;
+            G->upload(f->d, lse.whole, lse.c.data);
+            C->attention_merge(f->cpu, out.c, parts.c, lse.c);
+            G->attention_merge(f->d, out.g, parts.g, lse.g);
+            same(f, "attention_merge", out, tolerance(f, 2e-6, 8e-3, 1e-3));
+        }
+    }
+}
+
 // Our own kernel: every head size with bias, causal, both and neither, over whole, partial and many tiles.
 static void flash_attention(void **state)
 {
@@ -965,12 +997,12 @@ static void flash_rows(void **state)
             t[i] = tensor_reshape(tensor_cols(rows.g, i * n, n), 3, m, heads, dim, 1);
         struct attention_opts opts = {.scale = 0.1f};
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_int_equal(launch_flash(0, whole.g, t[0], t[1], t[2], &opts), f->type != DT_F32);
+        assert_int_equal(launch_flash(0, whole.g, none.g, t[0], t[1], t[2], &opts), f->type != DT_F32);
         for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1)
-            launch_flash(0, tensor_rows(some.g, first, count < m - first ? count : m - first),
+            launch_flash(0, tensor_rows(some.g, first, count < m - first ? count : m - first), none.g,
                          tensor_rows(t[0], first, count < m - first ? count : m - first), t[1], t[2], &opts);
         opts.scale = -1;
-        assert_false(launch_flash(0, whole.g, t[0], t[1], t[2], &opts));
+        assert_false(launch_flash(0, whole.g, none.g, t[0], t[1], t[2], &opts));
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         if (f->type != DT_F32) {
             G->download(f->d, a, whole.g);
@@ -1194,6 +1226,7 @@ int main(void)
         cmocka_unit_test(placed_linear),
         cmocka_unit_test(attention),
         cmocka_unit_test(attention_in_products),
+        cmocka_unit_test(attention_merge),
         cmocka_unit_test(flash_attention),
         cmocka_unit_test(flash_rows),
         cmocka_unit_test(conv2d),
