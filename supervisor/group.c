@@ -105,7 +105,7 @@ static void change_state(struct group *g, enum group_state to, double due_s)
 
 static void note_failure(struct group *g, const char *text)
 {
-    snprintf(g->last_failure, sizeof g->last_failure, "%s", text);
+    snprintf(g->last_failure, sizeof g->last_failure, "%.*s", (int)sizeof g->last_failure - 1, text);
     g->failed_at = time(NULL);
     log_line(g->env->log, LOG_ERROR, "group.failure", "group=%s incarnation=%s reason=\"%s\"", g->name, g->incarnation,
              text);

@@ -78,6 +78,7 @@ struct group {
     const struct model *model;
     const Ditfleet__V1__Job *job;
     struct plan want; // ranks and degrees
+    const struct kernels *kernels; // NULL: the CPU's
     struct outcome *outcome;
     int (*work)(const struct group *g, struct comm *comm, struct err *err);
     const struct outcome *replayed; // work == replay
@@ -89,7 +90,8 @@ struct group {
 static inline int whole_job(const struct group *g, struct comm *comm, struct err *err)
 {
     struct outcome *o = g->outcome;
-    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .control = comm};
+    const struct engine_options options = {
+        .kernels = g->kernels ? g->kernels : &kernels_cpu, .device.threads = 1, .control = comm};
     const struct engine_hooks hooks = {.trace = record, .arg = o};
     struct engine *e;
     struct engine_result result;
