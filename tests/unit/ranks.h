@@ -77,8 +77,9 @@ static inline int ranks_tear_down(void **state)
 struct group {
     const struct model *model;
     const Ditfleet__V1__Job *job;
-    struct plan want; // ranks and degrees
-    const struct kernels *kernels; // NULL: the CPU's
+    struct plan want;              // ranks and degrees
+    const struct kernels *kernels; // NULL: the CPU's; a GPU for each rank where they have memory of their own
+    enum dtype activation;         // of GPUs
     struct outcome *outcome;
     int (*work)(const struct group *g, struct comm *comm, struct err *err);
     const struct outcome *replayed; // work == replay
@@ -87,17 +88,13 @@ struct group {
     int64_t mapping_bytes;
 };
 
-static inline int whole_job(const struct group *g, struct comm *comm, struct err *err)
+static inline int run_engine(const struct group *g, struct engine *e, const struct model *m, struct err *err)
 {
     struct outcome *o = g->outcome;
-    const struct engine_options options = {
-        .kernels = g->kernels ? g->kernels : &kernels_cpu, .device.threads = 1, .control = comm};
     const struct engine_hooks hooks = {.trace = record, .arg = o};
-    struct engine *e;
     struct engine_result result;
-    TRY(engine_new(&options, &e, err));
-    int rc = engine_run(e, g->model, g->job, &g->want, &hooks, &result, err);
-    if (rc == 0 && comm_rank(comm) == 0) {
+    const int rc = engine_run(e, m, g->job, &g->want, &hooks, &result, err);
+    if (rc == 0 && result.pixels) {
         o->plan = result.plan;
         memcpy(o->cut, result.prompt_cut, sizeof o->cut);
         o->pixel_bytes = (size_t)g->job->num_images * g->job->width * g->job->height * 3;
@@ -105,6 +102,24 @@ static inline int whole_job(const struct group *g, struct comm *comm, struct err
         memcpy(o->pixels, result.pixels, o->pixel_bytes);
     }
     engine_result_free(&result);
+    return rc;
+}
+
+static inline int whole_job(const struct group *g, struct comm *comm, struct err *err)
+{
+    const struct kernels *k = g->kernels ? g->kernels : &kernels_cpu;
+    const struct engine_options options = {
+        .kernels = k,
+        .device = {.threads = 1, .gpu = k->memory ? comm_rank(comm) : 0, .activation = g->activation},
+        .control = comm};
+    struct engine *e;
+    struct model *placed = NULL;
+    TRY(engine_new(&options, &e, err));
+    const struct home home = engine_home(e);
+    int rc = k->memory ? model_load_on(DEMO_MODEL, &home, &placed, err) : 0;
+    if (rc == 0)
+        rc = run_engine(g, e, placed ? placed : g->model, err);
+    model_free(placed);
     engine_free(e);
     return rc;
 }

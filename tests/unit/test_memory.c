@@ -497,10 +497,8 @@ static void no_such_memory(void **state)
     struct engine *e;
     card.total = (size_t)8 << 30;
     assert_int_equal(comm_self_new(&b.comm, &err), 0);
-    const struct engine_options options = {.kernels = &b.kernels,
-                                           .device.threads = 1,
-                                           .control = b.comm,
-                                           .memory_budget = (int64_t)9 << 30};
+    const struct engine_options options = {
+        .kernels = &b.kernels, .device.threads = 1, .control = b.comm, .memory_budget = (int64_t)9 << 30};
     assert_int_equal(engine_new(&options, &e, &err), ERR_INVALID);
     assert_non_null(strstr(err.text, "memory budget 9.00 GiB: the device has 8.00 GiB"));
     comm_free(b.comm);
