@@ -76,8 +76,9 @@ static inline void kernel_cost_add(struct kernel_cost *to, const struct kernel_c
 }
 
 // ---- links: devices of several processes, of one host or of many, that send each other rows.
-#define LINK_NAME_BYTES 128
-#define LINK_KIND_BYTES 192
+#define LINK_NAME_BYTES   128
+#define LINK_KIND_BYTES   192
+#define LINK_EXPORT_BYTES 2048
 
 // Rows that go to the device of a rank, or come from it.
 struct link_piece {
@@ -89,7 +90,8 @@ struct link_piece {
 struct link_state {
     uint64_t begun, done; // exchanges: queued by this rank, and over on its device
     const char *what;     // the first that is not over, as exchange was told; NULL: all are
-    double seconds;       // the device spent in those that are over, waiting for others included
+    double seconds;       // the device spent in those that are over
+    double waited;        // of these, waiting for others to come, as far as it is told apart
 };
 
 struct kernels {
@@ -154,6 +156,13 @@ struct kernels {
     // From any thread. A failure of this rank's or another's that the link has noticed.
     int (*link_check)(struct link *l, struct err *err);
     void (*link_state)(struct link *l, struct link_state *out);
+    // Memory from alloc that other ranks may write, for exchanges that need no library: what a rank tells of its own,
+    // LINK_EXPORT_BYTES of it, goes to all. import: what all told, by rank; false: not here, and exchanges go as
+    // before. Either all ranks have imported, or all have forgotten; and memory is freed only while they have. NULL:
+    // there are none.
+    void (*link_export)(struct link *l, void *to);
+    bool (*link_import)(struct link *l, const void *all);
+    void (*link_forget)(struct link *l);
     // From any thread: what waits for other ranks ends, whatever it has got; exchanges do nothing from here on.
     void (*link_abort)(struct link *l);
 

@@ -26,6 +26,7 @@ struct engine {
     size_t arena_bytes;
     struct comm *control;
     struct comm *data; // between devices: a link of its own, or control
+    char opened[KEY];  // the job for which data's memory is open; "": it is not
     int64_t memory_limit;
     bool fp8;
     struct residency *residency; // NULL: the device computes in the host's memory
@@ -137,11 +138,11 @@ void engine_free(struct engine *e)
 {
     if (!e)
         return;
+    if (e->data != e->control)
+        comm_free(e->data);
     prompt_cache_free(e->cache);
     arena_free(e->arena);
     residency_free(e->residency);
-    if (e->data != e->control)
-        comm_free(e->data);
     if (e->d)
         e->k->close(e->d);
     free(e);
@@ -679,6 +680,36 @@ static int agree_on_plan(struct engine *e, const struct model *m, const Ditfleet
     return agree(e->control, plan_and_reserve(e, m, job, &dealt, hooks, plan, err), err);
 }
 
+// Memory that other ranks write is opened as it is for a job; it stays so while jobs are alike, as nothing is allocated
+// for them.
+static int close_memory(struct engine *e, const char *key, struct err *err)
+{
+    if (strcmp(e->opened, key) == 0)
+        return 0;
+    e->opened[0] = '\0';
+    return comm_close_memory(e->data, err);
+}
+
+static int open_memory(struct engine *e, const char *key, struct err *err)
+{
+    if (*e->opened)
+        return 0;
+    memcpy(e->opened, key, KEY);
+    return comm_open_memory(e->data, !e->between, err);
+}
+
+static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
+                     const struct engine_hooks *hooks, struct plan *plan, struct err *err)
+{
+    char key[KEY];
+    key_of(m, job, want, key);
+    if (hooks->trace)
+        snprintf(key + strlen(key), KEY - strlen(key), " traced");
+    TRY(close_memory(e, key, err));
+    TRY(agree_on_plan(e, m, job, want, hooks, plan, err));
+    return open_memory(e, key, err);
+}
+
 // Between jobs the arena holds nothing.
 static void end_run(struct engine *e, struct engine_result *out)
 {
@@ -692,10 +723,13 @@ static void end_run(struct engine *e, struct engine_result *out)
         out->moves = residency_moves(e->residency);
 }
 
-// Exchanges that hold the waiting: the rank that others waited for has the least of them.
+// Where exchanges hold the waiting: the rank that others waited for has the least of them.
 static void tell_waiting(struct rank_times *times, int ranks)
 {
     double least = times[0].exchange;
+    for (int r = 0; r < ranks; r++)
+        if (times[r].wait > 0)
+            return; // they were told apart
     for (int r = 1; r < ranks; r++)
         least = times[r].exchange < least ? times[r].exchange : least;
     for (int r = 0; r < ranks; r++) {
@@ -727,7 +761,7 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     *out = (struct engine_result){0};
     if (e->residency)
         residency_moves(e->residency); // of this job from here on
-    int rc = agree_on_plan(e, m, job, want, hooks, &out->plan, err);
+    int rc = begin_run(e, m, job, want, hooks, &out->plan, err);
     if (rc != 0) {
         end_run(e, out);
         return rc;

@@ -221,14 +221,40 @@ static void cuda_cost(struct device *d, struct kernel_cost *out)
 
 // ---- memory
 
+static void track(struct device *d, void *base, size_t bytes)
+{
+    for (int i = 0; i < DEVICE_BLOCKS; i++)
+        if (!d->blocks[i].base) {
+            d->blocks[i].base = base;
+            d->blocks[i].bytes = bytes;
+            return;
+        }
+    d->untracked++;
+}
+
+static void untrack(struct device *d, const void *base)
+{
+    for (int i = 0; i < DEVICE_BLOCKS; i++)
+        if (d->blocks[i].base == base) {
+            d->blocks[i].base = NULL;
+            d->blocks[i].bytes = 0;
+            return;
+        }
+    d->untracked--;
+}
+
+// Others of a link may come to write here: whole granules, so that nothing else is exported along.
 int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
 {
     size_t available = 0, total = 0;
     *out = NULL;
     cudaSetDevice(d->gpu);
-    cudaError_t e = bytes > SIZE_MAX / 2 ? cudaErrorMemoryAllocation : cudaMalloc(out, bytes ? bytes : 1);
-    if (e == cudaSuccess)
+    const size_t whole = (bytes / DEVICE_GRANULE + 1) * DEVICE_GRANULE;
+    cudaError_t e = bytes > SIZE_MAX / 2 ? cudaErrorMemoryAllocation : cudaMalloc(out, whole);
+    if (e == cudaSuccess) {
+        track(d, *out, whole);
         return 0;
+    }
     cudaGetLastError();
     if (e != cudaErrorMemoryAllocation || cudaMemGetInfo(&available, &total) != cudaSuccess)
         return explain(err, e, "allocating");
@@ -240,7 +266,10 @@ int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
 
 static void cuda_free(struct device *d, void *p)
 {
+    if (!p)
+        return;
     cuda_enter(d);
+    untrack(d, p);
     cudaFree(p);
 }
 
@@ -567,6 +596,9 @@ const struct kernels kernels_cuda = {
     .link_check = cuda_link_check,
     .link_state = cuda_link_state,
     .link_abort = cuda_link_abort,
+    .link_export = cuda_link_export,
+    .link_import = cuda_link_import,
+    .link_forget = cuda_link_forget,
     .profile_start = cuda_profile_start,
     .profile_end = cuda_profile_end,
     .copy = cuda_copy,

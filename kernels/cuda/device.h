@@ -42,6 +42,11 @@ struct device {
     struct products *products; // product.c: algorithms by shape
     struct plans *plans;       // graph.c: cuDNN plans by shape
     struct link *link;         // link.c; NULL: this device is alone
+    struct {
+        void *base;
+        size_t bytes;
+    } blocks[DEVICE_BLOCKS]; // from alloc
+    int untracked;           // those that found no place there
 };
 
 // True when e is no error; else the device fails, naming the operation.
@@ -134,6 +139,8 @@ void cuda_profile_end(struct device *d, void (*each)(void *arg, const char *op, 
 void cuda_profile_mark(struct device *d, const char *op); // op has been launched; a profile goes on
 
 // ---- link.c
+enum { LINK_HOST = 40 };
+void cuda_host_of(char text[LINK_HOST]); // of one host, as long as it runs; "": not known
 void cuda_link_kind(struct device *d, char *kind, char *place);
 int cuda_link_name(void *name, struct err *err);
 int cuda_link(struct device *d, const void *name, int rank, int ranks, int timeout_ms, struct link **out,
@@ -144,6 +151,9 @@ void cuda_exchange(struct device *d, struct link *l, const char *what, int sends
 int cuda_link_check(struct link *l, struct err *err);
 void cuda_link_state(struct link *l, struct link_state *out);
 void cuda_link_abort(struct link *l);
+void cuda_link_export(struct link *l, void *to);
+bool cuda_link_import(struct link *l, const void *all);
+void cuda_link_forget(struct link *l);
 // For record.c. What was exchanged since begin is in a recording, which is over now or was given up; each replay is one
 // more round of it.
 struct link_round;

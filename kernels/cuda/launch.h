@@ -98,13 +98,60 @@ void launch_merge(cudaStream_t s, struct tensor out, struct tensor parts, struct
 
 // ---- link.cu
 struct link_clock { // in the device's memory
-    uint64_t began_ns, busy_ns, done;
+    uint64_t began_ns, busy_ns, waited_ns, done;
 };
 struct link_mark { // in the host's
-    volatile uint64_t done, busy_ns;
+    volatile uint64_t done, busy_ns, waited_ns;
+    volatile int give_up; // the host's word to kernels that wait
 };
 // The beginning or the end of an exchange: at its end one more is done, and the time since its beginning is added.
 void launch_link_mark(cudaStream_t s, struct link_clock *clock, struct link_mark *mark, bool end);
+
+// ---- peers.cu
+#define DEVICE_BLOCKS  15                // pieces of a device's memory that others may write
+#define DEVICE_GRANULE ((size_t)2 << 20) // no two of them share what the driver maps at once
+enum { PEERS = 8, PEER_SLOTS = 8, PEER_PIECES = 40, PEER_CHUNK = 32768 };
+struct peer_mail { // where a piece is to go, in the receiver's addresses
+    uint64_t address;
+    int64_t ld; // bytes
+};
+struct link_board { // written by the others
+    struct peer_mail mail[PEERS][PEER_SLOTS];
+    uint64_t ready[PEERS], done[PEERS]; // messages: that a receiver waits for; that a sender has delivered
+};
+struct link_counts { // messages so far, each way; blocks of this exchange that are through
+    uint64_t in[PEERS], out[PEERS];
+    unsigned finished;
+};
+struct peer_map { // a block of another rank, and where this process sees it
+    uint64_t base, bytes;
+    void *mapped;
+};
+struct peer_rows {
+    char *at;
+    int64_t ld, rows, bytes; // bytes of a row, and from one to the next
+};
+struct peer_send {
+    struct peer_rows from, to; // to: of oneself, else found out when it runs
+    short peer, slot;
+    unsigned end; // chunks of this piece and those before it
+};
+struct peer_recv {
+    struct peer_rows to;
+    short peer, slot;
+};
+struct peer_exchange {
+    int rank, ranks, sends, recvs;
+    unsigned from, to, chunks; // sets of ranks
+    struct link_board *mine, *theirs[PEERS];
+    struct link_counts *counts;
+    const struct peer_map *map; // (PEERS, DEVICE_BLOCKS)
+    struct link_clock *clock;
+    struct link_mark *mark;
+    struct peer_send send[PEER_PIECES];
+    struct peer_recv recv[PEER_PIECES];
+};
+void launch_peer_exchange(cudaStream_t s, const struct peer_exchange *x, int processors);
 
 // ---- flash.cu
 // The table's attention, or where lse is given attention_part, in bf16 or f16, with heads of a multiple of 8 numbers up

@@ -1,10 +1,11 @@
-// link.c: devices of several processes send each other rows, through NCCL's sends and receives. They are enough for
+// link.c: devices of several processes send each other rows: on one host by peers.c, else through NCCL's sends and
+// receives. They are enough for
 // every collective that worker/comm builds on them, and one communicator is enough for every group of ranks: between
 // two ranks messages match in order, whatever group they belong to.
 //
 // The communicator does not block: each of its calls is asked until it is over, and may be given up from another
 // thread, which is the only way out of a wait for a rank that is gone.
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/peers.h"
 
 #include <nccl.h>
 #include <pthread.h>
@@ -25,11 +26,12 @@ struct link {
     struct device *d;
     ncclComm_t comm;
     int rank, ranks;
-    pthread_mutex_t lock; // of comm: its calls, and its end
-    atomic_bool given_up; // an abort wants the lock
-    bool aborted;         // under lock: comm is gone
-    struct link_clock *on_device;
-    struct link_mark *mark; // in host memory that the device writes
+    pthread_mutex_t lock;     // of comm: its calls, and its end
+    atomic_bool given_up;     // an abort wants the lock
+    bool aborted;             // under lock: comm is gone
+    struct link_clock *clock; // in the device's memory
+    struct link_mark *mark;   // in host memory that the device writes
+    struct peers *peers;      // NULL: these ranks cannot be
     _Atomic(const char *) names[NAMES];
     atomic_uint_least64_t begun;
     uint64_t recording; // begun, where a recording began
@@ -42,12 +44,11 @@ struct link_round {
 
 // ---- who is linked
 
-// Of one host, as long as it runs.
-static void boot_of(char text[40])
+void cuda_host_of(char text[LINK_HOST])
 {
     FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
     text[0] = '\0';
-    if (f && !fgets(text, 40, f))
+    if (f && !fgets(text, LINK_HOST, f))
         text[0] = '\0';
     if (f)
         fclose(f);
@@ -57,7 +58,7 @@ static void boot_of(char text[40])
 void cuda_link_kind(struct device *d, char *kind, char *place)
 {
     struct cudaDeviceProp gpu;
-    char boot[40], bus[32] = "?";
+    char host[LINK_HOST], bus[32] = "?";
     int driver = 0, nccl = 0;
     cuda_enter(d);
     if (cudaGetDeviceProperties(&gpu, d->gpu) != cudaSuccess)
@@ -65,10 +66,10 @@ void cuda_link_kind(struct device *d, char *kind, char *place)
     cudaDriverGetVersion(&driver);
     ncclGetVersion(&nccl);
     cudaDeviceGetPCIBusId(bus, sizeof bus, d->gpu);
-    boot_of(boot);
+    cuda_host_of(host);
     snprintf(kind, LINK_KIND_BYTES, "%.60s with %d multiprocessors, CUDA driver %d, cuBLASLt %zu, cuDNN %zu, NCCL %d",
              gpu.name, d->processors, driver, cublasLtGetVersion(), cudnnGetVersion(), nccl);
-    snprintf(place, LINK_KIND_BYTES, "GPU %s of host %s", bus, boot);
+    snprintf(place, LINK_KIND_BYTES, "GPU %s of host %s", bus, host);
 }
 
 int cuda_link_name(void *name, struct err *err)
@@ -135,8 +136,8 @@ int cuda_link(struct device *d, const void *name, int rank, int ranks, int timeo
     cuda_enter(d);
     int rc = 0;
     if (cudaHostAlloc((void **)&l->mark, sizeof *l->mark, cudaHostAllocMapped) != cudaSuccess ||
-        cudaMalloc((void **)&l->on_device, sizeof *l->on_device) != cudaSuccess ||
-        cudaMemsetAsync(l->on_device, 0, sizeof *l->on_device, d->stream) != cudaSuccess)
+        cudaMalloc((void **)&l->clock, sizeof *l->clock) != cudaSuccess ||
+        cudaMemsetAsync(l->clock, 0, sizeof *l->clock, d->stream) != cudaSuccess)
         rc = err_set(err, ERR_NO_MEMORY, "no memory on the GPU for a link");
     if (rc == 0) {
         memset((void *)l->mark, 0, sizeof *l->mark);
@@ -146,6 +147,7 @@ int cuda_link(struct device *d, const void *name, int rank, int ranks, int timeo
         cuda_unlink(l);
         return rc;
     }
+    l->peers = peers_new(d, rank, ranks, l->clock, l->mark);
     d->link = l;
     *out = l;
     return 0;
@@ -154,6 +156,8 @@ int cuda_link(struct device *d, const void *name, int rank, int ranks, int timeo
 void cuda_link_abort(struct link *l)
 {
     atomic_store(&l->given_up, true);
+    if (l->mark)
+        l->mark->give_up = 1;
     pthread_mutex_lock(&l->lock);
     if (!l->aborted && l->comm)
         ncclCommAbort(l->comm);
@@ -168,7 +172,8 @@ void cuda_unlink(struct link *l)
     cuda_enter(l->d);
     // Ranks leave at different times; an abort waits for nobody. What was exchanged is done, or its failure is known.
     cuda_link_abort(l);
-    cudaFree(l->on_device);
+    peers_free(l->peers);
+    cudaFree(l->clock);
     cudaFreeHost((void *)l->mark);
     pthread_mutex_destroy(&l->lock);
     if (l->d->link == l)
@@ -258,17 +263,15 @@ static void pack(struct link *l, int n, const struct link_piece *pieces, char *s
     }
 }
 
-void cuda_exchange(struct device *d, struct link *l, const char *what, int sends, const struct link_piece *send,
-                   int recvs, const struct link_piece *recv)
+static void through_nccl(struct link *l, const char *what, int sends, const struct link_piece *send, int recvs,
+                         const struct link_piece *recv)
 {
-    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
-        return;
-    cuda_enter(d);
+    struct device *d = l->d;
     const size_t out_bytes = scattered(l, sends, send), bytes = out_bytes + scattered(l, recvs, recv);
     char *out = bytes ? cuda_scratch(d, SLOT_LINK, bytes) : NULL, *in = out + out_bytes;
     if (bytes && !out)
         return;
-    launch_link_mark(d->stream, l->on_device, l->mark, false);
+    launch_link_mark(d->stream, l->clock, l->mark, false);
     keep(l, sends, send, recvs, recv);
     pack(l, sends, send, out, false);
     pthread_mutex_lock(&l->lock);
@@ -277,11 +280,43 @@ void cuda_exchange(struct device *d, struct link *l, const char *what, int sends
         check_fail(&d->check, ERR_UNAVAILABLE, "%s: NCCL failed: %s", what, why(l, r));
     pthread_mutex_unlock(&l->lock);
     pack(l, recvs, recv, in, true);
-    launch_link_mark(d->stream, l->on_device, l->mark, true);
+    launch_link_mark(d->stream, l->clock, l->mark, true);
+}
+
+void cuda_exchange(struct device *d, struct link *l, const char *what, int sends, const struct link_piece *send,
+                   int recvs, const struct link_piece *recv)
+{
+    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+        return;
+    cuda_enter(d);
+    if (peers_ready(l->peers))
+        peers_exchange(l->peers, what, sends, send, recvs, recv);
+    else
+        through_nccl(l, what, sends, send, recvs, recv);
     const uint64_t number = atomic_load(&l->begun);
     atomic_store(&l->names[number % NAMES], what);
     atomic_store(&l->begun, number + 1);
     cuda_launched(d, what);
+}
+
+// ---- memory that others write
+
+void cuda_link_export(struct link *l, void *to)
+{
+    memset(to, 0, LINK_EXPORT_BYTES);
+    if (l->peers)
+        peers_export(l->peers, to);
+}
+
+bool cuda_link_import(struct link *l, const void *all)
+{
+    return l->peers && peers_import(l->peers, all);
+}
+
+void cuda_link_forget(struct link *l)
+{
+    if (l->peers)
+        peers_forget(l->peers);
 }
 
 // ---- how far it is
@@ -302,7 +337,8 @@ int cuda_link_check(struct link *l, struct err *err)
 
 void cuda_link_state(struct link *l, struct link_state *out)
 {
-    *out = (struct link_state){.done = l->mark->done, .seconds = (double)l->mark->busy_ns / 1e9};
+    *out = (struct link_state){
+        .done = l->mark->done, .seconds = (double)l->mark->busy_ns / 1e9, .waited = (double)l->mark->waited_ns / 1e9};
     out->begun = atomic_load(&l->begun);
     if (out->done < out->begun)
         out->what = atomic_load(&l->names[out->done % NAMES]);

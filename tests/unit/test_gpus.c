@@ -63,6 +63,10 @@ static void job_by(const struct model *m, const char *const *fields, struct plan
     g.want = want, g.outcome = all;
     run_group(&g);
     expect_success(all, want.ranks);
+    if (want.data > 1) { // of several parts, the first one's picture is shown
+        one->entries = all->entries;
+        assert_int_equal(pixels_off(all->pixels, one->pixels, (int64_t)one->pixel_bytes / 3), 0);
+    }
     const double found = limit == 0 ? compare(all, one) : worst_of(all, one);
     printf("%s %s: at most %.2g off one GPU%s\n", dtype_name(type), plan_text(&all->plan), found,
            same_bits(all, one) ? ", the same bits" : "");
@@ -80,6 +84,20 @@ static void job_by(const struct model *m, const char *const *fields, struct plan
         .ranks = GPUS, .cfg = 1, .ulysses = 1, .ring = 1, .pipe = GPUS, .patches = (patches_), .warmup = (warmup_),    \
         .data = 1                                                                                                      \
     }
+
+// Hosts of which no GPU sees another's memory, or several hosts: through NCCL.
+static void without_peers(void **state)
+{
+    static struct kernels apart;
+    const struct kernels *all = cuda;
+    apart = *cuda;
+    apart.link_export = NULL;
+    cuda = &apart;
+    job_by(*state, PLAIN, (struct plan)PLAN(GPUS, 1, GPUS, 1), DT_F32, 0);
+    job_by(*state, PLAIN, (struct plan)PLAN(GPUS, 1, 1, GPUS), DT_BF16, 5e-2);
+    job_by(*state, PLAIN, (struct plan)PIPE(3, 1), DT_F32, 0.5);
+    cuda = all;
+}
 
 static void heads_are_shared(void **state)
 {
@@ -131,5 +149,6 @@ int main(void)
         return SKIPPED;
     }
     setenv("NCCL_NVLS_ENABLE", "0", 0);
+    setvbuf(stdout, NULL, _IOLBF, 0); // ranks are forked from here
     return cmocka_run_group_tests(tests, ranks_set_up, ranks_tear_down);
 }

@@ -39,8 +39,8 @@ uint64_t comm_collectives(const struct comm *c)
 
 struct comm_times comm_times(const struct comm *c)
 {
-    if (c->ops->seconds)
-        return (struct comm_times){.exchange = c->ops->seconds(c->root)};
+    if (c->ops->times)
+        return c->ops->times(c->root);
     return (struct comm_times){c->root->within - c->root->waiting, c->root->waiting};
 }
 
@@ -49,6 +49,16 @@ void comm_set_timeout(struct comm *c, int timeout_ms)
     c->root->timeout_ms = timeout_ms > 0 ? timeout_ms : 0;
     if (c->ops->set_timeout)
         c->ops->set_timeout(c->root, timeout_ms);
+}
+
+int comm_open_memory(struct comm *c, bool willing, struct err *err)
+{
+    return c->ops->open_memory ? c->ops->open_memory(c, willing, err) : 0;
+}
+
+int comm_close_memory(struct comm *c, struct err *err)
+{
+    return c->ops->close_memory ? c->ops->close_memory(c, err) : 0;
 }
 
 void comm_free(struct comm *c)

@@ -27,7 +27,7 @@ uint64_t comm_bytes_sent(const struct comm *c);
 // Collectives begun since c was made, by c and the groups made from it, where there was another rank to wait for.
 uint64_t comm_collectives(const struct comm *c);
 // Seconds of this rank in collectives, in all its communicators since the first was made: moving bytes, and waiting for
-// ranks that came later. A link does not tell the two apart: all is exchange.
+// ranks that came later. A link may not tell the two apart: then all is exchange.
 struct comm_times {
     double exchange, wait;
 };
@@ -75,6 +75,11 @@ int comm_dry_new(int rank, int size, struct comm **out, struct err *err);
 // Called by all ranks of control at once, whose device each opens before; control, k and d outlive it. ERR_INVALID:
 // GPUs or libraries differ, or two ranks have the same GPU. An abort of control is one of the link, and the other way
 // round. A collective that waits for more than the timeout (at first 5 minutes) aborts both.
+// Where ranks can write each other's memory, opening it makes exchanges faster; any memory of the device that a message
+// comes to is allocated before, and freed after it was closed. Called by all ranks at once; others have nothing to open.
+// Unless each is willing, nothing is opened.
+int comm_open_memory(struct comm *c, bool willing, struct err *err);
+int comm_close_memory(struct comm *c, struct err *err);
 int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
                   struct err *err);
 

@@ -21,7 +21,9 @@ struct comm_ops {
     void (*barrier)(struct comm *c);
     // Makes the backend's struct with rank and size set; comm.c links it to root and parent.
     int (*group)(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
-    double (*seconds)(struct comm *c);                   // in collectives; NULL: as the host's clock has it
+    struct comm_times (*times)(struct comm *c);                        // NULL: as the host's clock has them
+    int (*open_memory)(struct comm *c, bool willing, struct err *err); // NULL, as close_memory: there is none
+    int (*close_memory)(struct comm *c, struct err *err);
     void (*set_timeout)(struct comm *c, int timeout_ms); // NULL: the backend reads the root's
     void (*wake)(struct comm *c);                        // an abort was noted: nobody may sleep through it. Any thread.
     void (*free)(struct comm *c);

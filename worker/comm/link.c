@@ -129,12 +129,65 @@ static int link_group(struct comm *c, int first, int stride, int count, struct c
     return 0;
 }
 
-static double link_seconds(struct comm *c)
+static struct comm_times link_times(struct comm *c)
 {
     const struct link_world *w = link_of(c)->world;
     struct link_state state;
     w->k->link_state(w->link, &state);
-    return state.seconds;
+    return (struct comm_times){state.seconds - state.waited, state.waited};
+}
+
+// All ranks hear of all.
+static int tell_all(const struct link_world *w, const void *mine, void *all, int64_t bytes, struct err *err)
+{
+    int64_t counts[COMM_MAX_RANKS];
+    for (int r = 0; r < comm_size(w->control); r++)
+        counts[r] = bytes;
+    comm_all_gather(w->control, mine, all, counts);
+    return comm_check(w->control, err);
+}
+
+// What all have told in exports; or none of them has it.
+static int import_all(struct link_world *w, const char *exports, struct err *err)
+{
+    bool fine[COMM_MAX_RANKS] = {false};
+    const bool mine = w->k->link_import(w->link, exports);
+    TRY(tell_all(w, &mine, fine, sizeof mine, err));
+    for (int r = 0; r < comm_size(w->control); r++)
+        if (!fine[r]) {
+            w->k->link_forget(w->link);
+            break;
+        }
+    return 0;
+}
+
+static int link_open_memory(struct comm *c, bool willing, struct err *err)
+{
+    struct link_world *w = link_of(c)->world;
+    char mine[LINK_EXPORT_BYTES] = {0}, *all;
+    if (!w->k->link_export)
+        return 0;
+    if (!(all = calloc((size_t)comm_size(w->control), sizeof mine))) {
+        comm_abort(w->control, "no memory for a link");
+        return err_set(err, ERR_NO_MEMORY, "no memory for a link");
+    }
+    if (willing)
+        w->k->link_export(w->link, mine);
+    int rc = tell_all(w, mine, all, sizeof mine, err);
+    if (rc == 0)
+        rc = import_all(w, all, err);
+    free(all);
+    return rc;
+}
+
+static int link_close_memory(struct comm *c, struct err *err)
+{
+    struct link_world *w = link_of(c)->world;
+    if (!w->k->link_export)
+        return 0;
+    w->k->link_forget(w->link);
+    comm_barrier(w->control); // nobody frees what another still sees
+    return comm_check(w->control, err);
 }
 
 static void link_set_timeout(struct comm *c, int timeout_ms)
@@ -162,7 +215,9 @@ static const struct comm_ops link_ops = {
     .broadcast = link_broadcast,
     .barrier = link_barrier,
     .group = link_group,
-    .seconds = link_seconds,
+    .times = link_times,
+    .open_memory = link_open_memory,
+    .close_memory = link_close_memory,
     .set_timeout = link_set_timeout,
     .free = link_free,
 };
@@ -240,19 +295,15 @@ static int compare(const struct introduction *all, int ranks, struct err *err)
     return 0;
 }
 
-static int introduce(struct comm *control, const struct kernels *k, struct device *d, struct err *err)
+static int introduce(const struct link_world *w, struct err *err)
 {
-    struct introduction mine = {.kind = ""}, *all = calloc((size_t)comm_size(control), sizeof *all);
-    int64_t counts[COMM_MAX_RANKS];
+    struct introduction mine = {.kind = ""}, *all = calloc((size_t)comm_size(w->control), sizeof *all);
     if (!all)
         return err_set(err, ERR_NO_MEMORY, "no memory for a communicator");
-    k->link_kind(d, mine.kind, mine.place);
-    for (int r = 0; r < comm_size(control); r++)
-        counts[r] = sizeof mine;
-    comm_all_gather(control, &mine, all, counts);
-    int rc = comm_check(control, err);
+    w->k->link_kind(w->d, mine.kind, mine.place);
+    int rc = tell_all(w, &mine, all, sizeof mine, err);
     if (rc == 0)
-        rc = compare(all, comm_size(control), err);
+        rc = compare(all, comm_size(w->control), err);
     free(all);
     return rc;
 }
@@ -276,7 +327,7 @@ static int open_world(struct link_comm *c, int timeout_ms, struct err *err)
 {
     struct link_world *w = c->world;
     char name[LINK_NAME_BYTES];
-    TRY(introduce(w->control, w->k, w->d, err));
+    TRY(introduce(w, err));
     TRY(name_link(w->control, w->k, name, err));
     TRY(w->k->link(w->d, name, c->base.rank, c->base.size, timeout_ms, &w->link, err));
     w->watched = pthread_create(&w->watcher, NULL, watch, c) == 0;

@@ -1,0 +1,228 @@
+// peers.c: see peers.h; the kernel is in peers.cu.
+#include "kernels/cuda/peers.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { BOARD = DEVICE_BLOCKS, EXPORTED = DEVICE_BLOCKS + 1 }; // the blocks of a device, and its board behind them
+
+// What a rank tells the others of its memory.
+struct exported {
+    char host[LINK_HOST]; // "": nothing is exported
+    struct {
+        cudaIpcMemHandle_t handle;
+        uint64_t base, bytes; // bytes 0: none
+    } block[EXPORTED];
+};
+_Static_assert(sizeof(struct exported) <= LINK_EXPORT_BYTES, "what is exported fits its room");
+
+struct peers {
+    struct device *d;
+    int rank, ranks;
+    char host[LINK_HOST];
+    bool ready;
+    struct peer_exchange fixed; // what all exchanges have in common
+    void *opened[PEERS][EXPORTED];
+    struct peer_map *map; // on the device: (PEERS, DEVICE_BLOCKS)
+};
+
+struct peers *peers_new(struct device *d, int rank, int ranks, struct link_clock *clock, struct link_mark *mark)
+{
+    struct peers *p = ranks <= PEERS ? calloc(1, sizeof *p) : NULL;
+    if (!p)
+        return NULL;
+    *p = (struct peers){.d = d, .rank = rank, .ranks = ranks};
+    cuda_host_of(p->host);
+    struct peer_exchange *x = &p->fixed;
+    *x = (struct peer_exchange){.rank = rank, .ranks = ranks, .clock = clock, .mark = mark};
+    // A board has the allocation's whole granule: it is exported.
+    if (!*p->host || cudaMalloc((void **)&x->mine, DEVICE_GRANULE) != cudaSuccess ||
+        cudaMalloc((void **)&x->counts, sizeof *x->counts) != cudaSuccess ||
+        cudaMalloc((void **)&p->map, PEERS * DEVICE_BLOCKS * sizeof *p->map) != cudaSuccess ||
+        cudaMemsetAsync(x->mine, 0, sizeof *x->mine, d->stream) != cudaSuccess ||
+        cudaMemsetAsync(x->counts, 0, sizeof *x->counts, d->stream) != cudaSuccess ||
+        cudaStreamSynchronize(d->stream) != cudaSuccess) {
+        cudaGetLastError();
+        peers_free(p);
+        return NULL;
+    }
+    x->map = p->map;
+    return p;
+}
+
+void peers_free(struct peers *p)
+{
+    if (!p)
+        return;
+    peers_forget(p);
+    cudaFree(p->fixed.mine);
+    cudaFree(p->fixed.counts);
+    cudaFree(p->map);
+    free(p);
+}
+
+// ---- whose memory is where
+
+void peers_export(struct peers *p, void *to)
+{
+    struct exported all = {.host = ""};
+    const struct device *d = p->d;
+    bool fine = d->untracked == 0;
+    cuda_enter(p->d);
+    for (int i = 0; i < EXPORTED && fine; i++) {
+        void *base = i == BOARD ? (void *)p->fixed.mine : d->blocks[i].base;
+        const size_t bytes = i == BOARD ? DEVICE_GRANULE : d->blocks[i].bytes;
+        if (!base)
+            continue;
+        fine = cudaIpcGetMemHandle(&all.block[i].handle, base) == cudaSuccess;
+        all.block[i].base = (uint64_t)(uintptr_t)base;
+        all.block[i].bytes = bytes;
+    }
+    if (fine)
+        memcpy(all.host, p->host, sizeof all.host);
+    cudaGetLastError();
+    memset(to, 0, LINK_EXPORT_BYTES);
+    memcpy(to, &all, sizeof all);
+}
+
+static bool open_blocks(struct peers *p, int rank, const struct exported *e, struct peer_map *map)
+{
+    for (int i = 0; i < EXPORTED; i++) {
+        if (e->block[i].bytes == 0)
+            continue;
+        if (cudaIpcOpenMemHandle(&p->opened[rank][i], e->block[i].handle, cudaIpcMemLazyEnablePeerAccess) !=
+            cudaSuccess) {
+            cudaGetLastError();
+            p->opened[rank][i] = NULL;
+            return false;
+        }
+        if (i == BOARD)
+            p->fixed.theirs[rank] = p->opened[rank][i];
+        else
+            map[i] = (struct peer_map){e->block[i].base, e->block[i].bytes, p->opened[rank][i]};
+    }
+    return p->fixed.theirs[rank] != NULL;
+}
+
+bool peers_import(struct peers *p, const void *all)
+{
+    struct peer_map map[PEERS][DEVICE_BLOCKS] = {0};
+    bool fine = true;
+    peers_forget(p);
+    cuda_enter(p->d);
+    for (int r = 0; r < p->ranks && fine; r++) {
+        struct exported e;
+        memcpy(&e, (const char *)all + r * LINK_EXPORT_BYTES, sizeof e);
+        fine = strcmp(e.host, p->host) == 0 && (r == p->rank || open_blocks(p, r, &e, map[r]));
+    }
+    if (fine)
+        fine = cudaMemcpyAsync(p->map, map, sizeof map, cudaMemcpyDefault, p->d->stream) == cudaSuccess &&
+               cudaStreamSynchronize(p->d->stream) == cudaSuccess;
+    p->ready = fine;
+    if (!fine)
+        peers_forget(p);
+    return fine;
+}
+
+void peers_forget(struct peers *p)
+{
+    cuda_enter(p->d);
+    if (p->ready)
+        cudaStreamSynchronize(p->d->stream);
+    for (int r = 0; r < PEERS; r++) {
+        for (int i = 0; i < EXPORTED; i++) {
+            if (p->opened[r][i])
+                cudaIpcCloseMemHandle(p->opened[r][i]);
+            p->opened[r][i] = NULL;
+        }
+        p->fixed.theirs[r] = NULL;
+    }
+    p->ready = false;
+}
+
+bool peers_ready(const struct peers *p)
+{
+    return p && p->ready;
+}
+
+// ---- an exchange
+
+// t as rows of bytes.
+static struct peer_rows rows_in(struct tensor t)
+{
+    const int64_t size = (int64_t)dtype_size(t.dtype), rows = t.dims == 1 ? 1 : t.n[0], row = tensor_count(t) / rows;
+    return (struct peer_rows){t.data, (t.dims == 1 ? row : t.ld) * size, rows, row * size};
+}
+
+static bool is_exported(const struct device *d, struct tensor t)
+{
+    const char *at = t.data;
+    for (int i = 0; i < DEVICE_BLOCKS; i++) {
+        const char *base = d->blocks[i].base;
+        if (base && at >= base && at < base + d->blocks[i].bytes)
+            return true;
+    }
+    return false;
+}
+
+// The i-th piece to a peer meets the i-th from here there. False: more than there is room for.
+static bool add_recvs(struct peers *p, struct peer_exchange *x, int n, const struct link_piece *recv, const char *what)
+{
+    int slots[PEERS] = {0};
+    for (int i = 0; i < n; i++) {
+        const int peer = recv[i].rank;
+        if (tensor_count(recv[i].t) == 0 || peer == p->rank)
+            continue;
+        if (!is_exported(p->d, recv[i].t))
+            return check_fail(&p->d->check, ERR_INTERNAL, "%s: rows come to memory that was not exported", what);
+        if (slots[peer] == PEER_SLOTS || x->recvs == PEER_PIECES)
+            return check_fail(&p->d->check, ERR_INTERNAL, "%s: more than %d pieces from a rank", what, PEER_SLOTS);
+        x->recv[x->recvs++] = (struct peer_recv){rows_in(recv[i].t), (short)peer, (short)slots[peer]++};
+        x->from |= 1U << peer;
+    }
+    return true;
+}
+
+// The next piece to oneself.
+static const struct link_piece *own(int rank, int n, const struct link_piece *recv, int *at)
+{
+    while (*at < n && (recv[*at].rank != rank || tensor_count(recv[*at].t) == 0))
+        ++*at;
+    return *at < n ? &recv[(*at)++] : NULL;
+}
+
+static bool add_sends(struct peers *p, struct peer_exchange *x, int n, const struct link_piece *send, int recvs,
+                      const struct link_piece *recv, const char *what)
+{
+    int slots[PEERS] = {0}, at = 0;
+    for (int i = 0; i < n; i++) {
+        const int peer = send[i].rank;
+        struct peer_send s = {.from = rows_in(send[i].t), .peer = (short)peer};
+        if (tensor_count(send[i].t) == 0)
+            continue;
+        if (peer == p->rank) {
+            const struct link_piece *to = own(peer, recvs, recv, &at);
+            if (!to || to->t.data == send[i].t.data)
+                continue;
+            s.to = rows_in(to->t);
+        } else {
+            s.slot = (short)slots[peer]++;
+            x->to |= 1U << peer;
+        }
+        if (s.slot == PEER_SLOTS || x->sends == PEER_PIECES)
+            return check_fail(&p->d->check, ERR_INTERNAL, "%s: more than %d pieces to a rank", what, PEER_SLOTS);
+        x->chunks += (unsigned)((s.from.rows * s.from.bytes + PEER_CHUNK - 1) / PEER_CHUNK);
+        s.end = x->chunks;
+        x->send[x->sends++] = s;
+    }
+    return true;
+}
+
+void peers_exchange(struct peers *p, const char *what, int sends, const struct link_piece *send, int recvs,
+                    const struct link_piece *recv)
+{
+    struct peer_exchange x = p->fixed;
+    if (!add_recvs(p, &x, recvs, recv, what) || !add_sends(p, &x, sends, send, recvs, recv, what))
+        return;
+    launch_peer_exchange(p->d->stream, &x, p->d->processors);
+}
