@@ -141,8 +141,8 @@ int main(void)
     struct err err = {.code = ERR_NONE};
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(heads_are_shared),         cmocka_unit_test(keys_go_round),
-        cmocka_unit_test(stages_follow_each_other), cmocka_unit_test(branches_are_apart),
-        cmocka_unit_test(images_are_dealt),
+        cmocka_unit_test(stages_follow_each_other), cmocka_unit_test(without_peers),
+        cmocka_unit_test(branches_are_apart),       cmocka_unit_test(images_are_dealt),
     };
     if (backend_find("cuda", &cuda, &err) != 0 || !opens(0) || !opens(1)) {
         printf("skipped: two GPUs are needed%s%s\n", *err.text ? ": " : "", err.text);
