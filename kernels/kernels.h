@@ -92,6 +92,7 @@ struct link_state {
     const char *what;     // the first that is not over, as exchange was told; NULL: all are
     double seconds;       // the device spent in those that are over
     double waited;        // of these, waiting for others to come, as far as it is told apart
+    bool direct;          // ranks have imported each other's memory
 };
 
 struct kernels {

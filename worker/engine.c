@@ -774,6 +774,7 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     r.cache = e->cache;
     run_use(&r, e->k, e->d, e->arena);
     rc = run_prepared(e, &r, out, err);
+    out->direct = comm_memory_is_open(e->data);
     out->idle_seconds = e->ended > 0 && r.begun > 0 ? r.begun - e->ended : 0;
     e->ended = monotonic_seconds();
     end_run(e, out);

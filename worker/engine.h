@@ -83,6 +83,7 @@ struct engine_result {
     bool prompt_cached;                      // no prompt had to be encoded: all were among the last few
     struct residency_moves moves;            // of weights, on this rank, for this job
     struct rank_times ranks[COMM_MAX_RANKS]; // of every rank of the plan, on all of them
+    bool direct;                             // devices wrote rows into each other's memory
     bool prompt_cut[4]; // prompt, prompt_2, negative_prompt, negative_prompt_2 were longer than the encoders take
 };
 void engine_result_free(struct engine_result *r);

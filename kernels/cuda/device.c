@@ -221,6 +221,23 @@ static void cuda_cost(struct device *d, struct kernel_cost *out)
 
 // ---- memory
 
+int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
+{
+    size_t available = 0, total = 0;
+    *out = NULL;
+    cudaSetDevice(d->gpu);
+    cudaError_t e = bytes > SIZE_MAX / 2 ? cudaErrorMemoryAllocation : cudaMalloc(out, bytes ? bytes : 1);
+    if (e == cudaSuccess)
+        return 0;
+    cudaGetLastError();
+    if (e != cudaErrorMemoryAllocation || cudaMemGetInfo(&available, &total) != cudaSuccess)
+        return explain(err, e, "allocating");
+    return err_set(err, ERR_NO_MEMORY,
+                   "no memory for %zu bytes on GPU %d: %zu of its %zu are free; nvidia-smi lists "
+                   "what else uses it, and a smaller memory budget leaves it room",
+                   bytes, d->gpu, available, total);
+}
+
 static void track(struct device *d, void *base, size_t bytes)
 {
     for (int i = 0; i < DEVICE_BLOCKS; i++)
@@ -244,24 +261,12 @@ static void untrack(struct device *d, const void *base)
 }
 
 // Others of a link may come to write here: whole granules, so that nothing else is exported along.
-int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err)
+static int cuda_alloc_tracked(struct device *d, size_t bytes, void **out, struct err *err)
 {
-    size_t available = 0, total = 0;
-    *out = NULL;
-    cudaSetDevice(d->gpu);
-    const size_t whole = (bytes / DEVICE_GRANULE + 1) * DEVICE_GRANULE;
-    cudaError_t e = bytes > SIZE_MAX / 2 ? cudaErrorMemoryAllocation : cudaMalloc(out, whole);
-    if (e == cudaSuccess) {
-        track(d, *out, whole);
-        return 0;
-    }
-    cudaGetLastError();
-    if (e != cudaErrorMemoryAllocation || cudaMemGetInfo(&available, &total) != cudaSuccess)
-        return explain(err, e, "allocating");
-    return err_set(err, ERR_NO_MEMORY,
-                   "no memory for %zu bytes on GPU %d: %zu of its %zu are free; nvidia-smi lists "
-                   "what else uses it, and a smaller memory budget leaves it room",
-                   bytes, d->gpu, available, total);
+    const size_t whole = bytes < SIZE_MAX / 2 ? (bytes + DEVICE_GRANULE - 1) / DEVICE_GRANULE * DEVICE_GRANULE : bytes;
+    TRY(cuda_alloc(d, whole, out, err));
+    track(d, *out, whole);
+    return 0;
 }
 
 static void cuda_free(struct device *d, void *p)
@@ -576,7 +581,7 @@ const struct kernels kernels_cuda = {
     .sync = cuda_sync,
     .pace = cuda_pace,
     .cost = cuda_cost,
-    .alloc = cuda_alloc,
+    .alloc = cuda_alloc_tracked,
     .free = cuda_free,
     .memory = cuda_memory,
     .upload = cuda_upload,

@@ -340,6 +340,7 @@ void cuda_link_state(struct link *l, struct link_state *out)
     *out = (struct link_state){
         .done = l->mark->done, .seconds = (double)l->mark->busy_ns / 1e9, .waited = (double)l->mark->waited_ns / 1e9};
     out->begun = atomic_load(&l->begun);
+    out->direct = peers_ready(l->peers);
     if (out->done < out->begun)
         out->what = atomic_load(&l->names[out->done % NAMES]);
 }

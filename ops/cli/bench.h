@@ -102,6 +102,7 @@ struct bench {
     struct bench_ceilings ceilings;
     struct bench_cost step_cost, text_cost, decode_cost;
     double step_sent; // bytes to other ranks
+    bool direct;      // written into each other's memory
     struct bench_memory memory;
     struct bench_peer peer_result;
     struct bench_error errors[SAMPLER_MAX_STEPS];

@@ -177,7 +177,8 @@ void bench_print(struct bench *b)
     if (b->ranks > 1) {
         char plan[PLAN_TEXT];
         plan_print(&b->plan, plan);
-        printf("%-28s %s; a step sends %.3f GB from each rank\n", "plan", plan, b->step_sent / 1e9);
+        printf("%-28s %s; a step sends %.3f GB from each rank%s\n", "plan", plan, b->step_sent / 1e9,
+               b->direct ? ", written into the others' memory" : "");
     }
     printf("%-28s %.2f s after the process began%s\n", "loaded", b->loaded,
            b->architecture ? ", weights made up meanwhile" : "");

@@ -120,6 +120,7 @@ static int run(struct watch *w, const Ditfleet__V1__Job *job, struct err *err)
     w->done = monotonic_seconds();
     end_profile(w);
     w->moves = result.moves;
+    w->b->direct = result.direct;
     if (rc != 0 && w->stopped) {
         *err = (struct err){.code = ERR_NONE};
         if (w->b->home.residency)

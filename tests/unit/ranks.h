@@ -21,8 +21,8 @@ struct outcome {
     int rc[MAX_RANKS];
     struct err err[MAX_RANKS];
     struct plan plan;
-    bool cut[4];
-    int entries; // of what rank 0 was shown, in order
+    bool cut[4], direct; // direct: as in struct engine_result
+    int entries;         // of what rank 0 was shown, in order
     struct {
         char name[40];
         int64_t at, count; // in values
@@ -96,6 +96,7 @@ static inline int run_engine(const struct group *g, struct engine *e, const stru
     const int rc = engine_run(e, m, g->job, &g->want, &hooks, &result, err);
     if (rc == 0 && result.pixels) {
         o->plan = result.plan;
+        o->direct = result.direct;
         memcpy(o->cut, result.prompt_cut, sizeof o->cut);
         o->pixel_bytes = (size_t)g->job->num_images * g->job->width * g->job->height * 3;
         o->pixels = (uint8_t *)o + RECORDED_BYTES - o->pixel_bytes;

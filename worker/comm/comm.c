@@ -61,6 +61,11 @@ int comm_close_memory(struct comm *c, struct err *err)
     return c->ops->close_memory ? c->ops->close_memory(c, err) : 0;
 }
 
+bool comm_memory_is_open(struct comm *c)
+{
+    return c->ops->memory_is_open && c->ops->memory_is_open(c);
+}
+
 void comm_free(struct comm *c)
 {
     if (c != NULL)

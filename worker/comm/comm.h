@@ -76,10 +76,11 @@ int comm_dry_new(int rank, int size, struct comm **out, struct err *err);
 // GPUs or libraries differ, or two ranks have the same GPU. An abort of control is one of the link, and the other way
 // round. A collective that waits for more than the timeout (at first 5 minutes) aborts both.
 // Where ranks can write each other's memory, opening it makes exchanges faster; any memory of the device that a message
-// comes to is allocated before, and freed after it was closed. Called by all ranks at once; others have nothing to open.
-// Unless each is willing, nothing is opened.
+// comes to is allocated before, and freed after it was closed. Called by all ranks at once; others have nothing to
+// open. Unless each is willing, nothing is opened.
 int comm_open_memory(struct comm *c, bool willing, struct err *err);
 int comm_close_memory(struct comm *c, struct err *err);
+bool comm_memory_is_open(struct comm *c);
 int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
                   struct err *err);
 

@@ -24,6 +24,7 @@ struct comm_ops {
     struct comm_times (*times)(struct comm *c);                        // NULL: as the host's clock has them
     int (*open_memory)(struct comm *c, bool willing, struct err *err); // NULL, as close_memory: there is none
     int (*close_memory)(struct comm *c, struct err *err);
+    bool (*memory_is_open)(struct comm *c);
     void (*set_timeout)(struct comm *c, int timeout_ms); // NULL: the backend reads the root's
     void (*wake)(struct comm *c);                        // an abort was noted: nobody may sleep through it. Any thread.
     void (*free)(struct comm *c);

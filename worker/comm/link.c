@@ -190,6 +190,14 @@ static int link_close_memory(struct comm *c, struct err *err)
     return comm_check(w->control, err);
 }
 
+static bool link_memory_is_open(struct comm *c)
+{
+    const struct link_world *w = link_of(c)->world;
+    struct link_state state;
+    w->k->link_state(w->link, &state);
+    return state.direct;
+}
+
 static void link_set_timeout(struct comm *c, int timeout_ms)
 {
     atomic_store(&link_of(c)->world->deadline_ms, timeout_ms > 0 ? timeout_ms : DEADLINE_MS);
@@ -218,6 +226,7 @@ static const struct comm_ops link_ops = {
     .times = link_times,
     .open_memory = link_open_memory,
     .close_memory = link_close_memory,
+    .memory_is_open = link_memory_is_open,
     .set_timeout = link_set_timeout,
     .free = link_free,
 };
