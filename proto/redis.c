@@ -19,6 +19,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#if HIREDIS_MAJOR > 0
+typedef size_t reply_elements; // as hiredis counts them
+#else
+typedef int reply_elements;
+#endif
+
 struct redis {
     // from the URL
     char *user, *password, *host, *path; // path: Unix socket; else host and port
@@ -33,6 +39,8 @@ struct redis {
     int fd;
     SSL *ssl;
     redisReader *reader;
+    redisReplyObjectFunctions functions; // the reader's, and what it had for arrays
+    void *(*create_array)(const redisReadTask *task, reply_elements elements);
     char *out; // bytes not yet written: out[sent..length)
     size_t sent, length, capacity;
     enum redis_problem problem;
@@ -480,6 +488,29 @@ static int log_in(struct redis *r, int64_t deadline, struct err *e)
     return 0;
 }
 
+// A reply says how many elements it has before they come, and hiredis makes room for all of them at once. None of ours
+// comes near this.
+enum { MOST_ELEMENTS = 1 << 20 };
+
+static void *create_array(const redisReadTask *task, reply_elements elements)
+{
+    const struct redis *r = task->privdata;
+    return elements <= MOST_ELEMENTS ? r->create_array(task, elements) : NULL;
+}
+
+static int open_reader(struct redis *r, struct err *e)
+{
+    r->reader = redisReaderCreate();
+    if (!r->reader)
+        return err_set(e, ERR_NO_MEMORY, "out of memory for a Redis connection");
+    r->functions = *r->reader->fn;
+    r->create_array = r->functions.createArray;
+    r->functions.createArray = create_array;
+    r->reader->fn = &r->functions;
+    r->reader->privdata = r;
+    return 0;
+}
+
 static int ensure_connected(struct redis *r, struct err *e)
 {
     if (r->fd >= 0)
@@ -488,8 +519,8 @@ static int ensure_connected(struct redis *r, struct err *e)
     int rc = connect_socket(r, deadline, e);
     if (rc == 0 && r->tls)
         rc = tls_connect(r, deadline, e);
-    if (rc == 0 && !(r->reader = redisReaderCreate()))
-        rc = err_set(e, ERR_NO_MEMORY, "out of memory for a Redis connection");
+    if (rc == 0)
+        rc = open_reader(r, e);
     if (rc == 0)
         rc = log_in(r, deadline, e);
     if (rc != 0)
