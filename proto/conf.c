@@ -768,17 +768,34 @@ void conf_free(struct conf *c)
 
 // ---- what callers ask
 
-void conf_print_doc(FILE *to)
+void conf_each_key(conf_on_key *on_key, void *arg)
 {
-    const char *last = "";
     for (const struct key *k = keys; k < keys + KEYS; k++) {
         char bounds[200];
-        if (strcmp(last, k->section) != 0)
-            fprintf(to, "%s#[%s%s]\n", *last ? "\n" : "", k->section, strcmp(k->section, "group") == 0 ? " NAME" : "");
-        last = k->section;
         describe(k, bounds, sizeof bounds);
-        fprintf(to, "# %s.\n#   %s\n#%s = %s\n", k->doc, bounds, k->name, k->initial ? k->initial : "");
+        on_key(arg, &(struct conf_key){k->section, k->name, k->doc, bounds, k->initial ? k->initial : ""});
     }
+}
+
+struct doc {
+    FILE *to;
+    char section[32]; // of the row before
+};
+
+static void print_key(void *arg, const struct conf_key *k)
+{
+    struct doc *d = arg;
+    if (strcmp(d->section, k->section) != 0)
+        fprintf(d->to, "%s#[%s%s]\n", *d->section ? "\n" : "", k->section,
+                strcmp(k->section, "group") == 0 ? " NAME" : "");
+    snprintf(d->section, sizeof d->section, "%s", k->section);
+    fprintf(d->to, "# %s.\n#   %s\n#%s = %s\n", k->doc, k->allowed, k->name, k->initial);
+}
+
+void conf_print_doc(FILE *to)
+{
+    struct doc d = {.to = to};
+    conf_each_key(print_key, &d);
 }
 
 const struct conf_group *conf_group_find(const struct conf *c, const char *name)

@@ -111,6 +111,12 @@ bool conf_size(const char *text, int64_t *bytes);
 // -1: text is something else, or there are more than most.
 int conf_numbers(const char *text, long least, long greatest, short *out, int most);
 
+// The table, row by row; section "group" stands for [group NAME]. initial: as a file would write it, "" for none.
+struct conf_key {
+    const char *section, *name, *doc, *allowed, *initial;
+};
+typedef void conf_on_key(void *arg, const struct conf_key *key);
+void conf_each_key(conf_on_key *on_key, void *arg);
 // The table, as a commented example file that conf_load accepts.
 void conf_print_doc(FILE *to);
 

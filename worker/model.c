@@ -345,10 +345,15 @@ void model_evict(struct model *m, enum model_part which)
     free_part(&now, which);
 }
 
-int64_t model_part_bytes(const struct model *m, enum model_part p)
+const struct weights *model_weights(const struct model *m, enum model_part p)
 {
     const struct model_parts now = parts_of(m);
-    return weights_bytes(weights_of(&now, p));
+    return weights_of(&now, p);
+}
+
+int64_t model_part_bytes(const struct model *m, enum model_part p)
+{
+    return weights_bytes(model_weights(m, p));
 }
 
 int64_t model_bytes(const struct model *m)

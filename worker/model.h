@@ -33,6 +33,7 @@ struct model_parts {
 };
 
 struct home;
+struct weights;
 
 struct model {
     char *dir;
@@ -70,7 +71,8 @@ int model_save(const struct model *m, const char *dir, struct err *err);
 int64_t model_bytes(const struct model *m);                         // of all weights, in their files
 int64_t model_part_bytes(const struct model *m, enum model_part p); // of this part's
 int64_t model_placed_bytes(const struct model *m, unsigned parts);  // of these on the device, 0 where they are mapped
-const char *model_part_name(enum model_part part);                  // the folder's name
+const struct weights *model_weights(const struct model *m, enum model_part p);
+const char *model_part_name(enum model_part part); // the folder's name
 
 // For a residency alone. A part that is away comes to its device; one that is there is freed, when no work reads it.
 int model_bring(struct model *m, enum model_part part, struct err *err);

@@ -351,6 +351,12 @@ int64_t weights_placed_bytes(const struct weights *w)
     return sum;
 }
 
+void weights_each(const struct weights *w, weights_on_tensor *on_tensor, void *arg)
+{
+    for (const struct entry *e = w->entries; e < w->entries + w->n_entries; e++)
+        on_tensor(arg, e->shard ? e->shard->path : "", e->name, e->tensor);
+}
+
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32])
 {
     enum { SAMPLES = 64, PAGE = 4096 };

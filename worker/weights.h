@@ -34,6 +34,9 @@ int weights_refuse(const struct weights *w, const char *key, struct err *err, co
     __attribute__((format(printf, 4, 5)));
 int64_t weights_bytes(const struct weights *w);        // of all tensors; of invented ones, those fetched so far
 int64_t weights_placed_bytes(const struct weights *w); // of what was placed, on its device
+// Every tensor as the files have it, in the order of names; file: its path.
+typedef void weights_on_tensor(void *arg, const char *file, const char *name, struct tensor t);
+void weights_each(const struct weights *w, weights_on_tensor *on_tensor, void *arg);
 // Fingerprint of names, types, shapes, sizes and 64 sampled pages a file: tells checkpoints apart without reading
 // all of them.
 void weights_fingerprint(const struct weights *w, uint8_t sha256[32]);

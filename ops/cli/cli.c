@@ -1,4 +1,5 @@
 #include "ops/cli/cli.h"
+#include "ops/cli/manual.h"
 
 #include <errno.h>
 #include <math.h>
@@ -11,8 +12,7 @@ static const char *const travelling[] = {
     "deadline_ms", "max_attempts", "traceparent",    "labels",      "not_before_ms",
 };
 
-// The flag that sets the rule's field: "--output-url" of output.url. False: no flag does.
-static bool job_flag(const struct cli_command *self, const struct job_rule *rule, char *name, size_t size)
+bool cli_job_flag(const struct cli_command *self, const struct job_rule *rule, char name[CLI_FLAG_NAME])
 {
     const char *dot = strchr(rule->name, '.');
     if (strcmp(rule->name, "output") == 0 || strncmp(rule->name, "labels.", 7) == 0 || (dot && strchr(dot + 1, '.')))
@@ -20,49 +20,19 @@ static bool job_flag(const struct cli_command *self, const struct job_rule *rule
     for (size_t i = 0; self->local && i < sizeof travelling / sizeof *travelling; i++)
         if (strcmp(rule->name, travelling[i]) == 0)
             return false;
-    snprintf(name, size, "--%s", rule->name);
+    snprintf(name, CLI_FLAG_NAME, "--%s", rule->name);
     for (char *c = name; *c; c++)
         if (*c == '_' || *c == '.')
             *c = '-';
     return true;
 }
 
-static const struct cli_flag *find_flag(const struct cli_flag *flags, int n_flags, const char *name)
+const struct cli_flag *cli_find_flag(const struct cli_flag *flags, int n_flags, const char *name)
 {
     for (int i = 0; i < n_flags; i++)
         if (strcmp(flags[i].name, name) == 0)
             return &flags[i];
     return NULL;
-}
-
-static void print_job_flags(const struct cli_command *self, const struct cli_flag *flags, int n_flags)
-{
-    size_t count;
-    const struct job_rule *rules = job_rules(&count);
-    printf("\nThe job, fields named as in diffusers:\n");
-    for (size_t i = 0; i < count; i++) {
-        char name[64], allowed[256];
-        if (!job_flag(self, &rules[i], name, sizeof name) || find_flag(flags, n_flags, name))
-            continue;
-        job_rule_allowed(&rules[i], allowed, sizeof allowed);
-        if (rules[i].separator)
-            snprintf(allowed, sizeof allowed, "NAME%cVALUE, up to %zu times", rules[i].separator, rules[i].max_items);
-        printf("  %-27s %s\n  %27s (%s%s%s)\n", name, rules[i].doc, "", allowed, rules[i].fallback ? "; default: " : "",
-               rules[i].fallback ? rules[i].fallback : "");
-    }
-}
-
-static void print_help(const struct cli_command *self, const struct cli_flag *flags, int n_flags, bool job)
-{
-    printf("ditfleet %s: %s\n\nusage: ditfleet %s [flags] %s\n\n", self->name, self->summary, self->name,
-           self->arguments);
-    for (int i = 0; i < n_flags; i++) {
-        char head[64];
-        snprintf(head, sizeof head, "%s %s", flags[i].name, flags[i].value ? flags[i].value : "");
-        printf("  %-27s %s\n", head, flags[i].doc);
-    }
-    if (job)
-        print_job_flags(self, flags, n_flags);
 }
 
 static int usage_error(const struct cli_command *self, const char *format, const char *what, const char *why)
@@ -113,13 +83,13 @@ static const struct job_rule *find_job_flag(const struct cli_command *self, cons
 {
     size_t count;
     const struct job_rule *rules = job_rules(&count);
-    char wanted[64], flag[64];
+    char wanted[CLI_FLAG_NAME], flag[CLI_FLAG_NAME];
     snprintf(wanted, sizeof wanted, "%s", name);
     for (char *c = wanted; *c; c++)
         if (*c == '_' || *c == '.')
             *c = '-';
     for (size_t i = 0; i < count; i++)
-        if (job_flag(self, &rules[i], flag, sizeof flag) && strcmp(flag, wanted) == 0)
+        if (cli_job_flag(self, &rules[i], flag) && strcmp(flag, wanted) == 0)
             return &rules[i];
     return NULL;
 }
@@ -140,7 +110,7 @@ static int take_flag(const struct cli_command *self, const struct cli_flag *flag
     char name[64];
     const char *arg = argv[*i], *equals = strncmp(arg, "--", 2) == 0 ? strchr(arg, '=') : NULL;
     snprintf(name, sizeof name, "%.*s", equals ? (int)(equals - arg) : 63, arg);
-    const struct cli_flag *flag = find_flag(flags, n_flags, name);
+    const struct cli_flag *flag = cli_find_flag(flags, n_flags, name);
     const struct job_rule *rule = !flag && job && name[1] == '-' ? find_job_flag(self, name) : NULL;
     if (!flag && !rule)
         return usage_error(self, "unknown flag %s%s", name, "");
@@ -159,6 +129,7 @@ int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int 
               int argc, char **argv, const char **operands, int *n_operands)
 {
     bool only_operands = false;
+    enum manual_form form;
     if (n_operands)
         *n_operands = 0;
     for (int i = 1; i < argc; i++) {
@@ -168,8 +139,8 @@ int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int 
             operands[(*n_operands)++] = argv[i];
         } else if (strcmp(argv[i], "--") == 0) {
             only_operands = true;
-        } else if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            print_help(self, flags, n_flags, job != NULL);
+        } else if (manual_asked(argv[i], &form)) {
+            manual_command(form, self, flags, n_flags, job != NULL);
             return CLI_OK;
         } else {
             int rc = take_flag(self, flags, n_flags, job, argc, argv, &i);

@@ -27,7 +27,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_generate, cli_submit, cli_show, cli_cancel, cli_status, cli_tenant, cli_bench,
-    cli_doctor, cli_plan, cli_tune, cli_backlog;
+    cli_doctor, cli_plan, cli_tune, cli_backlog, cli_config, cli_model;
 
 enum cli_kind { CLI_STRING, CLI_INT, CLI_DOUBLE, CLI_BOOL };
 
@@ -81,11 +81,17 @@ struct cli_flag {
     }
 
 // Reads argv[1..] by the table, and what it does not name by the job's rules when job is not NULL. *operands (room for
-// argc pointers) receives what is no flag, *n_operands how many; NULL: none are allowed. --help prints the usage on
+// argc pointers) receives what is no flag, *n_operands how many; NULL: none are allowed. --help prints the manual on
 // stdout. Returns -1 to go on, or the exit code: CLI_OK after --help, CLI_USAGE after a message on stderr that names
 // the flag and what is allowed.
 int cli_parse(const struct cli_command *self, const struct cli_flag *flags, int n_flags, Ditfleet__V1__Job *job,
               int argc, char **argv, const char **operands, int *n_operands);
+
+// The flag that sets the rule's field: "--output-url" of output.url. False: no flag does.
+enum { CLI_FLAG_NAME = 64 };
+bool cli_job_flag(const struct cli_command *self, const struct job_rule *rule, char name[CLI_FLAG_NAME]);
+// NULL: the table has no flag of this name.
+const struct cli_flag *cli_find_flag(const struct cli_flag *flags, int n_flags, const char *name);
 
 // "picture.png" -> "picture-2.png" for the third of several images; of one, path itself.
 void cli_numbered(const char *path, uint32_t index, uint32_t count, char *out, size_t size);
