@@ -51,6 +51,9 @@ struct device_options {
     int threads;           // cpu: threads an operation may use, 1 or more
     int gpu;               // cuda: which one, from 0, as the driver counts those it shows to this process
     enum dtype activation; // F32 (cpu has no other), BF16 or F16
+    // cuda: a row of a product gets the same bits however many rows there are beside it, at some cost of speed: what
+    // was fastest for a number of rows is not asked. cpu: so it is always, from 5 rows on.
+    bool exact;
 };
 
 // What dry counted since it was opened.

@@ -37,6 +37,7 @@ struct key {
 
 static const char *const devices[] = {"cpu", "cuda", NULL};
 static const char *const precisions[] = {"default", "fp32", "bf16", "fp16", "fp8", NULL};
+static const char *const answers[] = {"no", "yes", NULL};
 static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 
 #define AT(field) offsetof(struct conf, field)
@@ -101,6 +102,10 @@ static const struct key keys[] = {
     {"group", "precision", ENUM, IN(precision), .initial = "default", .choices = precisions,
      .doc = "with device = cuda: what all jobs of the group compute in; default: as the model's ditfleet.json says, "
             "else bf16"},
+    {"group", "exact", ENUM, IN(exact), .initial = "no", .choices = answers,
+     .doc =
+         "with device = cuda: yes gives pictures the bits that one GPU gives, by Ulysses and guidance parallelism, at "
+         "some cost of speed; CPU ranks are so by themselves"},
     {"group", "ranks", INT, IN(ranks), 1, 64, "1",
      .doc = "processes that make one image together; with device = cuda as many as GPUs, which need not be said"},
     {"group", "threads", INT, IN(threads), 0, 1024, "0",
@@ -636,6 +641,8 @@ static int check_device(struct parser *p, struct conf_group *g)
     if (g->device == CONF_DEVICE_CPU) {
         if (g->memory_budget)
             return fail_at(p, p->line, ERR_INVALID, section, "memory_budget", "is of a GPU's memory; device is cpu");
+        if (g->exact)
+            return fail_at(p, p->line, ERR_INVALID, section, "exact", "is for device = cuda; device is cpu");
         if (*g->gpu)
             return fail_at(p, p->line, ERR_INVALID, section, "gpu", "is for device = cuda; device is cpu");
         if (g->precision > DITFLEET__V1__PRECISION__PRECISION_FP32)

@@ -36,6 +36,7 @@ struct conf_group {
     int n_gpus; // the same, taken apart; 0 on the CPU
     short gpus[CONF_MAX_GPUS];
     int precision;      // a Ditfleet__V1__Precision of proto/job.h that all its jobs compute in; 0: the models' own
+    int exact;          // cuda: 1: pictures have the bits of one GPU, by Ulysses and guidance parallelism
     int ranks;          // processes, 1 to 64
     int threads;        // threads a rank computes with; 0: conf_group_threads decides
     int cfg_degree;     // 0: the planner decides

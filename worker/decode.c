@@ -1,4 +1,4 @@
-// decode.c: latents to pixels; every rank decodes its rows of the picture.
+// decode.c: latents to pixels; every rank decodes its rows of the picture, or in an exact plan the whole.
 #include <stdlib.h>
 
 #include "worker/stages.h"
@@ -8,7 +8,7 @@ static void trace_decoded(struct run *r, struct tensor values, const struct spre
 {
     if (!r->hooks->trace)
         return;
-    struct exec *x = &r->world;
+    struct exec *x = &r->decoding;
     const int64_t h = spread_total(rows), w = values.n[1];
     struct tensor whole = exec_tensor(x, 3, h, w, 3, 1);
     exec_gather(x, whole, values, rows);
@@ -27,7 +27,7 @@ static void trace_decoded(struct run *r, struct tensor values, const struct spre
 
 int decode(struct run *r, struct tensor tokens, uint8_t *pixels, struct err *err)
 {
-    struct exec *x = &r->world;
+    struct exec *x = &r->decoding;
     const struct model *m = r->model;
     const int64_t scale = vae_scale(m->vae), width = r->latent_w * scale;
     const struct spread rows = spread_even(r->latent_h, comm_rank(x->comm), comm_size(x->comm));

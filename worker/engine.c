@@ -28,7 +28,7 @@ struct engine {
     struct comm *data; // between devices: a link of its own, or control
     char opened[KEY];  // the job for which data's memory is open; "": it is not
     int64_t memory_limit;
-    bool fp8;
+    bool fp8, exact;
     struct residency *residency; // NULL: the device computes in the host's memory
     struct prompt_cache *cache;
     struct demand demand; // of the job in hand
@@ -120,6 +120,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->data = e->control = options->control;
     e->memory_limit = options->memory_limit;
     e->fp8 = options->fp8;
+    e->exact = options->device.exact;
     open_prices(e, options);
     int rc = open_device(e, &options->device, err);
     if (rc == 0)
@@ -658,6 +659,9 @@ static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfl
 {
     struct plan open = *want, here;
     open.ranks = comm_size(e->data);
+    open.exact = e->exact;
+    if (e->exact && open.ring == 0)
+        open.ring = 1;
     TRY(reserve_prompts(e, m, job, err));
     TRY(plan_deal_images(&open, (int)job->num_images, err));
     TRY(choose(e, m, job, &open, trace_bytes(hooks, job), &here, err));

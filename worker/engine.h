@@ -15,8 +15,8 @@ struct engine;
 // too, where the devices have no links of their own (kernels.h).
 struct engine_options {
     const struct kernels *kernels;
-    struct device_options device;
-    bool fp8; // models placed on this engine offer their linear layers as E4M3 (struct precision)
+    struct device_options device; // exact: so are the plans, and none has a ring unless it is asked for
+    bool fp8;                     // models placed on this engine offer their linear layers as E4M3 (struct precision)
     struct comm *control;
     int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free. In the host's memory alone
     // Of a device with memory of its own: bytes of it that this process may take for everything, context and libraries

@@ -270,4 +270,6 @@ void plan_print(const struct plan *p, char text[PLAN_TEXT])
         snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " blocks=%s", blocks);
     if (p->data > 1)
         snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " data=%d", p->data);
+    if (p->exact)
+        snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " exact");
 }

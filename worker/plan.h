@@ -18,6 +18,7 @@ struct plan {
     int patches; // of the image, which follow each other through the stages; 1 with one stage: no PipeFusion
     int warmup;  // PipeFusion: steps at first that take the image whole; those after them attend to stale rows
     int data;    // parts of the group, neighbours, each of which makes some of the job's images as a group of its own
+    bool exact;  // the picture has one rank's bits also where these depend on how rows are cut (struct device_options)
     short blocks[COMM_MAX_RANKS]; // of the model, that each stage has, so that unequal GPUs can share it; 0s: even
 };
 

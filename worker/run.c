@@ -30,7 +30,7 @@ static void choose_ways(struct run *r)
     r->ulysses = attention_ulysses;
     r->ulysses.next = over_rows;
     r->ulysses.state = &r->usp;
-    r->world.attention = &attention_local;
+    r->world.attention = r->decoding.attention = &attention_local;
     r->branch.attention = r->plan.ulysses > 1 ? &r->ulysses : over_rows;
     r->runner = &runner_whole;
 }
@@ -57,6 +57,8 @@ int run_join(struct run *r, struct comm *group, struct err *err)
     const int me = comm_rank(world), place = me % ranks, branch = ranks * r->plan.pipe, in_branch = me % branch;
     choose_ways(r);
     r->world.comm = world;
+    // Convolutions of other heights may have other engines, and other bits.
+    TRY(comm_group(world, r->plan.exact ? me : 0, 1, r->plan.exact ? 1 : comm_size(world), &r->decoding.comm, err));
     TRY(comm_group(world, me - place, 1, ranks, &r->branch.comm, err));
     TRY(comm_group(world, me - in_branch + place, ranks, r->plan.pipe, &r->pipe, err));
     TRY(comm_group(r->branch.comm, place / u * u, 1, u, &r->usp.inside, err));
@@ -71,15 +73,16 @@ void run_leave(struct run *r)
     comm_free(r->usp.inside);
     comm_free(r->pipe);
     comm_free(r->branch.comm);
+    comm_free(r->decoding.comm);
     comm_free(r->part);
-    r->part = r->pair = r->usp.across = r->usp.inside = r->pipe = r->branch.comm = NULL;
+    r->part = r->pair = r->usp.across = r->usp.inside = r->pipe = r->branch.comm = r->decoding.comm = NULL;
 }
 
 void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)
 {
-    r->world.k = r->branch.k = k;
-    r->world.d = r->branch.d = d;
-    r->world.arena = r->branch.arena = arena;
+    r->world.k = r->branch.k = r->decoding.k = k;
+    r->world.d = r->branch.d = r->decoding.d = d;
+    r->world.arena = r->branch.arena = r->decoding.arena = arena;
 }
 
 int run_need(struct run *r, unsigned parts, struct err *err)

@@ -25,7 +25,8 @@ struct run {
     size_t peaks[ENGINE_STAGES];   // bytes of the arena in each stage, in a dry run
     struct engine_work seen, loop; // of a dry run: when a step ended last; of all steps so far
     bool dry;                      // the stages run over the dry backend: no ids, no noise, no waiting for others
-    struct exec world;             // all ranks of the part: text, decoding
+    struct exec world;             // all ranks of the part: text
+    struct exec decoding;          // those that share the rows of a picture: all of the part, or this one alone
     struct exec branch;            // the ranks that share the rows of one guidance branch, in one stage: denoising
     struct comm *part;             // of a group in parts: this rank's; else NULL
     int part_index;                // which it is

@@ -181,6 +181,7 @@ static int cuda_open(const struct device_options *options, struct device **out, 
     d->check = (struct check){.activation = type, .memory = true, .e4m3 = true};
     d->gpu = options->gpu;
     d->type = type;
+    d->exact = options->exact;
     d->products = products_new();
     int code = d->products ? open_libraries(d, err) : err_set(err, ERR_NO_MEMORY, "no memory for a cuda device");
     if (code) {

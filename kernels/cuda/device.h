@@ -24,6 +24,7 @@ struct device {
     struct check check;
     int gpu, processors;
     enum dtype type; // of activations
+    bool exact;      // as device_options has it
     cudaStream_t stream;
     cublasLtHandle_t blas;
     cudnnHandle_t dnn;

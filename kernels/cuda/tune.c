@@ -5,6 +5,10 @@
 // meet the same clock, which the power cap lowers under load; the best few meet once more. Nothing is measured while
 // the stream is being captured; such a shape gets the library's first suggestion, and keeps it, as every shape keeps
 // its algorithm for the device's life: the same operands give the same bits.
+//
+// An exact device measures nothing. Whatever the rows, a layer gets what the library suggests for EXACT_ROWS of them,
+// with its sums in one part: then tiles and the order within a sum, and so a row's bits, are the same for any number of
+// rows.
 #include "kernels/cuda/product.h"
 
 #include <limits.h>
@@ -13,9 +17,10 @@
 
 enum { CANDIDATES = 24, SPLIT = 4, ALL = CANDIDATES + SPLIT, ROUNDS = 5, FINALISTS = 3, FINAL_ROUNDS = 10 };
 static const double TIMED_FLOPS = 2e9; // smaller products gain less than the timing costs
-static const float HOPELESS = 1.3F;    // times the best: not run again
-static const float NOISE = 0.99F;      // a later candidate must be better by this, so that choices do not wander
-static const float FEW_WAVES = 1.5F;   // of blocks over the GPU: then splitting the sums may fill it
+static const int64_t EXACT_ROWS = 4096;
+static const float HOPELESS = 1.3F;  // times the best: not run again
+static const float NOISE = 0.99F;    // a later candidate must be better by this, so that choices do not wander
+static const float FEW_WAVES = 1.5F; // of blocks over the GPU: then splitting the sums may fill it
 static const int SPLITS[] = {2, 3, 4, 6};
 _Static_assert(sizeof SPLITS / sizeof SPLITS[0] == SPLIT, "one candidate a split");
 
@@ -243,9 +248,34 @@ void products_keep(struct products *p)
         algo_cache_save(p->cache);
 }
 
+static bool with_rows(struct shape *s, int64_t rows)
+{
+    const uint64_t n = (uint64_t)rows;
+    return cublasLtMatrixLayoutSetAttribute(&s->x, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) == 0 &&
+           cublasLtMatrixLayoutSetAttribute(&s->y, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) == 0;
+}
+
+static void choose_exact(struct device *d, struct shape *s, const struct product *p)
+{
+    candidate list[CANDIDATES];
+    int found = with_rows(s, EXACT_ROWS) ? suggested(d, s, list) : 0;
+    if (!with_rows(s, p->m))
+        found = 0;
+    for (int i = 0; i < found && !s->usable; i++) {
+        s->algo = list[i].algo;
+        s->usable = setting(&s->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
+                    setting(&s->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE &&
+                    allowed(d, s, &s->algo);
+    }
+}
+
 void cuda_product_choose(struct device *d, struct shape *s, const struct product *p)
 {
     candidate list[ALL];
+    if (d->exact && p->batch == 1) {
+        choose_exact(d, s, p);
+        return;
+    }
     const double flops = 2.0 * (double)p->m * (double)p->n * (double)p->k * (double)p->batch;
     const bool large = flops >= TIMED_FLOPS && p->type != DT_F32, again = s->from_disk;
     s->from_disk = large && !again && remembered(d, s);

@@ -46,7 +46,10 @@ int bench_load(struct bench *b, struct err *err)
     size_t available = 0, total = 0;
     const struct engine_options options = {
         .kernels = b->k,
-        .device = {.threads = b->threads, .gpu = comm_rank(b->comm), .activation = b->precision.activation},
+        .device = {.threads = b->threads,
+                   .gpu = comm_rank(b->comm),
+                   .activation = b->precision.activation,
+                   .exact = b->exact},
         .fp8 = b->precision.fp8,
         .control = b->comm,
         .memory_limit = b->k->memory ? INT64_MAX : 0,
@@ -67,6 +70,9 @@ int bench_load(struct bench *b, struct err *err)
     TRY(model_resolve_job(b->model, b->job, err));
     struct plan want = b->want;
     want.ranks = b->ranks;
+    want.exact = b->exact;
+    if (b->exact && want.ring == 0)
+        want.ring = 1;
     return plan_make(&b->model->info, b->k, &want, job_true_cfg(b->job), &b->plan, err);
 }
 
@@ -149,6 +155,8 @@ static int check(struct bench *b, const char *what, struct err *err)
         return err_set(err, ERR_INVALID, "--compare: the peer runs steps: it goes with --what step or image");
     if (b->memory_budget > 0 && strcmp(b->device, "cuda") != 0)
         return err_set(err, ERR_INVALID, "--memory-budget is of a GPU: it goes with --device cuda");
+    if (b->exact && strcmp(b->device, "cuda") != 0)
+        return err_set(err, ERR_INVALID, "--exact is of GPUs: it goes with --device cuda");
     if (strcmp(b->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
     if (b->checkpoint)
@@ -232,6 +240,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
          &b->repeat, 1, BENCH_MAX_REPEAT - 1},
         {"--memory-budget", "GIB", "of the GPU, for everything; parts come and go (default: what is free)", CLI_DOUBLE,
          &b->memory_budget, 1, 1 << 20},
+        CLI_EXACT(b->exact),
         {"--compare", NULL, "also run the peer, in turns: a compiled PyTorch transformer of the same sizes", CLI_BOOL,
          &b->compare, 0, 0},
         {"--peer", "SCRIPT", "the peer; default: tests/bench/reference_gpu.py of the source tree", CLI_STRING,

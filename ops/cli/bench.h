@@ -79,7 +79,7 @@ struct bench {
     int repeat, threads, ranks;
     struct plan want;   // degrees
     const char *blocks; // of each stage, as text
-    bool compare, json;
+    bool compare, json, exact;
     double memory_budget; // GiB; 0: what is free
     Ditfleet__V1__Job *job;
     // in use

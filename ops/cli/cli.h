@@ -80,6 +80,12 @@ struct cli_flag {
             SAMPLER_MAX_STEPS                                                                                          \
     }
 
+#define CLI_EXACT(flag)                                                                                                \
+    {                                                                                                                  \
+        "--exact", NULL, "of GPUs: the bits of one, by Ulysses and guidance parallelism, at some cost of speed",       \
+            CLI_BOOL, &(flag), 0, 0                                                                                    \
+    }
+
 // Reads argv[1..] by the table, and what it does not name by the job's rules when job is not NULL. *operands (room for
 // argc pointers) receives what is no flag, *n_operands how many; NULL: none are allowed. --help prints the manual on
 // stdout. Returns -1 to go on, or the exit code: CLI_OK after --help, CLI_USAGE after a message on stderr that names

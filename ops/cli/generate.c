@@ -20,7 +20,7 @@ struct generate {
     int ranks, threads;
     struct plan want;   // degrees
     const char *blocks; // of each stage, as text
-    bool quiet;
+    bool quiet, exact;
     Ditfleet__V1__Job *job;
     struct model *model;
     struct recorder *recorder;
@@ -77,7 +77,7 @@ static int summarise(const struct generate *g, struct engine *e, const struct mo
 static int open_engine(const struct generate *g, struct comm *comm, struct engine **out, struct err *err)
 {
     struct engine_options options = {.kernels = g->kernels,
-                                     .device = {.threads = g->threads, .gpu = comm_rank(comm)},
+                                     .device = {.threads = g->threads, .gpu = comm_rank(comm), .exact = g->exact},
                                      .control = comm,
                                      .memory_budget = g->memory_budget,
                                      .tuned = true};
@@ -183,6 +183,8 @@ static int choose_device(struct generate *g, struct err *err)
                        g->budget);
     if (strcmp(g->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
+    if (g->exact && strcmp(g->device, "cpu") == 0)
+        return err_set(err, ERR_INVALID, "--exact is of GPUs: CPU ranks are so by themselves");
     TRY(plan_parse_blocks(g->blocks, &g->want, err));
     return backend_find(g->device, &g->kernels, err);
 }
@@ -202,6 +204,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         CLI_DEGREES(g.want, g.blocks),
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &g.want.data, 1, COMM_MAX_RANKS},
+        CLI_EXACT(g.exact),
         {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},
         {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
          &g.latents, 0, 0},

@@ -80,6 +80,7 @@ struct group {
     struct plan want;              // ranks and degrees
     const struct kernels *kernels; // NULL: the CPU's; a GPU for each rank where they have memory of their own
     enum dtype activation;         // of GPUs
+    bool exact;
     struct outcome *outcome;
     int (*work)(const struct group *g, struct comm *comm, struct err *err);
     const struct outcome *replayed; // work == replay
@@ -109,10 +110,12 @@ static inline int run_engine(const struct group *g, struct engine *e, const stru
 static inline int whole_job(const struct group *g, struct comm *comm, struct err *err)
 {
     const struct kernels *k = g->kernels ? g->kernels : &kernels_cpu;
-    const struct engine_options options = {
-        .kernels = k,
-        .device = {.threads = 1, .gpu = k->memory ? comm_rank(comm) : 0, .activation = g->activation},
-        .control = comm};
+    const struct engine_options options = {.kernels = k,
+                                           .device = {.threads = 1,
+                                                      .gpu = k->memory ? comm_rank(comm) : 0,
+                                                      .activation = g->activation,
+                                                      .exact = g->exact},
+                                           .control = comm};
     struct engine *e;
     struct model *placed = NULL;
     TRY(engine_new(&options, &e, err));

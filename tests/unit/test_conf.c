@@ -126,6 +126,7 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group a]\nmemory_budget = 24GiB\nmodel = f@1=/x", {"[group a] memory_budget", "device is cpu"}},
         {"[group a]\ndevice = gpu\nmodel = f@1=/x", {"f.ini:2", "[group a] device", "one of cpu cuda"}},
         {"[group a]\ngpu = 1\nmodel = f@1=/x", {"[group a] gpu", "device is cpu"}},
+        {"[group a]\nexact = yes\nmodel = f@1=/x", {"[group a] exact", "device is cpu"}},
         {"[group a]\nprecision = bf16\nmodel = f@1=/x", {"[group a] precision", "computes in fp32"}},
         {"[group a]\nprecision = int8\nmodel = f@1=/x", {"precision", "one of default fp32 bf16 fp16 fp8"}},
         {"[group a]\ndevice = cuda\nranks = 2\nmodel = f@1=/x", {"[group a] ranks", "is 2", "gpu names 1"}},
@@ -281,13 +282,15 @@ static void gpu_groups_name_their_gpu(void **state)
 {
     (void)state;
     struct conf *c = parse("[group a]\ndevice = cuda\nmodel = f@1=/x\nmemory_budget = 24GiB\nprecision = fp8\n"
-                           "[group b]\ndevice = cuda\ngpu = 1, 3\nmodel = f@1=/x\n"
+                           "[group b]\ndevice = cuda\ngpu = 1, 3\nexact = yes\nmodel = f@1=/x\n"
                            "[group c]\nmodel = f@1=/x\nranks = 2\nprecision = fp32\n");
     assert_int_equal(c->groups[0].device, CONF_DEVICE_CUDA);
     assert_int_equal(c->groups[0].gpus[0], 0);
     assert_int_equal(c->groups[0].ranks, 1);
     assert_int_equal(c->groups[0].precision, DITFLEET__V1__PRECISION__PRECISION_FP8);
     assert_int_equal(c->groups[1].n_gpus, 2);
+    assert_int_equal(c->groups[1].exact, 1);
+    assert_int_equal(c->groups[0].exact, 0);
     assert_int_equal(c->groups[1].gpus[1], 3);
     assert_int_equal(c->groups[1].ranks, 2);
     assert_int_equal(c->groups[1].precision, DITFLEET__V1__PRECISION__PRECISION_DEFAULT);

@@ -51,13 +51,15 @@ static bool same_bits(const struct outcome *o, const struct outcome *one)
     return o->used == one->used && memcmp(o->values, one->values, (size_t)one->used * sizeof *one->values) == 0;
 }
 
-// limit 0: float32, whose bounds are those of CPU ranks (ranks.h).
+enum { EXACT = -1 };
+
+// limit 0: float32, whose bounds are those of CPU ranks (ranks.h). EXACT: in exact mode, to the bit.
 static void job_by(const struct model *m, const char *const *fields, struct plan want, enum dtype type, double limit)
 {
     Ditfleet__V1__Job *job = demo_job(m, fields);
     struct outcome *one = outcome_new(), *all = outcome_new();
     struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
-    g.kernels = cuda, g.activation = type;
+    g.kernels = cuda, g.activation = type, g.exact = limit == EXACT;
     run_group(&g);
     expect_success(one, 1);
     g.want = want, g.outcome = all;
@@ -71,7 +73,11 @@ static void job_by(const struct model *m, const char *const *fields, struct plan
     const double found = limit == 0 ? compare(all, one) : worst_of(all, one);
     printf("%s %s: at most %.2g off one GPU%s\n", dtype_name(type), plan_text(&all->plan), found,
            same_bits(all, one) ? ", the same bits" : "");
-    assert_true(limit == 0 || found <= limit);
+    assert_true(limit <= 0 || found <= limit);
+    if (limit == EXACT) {
+        assert_true(same_bits(all, one));
+        assert_memory_equal(all->pixels, one->pixels, one->pixel_bytes);
+    }
     outcome_free(one);
     outcome_free(all);
     job_free(job);
@@ -120,6 +126,20 @@ static void stages_follow_each_other(void **state)
     job_by(*state, PLAIN, (struct plan)PIPE(2, 5), DT_BF16, 5e-2);
 }
 
+static void exact_is_to_the_bit(void **state)
+{
+    const char *const *large = FIELDS("prompt", "a red ring on a blue background", "seed", "5", "width", "768",
+                                      "height", "640", "num_inference_steps", "4");
+    const char *const *guided = FIELDS("prompt", "a red ring", "negative_prompt", "blue", "true_cfg_scale", "3", "seed",
+                                       "5", "width", "256", "height", "192", "num_inference_steps", "4");
+    const enum dtype types[] = {DT_BF16, DT_F16, DT_F32};
+    for (int i = 0; i < 3; i++) {
+        job_by(*state, PLAIN, (struct plan)PLAN(GPUS, 1, GPUS, 1), types[i], EXACT);
+        job_by(*state, large, (struct plan)PLAN(GPUS, 1, GPUS, 1), types[i], EXACT);
+        job_by(*state, guided, (struct plan)PLAN(GPUS, 2, 1, 1), types[i], EXACT);
+    }
+}
+
 static void branches_are_apart(void **state)
 {
     const char *const *guided = FIELDS("prompt", "a red ring", "negative_prompt", "blue", "true_cfg_scale", "3", "seed",
@@ -143,7 +163,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(heads_are_shared),         cmocka_unit_test(keys_go_round),
         cmocka_unit_test(stages_follow_each_other), cmocka_unit_test(without_peers),
-        cmocka_unit_test(branches_are_apart),       cmocka_unit_test(images_are_dealt),
+        cmocka_unit_test(exact_is_to_the_bit),      cmocka_unit_test(branches_are_apart),
+        cmocka_unit_test(images_are_dealt),
     };
     if (backend_find("cuda", &cuda, &err) != 0 || !opens(0) || !opens(1)) {
         printf("skipped: two GPUs are needed%s%s\n", *err.text ? ": " : "", err.text);
