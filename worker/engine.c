@@ -29,6 +29,7 @@ struct engine {
     char opened[KEY];  // the job for which data's memory is open; "": it is not
     int64_t memory_limit;
     bool fp8;
+    struct plan held;            // of all models with this engine's home
     struct residency *residency; // NULL: the device computes in the host's memory
     struct prompt_cache *cache;
     struct demand demand; // of the job in hand
@@ -120,6 +121,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->data = e->control = options->control;
     e->memory_limit = options->memory_limit;
     e->fp8 = options->fp8;
+    e->held = options->held;
     open_prices(e, options);
     int rc = open_device(e, &options->device, err);
     if (rc == 0)
@@ -150,7 +152,11 @@ void engine_free(struct engine *e)
 
 struct home engine_home(const struct engine *e)
 {
-    return (struct home){.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency};
+    struct home home = {.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency, .held = e->held};
+    home.rank = comm_rank(e->data);
+    if (!e->residency)
+        home.room = e->memory_limit ? e->memory_limit : engine_host_memory_free() / comm_size(e->data);
+    return home;
 }
 
 struct comm_times engine_comm_times(const struct engine *e)
@@ -344,9 +350,9 @@ static void key_of(const struct model *m, const Ditfleet__V1__Job *job, const st
 {
     char plan_text[PLAN_TEXT];
     plan_print(plan, plan_text);
-    snprintf(key, KEY, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d %s", m->hash, m->home && m->home->fp8,
-             job->width, job->height, job->num_inference_steps, job->max_sequence_length, job->num_images,
-             job_true_cfg(job) ? 2 : 1, plan_text);
+    snprintf(key, KEY, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d weights=%d %s", m->hash,
+             m->home && m->home->fp8, job->width, job->height, job->num_inference_steps, job->max_sequence_length,
+             job->num_images, job_true_cfg(job) ? 2 : 1, plan->weights, plan_text);
 }
 
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
@@ -650,18 +656,26 @@ static int choose(struct engine *e, const struct model *m, const Ditfleet__V1__J
     return rc ? rc : comm_check(e->control, err);
 }
 
+// How the model's weights are had.
+static struct plan held_of(const struct model *m)
+{
+    return m->home ? m->home->held : (struct plan){.weights = PLAN_REPLICATED};
+}
+
 // What can be known before any work: the plan, and whether it fits. The cache of prompts comes first: what is in it
 // must not depend on what fails on one rank alone.
 static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
                             struct err *err)
 {
-    struct plan open = *want, here;
+    const struct plan held = held_of(m);
+    struct plan open = plan_keep_to(&held, want), here;
     open.ranks = comm_size(e->data);
     TRY(reserve_prompts(e, m, job, err));
     TRY(plan_deal_images(&open, (int)job->num_images, err));
     TRY(choose(e, m, job, &open, trace_bytes(hooks, job), &here, err));
     TRY(plan_make(&m->info, e->k, &here, job_true_cfg(job), plan, err));
+    TRY(plan_check_kept(&held, plan, err));
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
 }
 

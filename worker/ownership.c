@@ -1,0 +1,149 @@
+#include "worker/ownership.h"
+
+#include "worker/weights.h"
+
+int64_t ownership_piece(int64_t block_bytes, int ranks)
+{
+    const int64_t unit = (int64_t)WEIGHTS_GRAIN * ranks;
+    return (block_bytes + unit - 1) / unit * WEIGHTS_GRAIN;
+}
+
+static struct span blocks_of(const struct weights *w, const struct plan *p, int rank)
+{
+    const int part = p->ranks / p->data;
+    return plan_stage(p, weights_count(w, WEIGHTS_BLOCK), rank % part / (part / p->pipe));
+}
+
+static int64_t sum(const struct weights *w, enum weights_kind kind, struct span units)
+{
+    int64_t bytes = 0;
+    for (int64_t i = units.start; i < units.start + units.count && i < weights_count(w, kind); i++)
+        bytes += weights_unit_bytes(w, kind, (int)i);
+    return bytes;
+}
+
+// ends[r]: bytes of modulations that ranks 0 to r are to have, so that all of them are filled to one level over the
+// blocks they have.
+static void fill_up(const struct weights *w, const struct plan *p, int64_t modulations, double ends[COMM_MAX_RANKS])
+{
+    double have[COMM_MAX_RANKS], level = 0, before = 0;
+    for (int r = 0; r < p->ranks; r++)
+        have[r] = p->weights == PLAN_BY_STAGE ? (double)sum(w, WEIGHTS_BLOCK, blocks_of(w, p, r)) : 0;
+    for (int n = 0, last = p->ranks; n != last;) { // those that are above the level of the rest get nothing
+        double bytes = (double)modulations;
+        const double above = level;
+        last = n;
+        n = 0;
+        for (int r = 0; r < p->ranks; r++)
+            if (above == 0 || have[r] <= above) {
+                bytes += have[r];
+                n++;
+            }
+        level = bytes / n;
+    }
+    for (int r = 0; r < p->ranks; r++)
+        ends[r] = before += have[r] < level ? level - have[r] : 0;
+}
+
+void ownership_make(const struct weights *w, const struct plan *p, int rank, struct ownership *out)
+{
+    const int n = weights_count(w, WEIGHTS_ONCE);
+    double ends[COMM_MAX_RANKS], at = 0;
+    *out = (struct ownership){.rank = rank, .ranks = p->ranks, .sharded = p->weights == PLAN_SHARDED};
+    if (!out->sharded)
+        out->blocks = blocks_of(w, p, rank);
+    fill_up(w, p, sum(w, WEIGHTS_ONCE, (struct span){0, n}), ends);
+    for (int i = 0, r = 0; i < n; i++) { // whose the middle is has it
+        const double bytes = (double)weights_unit_bytes(w, WEIGHTS_ONCE, i);
+        while (r + 1 < p->ranks && at + bytes / 2 > ends[r])
+            out->once[++r] = i;
+        at += bytes;
+        for (int next = r + 1; next <= p->ranks; next++)
+            out->once[next] = i + 1;
+    }
+}
+
+int64_t ownership_bytes(const struct weights *w, const struct plan *p, int rank)
+{
+    const int blocks = weights_count(w, WEIGHTS_BLOCK), once = weights_count(w, WEIGHTS_ONCE);
+    int64_t bytes = sum(w, WEIGHTS_COMMON, (struct span){0, 1}), buffers[WEIGHTS_BUFFERS] = {0};
+    struct ownership o;
+    if (p->weights == PLAN_REPLICATED)
+        return bytes + sum(w, WEIGHTS_BLOCK, (struct span){0, blocks}) + sum(w, WEIGHTS_ONCE, (struct span){0, once});
+    ownership_make(w, p, rank, &o);
+    bytes += sum(w, WEIGHTS_BLOCK, o.blocks);
+    bytes += sum(w, WEIGHTS_ONCE, (struct span){o.once[rank], o.once[rank + 1] - o.once[rank]});
+    for (int i = 0; o.sharded && i < blocks; i++) {
+        const int64_t piece = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, i), o.ranks);
+        int64_t *buffer = &buffers[i % WEIGHTS_BUFFERS];
+        bytes += piece;
+        *buffer = piece * o.ranks > *buffer ? piece * o.ranks : *buffer;
+    }
+    return bytes + buffers[0] + buffers[1];
+}
+
+// ---- in a run
+
+bool ownership_computes(const struct ownership *o, int modulation)
+{
+    return !o || (modulation >= o->once[o->rank] && modulation < o->once[o->rank + 1]);
+}
+
+void ownership_share(struct exec *x, struct tensor whole, const int64_t *start)
+{
+    const struct ownership *o = x->ownership;
+    const size_t mark = arena_mark(x->arena);
+    int64_t counts[COMM_MAX_RANKS];
+    struct tensor piece[COMM_MAX_RANKS];
+    if (!o)
+        return;
+    const struct tensor all = exec_tensor(x, 1, tensor_count(whole), 1, 1, 1);
+    for (int r = 0; r < o->ranks; r++) {
+        const int64_t columns = start[r + 1] - start[r];
+        char *at = (char *)all.data + (size_t)(whole.n[0] * start[r]) * dtype_size(all.dtype);
+        piece[r] = tensor_2d(at, all.dtype, whole.n[0], columns);
+        counts[r] = (int64_t)tensor_bytes(piece[r]);
+    }
+    for (int r = 0; r <= o->ranks; r++) { // mine before all are told, the others' after
+        const int of = r == 0 ? o->rank : r - 1;
+        const struct tensor columns = tensor_cols(whole, start[of], start[of + 1] - start[of]);
+        if (r == 0) {
+            x->k->copy(x->d, piece[of], columns);
+            comm_all_gather(o->comm, piece[of].data, all.data, counts);
+        } else if (of != o->rank) {
+            x->k->copy(x->d, columns, piece[of]);
+        }
+    }
+    arena_release(x->arena, mark);
+}
+
+// Sets out to bring a block's bytes together in its buffer, from which the block before the last one has computed. A
+// backend whose collectives do not keep its caller waiting may have them pass what is queued after this.
+static void gather(struct ownership *o, const struct weights *w, int block)
+{
+    int64_t counts[COMM_MAX_RANKS];
+    const struct weights_sharded s = weights_sharded(w, block);
+    for (int r = 0; r < o->ranks; r++)
+        counts[r] = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, block), o->ranks);
+    comm_all_gather(o->comm, s.piece, s.buffer, counts);
+}
+
+// What is queued from here on finds the block's weights in their place; the next block's set out for theirs.
+static void need(struct ownership *o, const struct weights *w, int block)
+{
+    const int next = block + 1;
+    if (o->coming != block + 1)
+        gather(o, w, block);
+    o->coming = 0;
+    if (next == weights_count(w, WEIGHTS_BLOCK))
+        return;
+    gather(o, w, next);
+    o->coming = next + 1;
+}
+
+void dit_block(const struct dit *m, struct exec *x, struct dit_pass *p, int i)
+{
+    if (x->ownership && x->ownership->sharded)
+        need(x->ownership, m->weights, i);
+    m->ops->block(m, x, p, i);
+}
