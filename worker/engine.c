@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "proto/clock.h"
+#include "worker/ownership.h"
 #include "worker/stages.h"
 #include "worker/tuned.h"
 
@@ -483,18 +484,30 @@ static int reserve_on_host(struct engine *e, const struct model *m, const Ditfle
                    job->width, job->height, gib((int64_t)bytes), plan->ranks, gib(limit), largest);
 }
 
+// Says what the transformer would take of each GPU if its weights were sharded, where they may be.
+static void print_sharded(const struct model *m, const struct plan *plan, int stage, char text[96])
+{
+    struct plan sharded = *plan;
+    sharded.weights = PLAN_SHARDED;
+    *text = 0;
+    if (stage == ENGINE_DENOISE && plan->ranks > 1 && plan->weights == PLAN_REPLICATED && !plan_in_patches(plan))
+        snprintf(text, 96, "; with weights sharded the transformer takes %.2f GiB of each",
+                 gib(ownership_bytes(m->dit->weights, &sharded, 0)));
+}
+
 static int refuse_on_device(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct plan *plan, size_t extra, int stage, struct err *err)
 {
     static const char *const doing[ENGINE_STAGES] = {"encoding text", "denoising", "decoding"};
     const struct demand *d = &e->demand;
-    char largest[96];
+    char largest[96], sharded[96];
     print_largest(e, m, job, plan, extra, 0, largest);
+    print_sharded(m, plan, stage, sharded);
     return err_set(err, ERR_UNSUPPORTED,
                    "width %u x height %u needs %.2f GiB of activations, %.2f GiB of weights and %.2f GiB for libraries "
-                   "and prompts while %s on each of %d GPUs, more than the memory budget of %.2f GiB; %s",
+                   "and prompts while %s on each of %d GPUs, more than the memory budget of %.2f GiB; %s%s",
                    job->width, job->height, gib((int64_t)d->stage[stage] + d->between), gib(stage_weights(m, stage)),
-                   gib(d->fixed), doing[stage], plan->ranks, gib(residency_budget(e->residency)), largest);
+                   gib(d->fixed), doing[stage], plan->ranks, gib(residency_budget(e->residency)), largest, sharded);
 }
 
 // Every stage has to fit: its weights, its activations, and what is there throughout. One arena serves all stages,

@@ -63,23 +63,28 @@ void ownership_make(const struct weights *w, const struct plan *p, int rank, str
     }
 }
 
+int64_t ownership_shard_bytes(const struct weights *w, const struct plan *p)
+{
+    int64_t bytes = 0, buffers[WEIGHTS_BUFFERS] = {0};
+    for (int i = 0; p->weights == PLAN_SHARDED && i < weights_count(w, WEIGHTS_BLOCK); i++) {
+        const int64_t piece = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, i), p->ranks);
+        int64_t *buffer = &buffers[i % WEIGHTS_BUFFERS];
+        bytes += piece;
+        *buffer = piece * p->ranks > *buffer ? piece * p->ranks : *buffer;
+    }
+    return bytes + buffers[0] + buffers[1];
+}
+
 int64_t ownership_bytes(const struct weights *w, const struct plan *p, int rank)
 {
     const int blocks = weights_count(w, WEIGHTS_BLOCK), once = weights_count(w, WEIGHTS_ONCE);
-    int64_t bytes = sum(w, WEIGHTS_COMMON, (struct span){0, 1}), buffers[WEIGHTS_BUFFERS] = {0};
+    const int64_t common = sum(w, WEIGHTS_COMMON, (struct span){0, 1});
     struct ownership o;
     if (p->weights == PLAN_REPLICATED)
-        return bytes + sum(w, WEIGHTS_BLOCK, (struct span){0, blocks}) + sum(w, WEIGHTS_ONCE, (struct span){0, once});
+        return common + sum(w, WEIGHTS_BLOCK, (struct span){0, blocks}) + sum(w, WEIGHTS_ONCE, (struct span){0, once});
     ownership_make(w, p, rank, &o);
-    bytes += sum(w, WEIGHTS_BLOCK, o.blocks);
-    bytes += sum(w, WEIGHTS_ONCE, (struct span){o.once[rank], o.once[rank + 1] - o.once[rank]});
-    for (int i = 0; o.sharded && i < blocks; i++) {
-        const int64_t piece = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, i), o.ranks);
-        int64_t *buffer = &buffers[i % WEIGHTS_BUFFERS];
-        bytes += piece;
-        *buffer = piece * o.ranks > *buffer ? piece * o.ranks : *buffer;
-    }
-    return bytes + buffers[0] + buffers[1];
+    return common + sum(w, WEIGHTS_BLOCK, o.blocks) + ownership_shard_bytes(w, p) +
+           sum(w, WEIGHTS_ONCE, (struct span){o.once[rank], o.once[rank + 1] - o.once[rank]});
 }
 
 // ---- in a run

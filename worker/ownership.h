@@ -33,6 +33,8 @@ void ownership_make(const struct weights *w, const struct plan *p, int rank, str
 // Bytes of a transformer that a rank has under any plan, buffers of gathered blocks included: as placed, or else as
 // the files have them.
 int64_t ownership_bytes(const struct weights *w, const struct plan *p, int rank);
+// Of these, parts of blocks and buffers: copies, where all others stay in mapped files. 0 unless p is sharded.
+int64_t ownership_shard_bytes(const struct weights *w, const struct plan *p);
 // Of a sharded block with so many bytes, those that each of the ranks has.
 int64_t ownership_piece(int64_t block_bytes, int ranks);
 

@@ -259,20 +259,26 @@ struct span plan_stage(const struct plan *p, int blocks, int stage)
     return spread_mine(&s);
 }
 
-int plan_hold(const struct plan *want, int ranks, bool sharded, struct plan *out, struct err *err)
+int plan_parse_weights(const char *text, struct plan *p, struct err *err)
 {
-    struct plan p = {.ranks = ranks, .pipe = want->pipe, .patches = want->patches, .weights = PLAN_SHARDED};
-    *out = (struct plan){.ranks = ranks};
-    if (sharded) {
-        TRY(check_sharded(&p, ranks, err));
-        out->weights = PLAN_SHARDED;
+    const bool sharded = strcmp(text, "sharded") == 0;
+    if (!sharded && strcmp(text, "replicated") != 0)
+        return err_set(err, ERR_INVALID, "weights %.40s: they may be replicated or sharded", text);
+    p->weights = sharded ? PLAN_SHARDED : PLAN_REPLICATED;
+    return 0;
+}
+
+int plan_hold(const struct plan *want, int ranks, struct plan *out, struct err *err)
+{
+    const int data = want->data ? want->data : 1;
+    *out = (struct plan){.ranks = ranks, .weights = want->weights};
+    TRY(check_sharded(want, ranks, err));
+    if (want->pipe < 2 || ranks % (want->pipe * data) != 0) // in the latter case plan_make refuses every job
         return 0;
-    }
-    p.data = want->data ? want->data : 1;
-    memcpy(p.blocks, want->blocks, sizeof p.blocks);
-    p.weights = PLAN_BY_STAGE;
-    if (p.pipe > 1 && ranks % (p.pipe * p.data) == 0) // else no job has such a plan, and plan_make says so
-        *out = p;
+    out->weights = PLAN_BY_STAGE;
+    out->pipe = want->pipe;
+    out->data = data;
+    memcpy(out->blocks, want->blocks, sizeof out->blocks);
     return 0;
 }
 

@@ -60,10 +60,13 @@ int plan_deal_images(struct plan *want, int images, struct err *err);
 // The blocks of a model with so many that a stage of the plan has.
 struct span plan_stage(const struct plan *p, int blocks, int stage);
 
-// How a group that makes all its pictures by the degrees of want has its weights: sharded where that is asked for, by
-// stage where want has several, else *out is replicated. Of the others *out says what a job's plan has to keep to.
-// ERR_UNSUPPORTED: sharded on one rank, or with patches.
-int plan_hold(const struct plan *want, int ranks, bool sharded, struct plan *out, struct err *err);
+// Sets weights by text, "replicated" or "sharded". ERR_INVALID: it is neither.
+int plan_parse_weights(const char *text, struct plan *p, struct err *err);
+
+// How a group that makes all its pictures by the degrees of want has its weights: sharded where want is, by stage where
+// want has several, else replicated; and what a job's plan has to keep to therefore. ERR_UNSUPPORTED: sharded on one
+// rank, or with patches.
+int plan_hold(const struct plan *want, int ranks, struct plan *out, struct err *err);
 // want with what it has to keep to filled in where it is open. held: of plan_hold.
 struct plan plan_keep_to(const struct plan *held, const struct plan *want);
 // ERR_UNSUPPORTED: a plan that does not.

@@ -789,7 +789,7 @@ static int shard_block(struct weights *w, int block, struct err *err)
 static int shard_blocks(struct weights *w, struct err *err)
 {
     const int blocks = w->n_units[WEIGHTS_BLOCK], ranks = w->home.held.ranks;
-    const int64_t bytes = ownership_bytes(w, &w->home.held, w->home.rank);
+    const int64_t bytes = ownership_shard_bytes(w, &w->home.held);
     int64_t largest[WEIGHTS_BUFFERS] = {0};
     if (w->home.room && bytes > w->home.room)
         return err_set(err, ERR_NO_MEMORY,

@@ -14,11 +14,12 @@
 #include "worker/output/describe.h"
 
 struct generate {
-    const char *model_dir, *device, *out, *latents, *budget;
+    const char *model_dir, *device, *out, *latents, *budget, *weights;
     int64_t memory_budget; // budget in bytes
     const struct kernels *kernels;
     int ranks, threads;
     struct plan want;   // degrees
+    struct plan held;   // how the ranks have the transformer
     const char *blocks; // of each stage, as text
     bool quiet;
     Ditfleet__V1__Job *job;
@@ -80,6 +81,7 @@ static int open_engine(const struct generate *g, struct comm *comm, struct engin
                                      .device = {.threads = g->threads, .gpu = comm_rank(comm)},
                                      .control = comm,
                                      .memory_budget = g->memory_budget,
+                                     .held = g->held,
                                      .tuned = true};
     struct precision precision;
     TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
@@ -98,10 +100,11 @@ static int run_rank(void *arg, struct comm *comm, struct err *err)
     if (g->latents) // both hooks share arg: the recorder wins, and progress is left out
         mine.arg = g->recorder, mine.progress = NULL;
     struct engine *e = NULL;
-    struct model *placed = NULL; // on the CPU the mapped files serve all ranks
+    struct model *placed = NULL; // on the CPU the mapped files serve all ranks that have all weights
+    const bool mapped = g->kernels == &kernels_cpu && g->held.weights == PLAN_REPLICATED;
     int rc = open_engine(g, comm, &e, err);
     const struct home home = rc == 0 ? engine_home(e) : (struct home){0};
-    if (rc == 0 && g->kernels != &kernels_cpu)
+    if (rc == 0 && !mapped)
         rc = model_load_on(g->model_dir, &home, &placed, err);
     if (rc != 0)
         comm_abort(comm, err->text); // nobody may wait for this rank
@@ -184,13 +187,20 @@ static int choose_device(struct generate *g, struct err *err)
     if (strcmp(g->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
     TRY(plan_parse_blocks(g->blocks, &g->want, err));
+    TRY(plan_parse_weights(g->weights, &g->want, err));
+    TRY(plan_hold(&g->want, g->ranks, &g->held, err));
     return backend_find(g->device, &g->kernels, err);
 }
 
 static int run(const struct cli_command *self, int argc, char **argv)
 {
-    struct generate g = {
-        .device = "cpu", .out = "out.png", .blocks = "", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
+    struct generate g = {.device = "cpu",
+                         .out = "out.png",
+                         .blocks = "",
+                         .weights = "replicated",
+                         .ranks = 1,
+                         .job = job_new(),
+                         .terminal = isatty(2)};
     const struct cli_flag flags[] = {
         {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
         {"--device", "cpu|cuda", "where to compute; cuda: a GPU for each rank (default cpu)", CLI_STRING, &g.device, 0,
@@ -202,6 +212,10 @@ static int run(const struct cli_command *self, int argc, char **argv)
         CLI_DEGREES(g.want, g.blocks),
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &g.want.data, 1, COMM_MAX_RANKS},
+        {"--weights", "replicated|sharded",
+         "sharded: a rank has its part of each block's, which are gathered just ahead of use;\n"
+         "                              replicated: all, or those of its stage (default)",
+         CLI_STRING, &g.weights, 0, 0},
         {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},
         {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
          &g.latents, 0, 0},
