@@ -97,29 +97,17 @@ bool ownership_computes(const struct ownership *o, int modulation)
 void ownership_share(struct exec *x, struct tensor whole, const int64_t *start)
 {
     const struct ownership *o = x->ownership;
-    const size_t mark = arena_mark(x->arena);
-    int64_t counts[COMM_MAX_RANKS];
-    struct tensor piece[COMM_MAX_RANKS];
-    if (!o)
-        return;
-    const struct tensor all = exec_tensor(x, 1, tensor_count(whole), 1, 1, 1);
-    for (int r = 0; r < o->ranks; r++) {
-        const int64_t columns = start[r + 1] - start[r];
-        char *at = (char *)all.data + (size_t)(whole.n[0] * start[r]) * dtype_size(all.dtype);
-        piece[r] = tensor_2d(at, all.dtype, whole.n[0], columns);
-        counts[r] = (int64_t)tensor_bytes(piece[r]);
+    struct link_piece mine[COMM_MAX_RANKS], theirs[COMM_MAX_RANKS];
+    int sends = 0, recvs = 0;
+    for (int r = 0; o && r < o->ranks; r++) {
+        const int64_t columns = start[r + 1] - start[r], my_columns = start[o->rank + 1] - start[o->rank];
+        if (r != o->rank && my_columns > 0)
+            mine[sends++] = (struct link_piece){r, tensor_cols(whole, start[o->rank], my_columns)};
+        if (r != o->rank && columns > 0)
+            theirs[recvs++] = (struct link_piece){r, tensor_cols(whole, start[r], columns)};
     }
-    for (int r = 0; r <= o->ranks; r++) { // mine before all are told, the others' after
-        const int of = r == 0 ? o->rank : r - 1;
-        const struct tensor columns = tensor_cols(whole, start[of], start[of + 1] - start[of]);
-        if (r == 0) {
-            x->k->copy(x->d, piece[of], columns);
-            comm_all_gather(o->comm, piece[of].data, all.data, counts);
-        } else if (of != o->rank) {
-            x->k->copy(x->d, columns, piece[of]);
-        }
-    }
-    arena_release(x->arena, mark);
+    if (o)
+        exec_exchange(x, o->comm, sends, mine, recvs, theirs);
 }
 
 // Sets out to bring a block's bytes together in its buffer, from which the block before the last one has computed. A

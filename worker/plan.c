@@ -261,8 +261,8 @@ struct span plan_stage(const struct plan *p, int blocks, int stage)
 
 int plan_parse_weights(const char *text, struct plan *p, struct err *err)
 {
-    const bool sharded = strcmp(text, "sharded") == 0;
-    if (!sharded && strcmp(text, "replicated") != 0)
+    const bool sharded = text && strcmp(text, "sharded") == 0;
+    if (text && !sharded && strcmp(text, "replicated") != 0)
         return err_set(err, ERR_INVALID, "weights %.40s: they may be replicated or sharded", text);
     p->weights = sharded ? PLAN_SHARDED : PLAN_REPLICATED;
     return 0;

@@ -60,7 +60,7 @@ int plan_deal_images(struct plan *want, int images, struct err *err);
 // The blocks of a model with so many that a stage of the plan has.
 struct span plan_stage(const struct plan *p, int blocks, int stage);
 
-// Sets weights by text, "replicated" or "sharded". ERR_INVALID: it is neither.
+// Sets weights by text, "replicated" or "sharded"; NULL: replicated. ERR_INVALID: it is neither.
 int plan_parse_weights(const char *text, struct plan *p, struct err *err);
 
 // How a group that makes all its pictures by the degrees of want has its weights: sharded where want is, by stage where

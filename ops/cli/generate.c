@@ -194,13 +194,8 @@ static int choose_device(struct generate *g, struct err *err)
 
 static int run(const struct cli_command *self, int argc, char **argv)
 {
-    struct generate g = {.device = "cpu",
-                         .out = "out.png",
-                         .blocks = "",
-                         .weights = "replicated",
-                         .ranks = 1,
-                         .job = job_new(),
-                         .terminal = isatty(2)};
+    struct generate g = {
+        .device = "cpu", .out = "out.png", .blocks = "", .ranks = 1, .job = job_new(), .terminal = isatty(2)};
     const struct cli_flag flags[] = {
         {"--model", "DIR", "diffusers-format model directory (required)", CLI_STRING, &g.model_dir, 0, 0},
         {"--device", "cpu|cuda", "where to compute; cuda: a GPU for each rank (default cpu)", CLI_STRING, &g.device, 0,
@@ -209,13 +204,9 @@ static int run(const struct cli_command *self, int argc, char **argv)
          CLI_STRING, &g.budget, 0, 0},
         {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
-        CLI_DEGREES(g.want, g.blocks),
+        CLI_DEGREES(g.want, g.blocks, g.weights),
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &g.want.data, 1, COMM_MAX_RANKS},
-        {"--weights", "replicated|sharded",
-         "sharded: a rank has its part of each block's, which are gathered just ahead of use;\n"
-         "                              replicated: all, or those of its stage (default)",
-         CLI_STRING, &g.weights, 0, 0},
         {"-o", "FILE", "the PNG to write (default out.png)", CLI_STRING, &g.out, 0, 0},
         {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
          &g.latents, 0, 0},

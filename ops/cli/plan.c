@@ -305,8 +305,7 @@ static int check(struct planning *p, struct err *err)
         return err_set(err, ERR_INVALID, "--memory-budget %.40s: bytes up to 1024GiB, written like 24GiB or 512MiB",
                        p->budget);
     TRY(plan_parse_blocks(p->blocks, &p->want, err));
-    if (p->weights)
-        TRY(plan_parse_weights(p->weights, &p->want, err));
+    TRY(plan_parse_weights(p->weights, &p->want, err));
     return job_check_fields(p->job, err);
 }
 
@@ -355,9 +354,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--memory-budget", "BYTES",
          "what a rank may take: 24GiB (default: of the host, what is free, shared; of a GPU, no bound)", CLI_STRING,
          &p->budget, 0, 0},
-        CLI_DEGREES(p->want, p->blocks), // plans with these alone
-        {"--weights", "replicated|sharded", "default: replicated; sharded, where no such plan fits", CLI_STRING,
-         &p->weights, 0, 0},
+        CLI_DEGREES(p->want, p->blocks, p->weights), // plans with these alone
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &p->want.data, 1, COMM_MAX_RANKS},
         {"--all", NULL, "also list what is no plan, or does not fit into memory, and why", CLI_BOOL, &p->all, 0, 0},
