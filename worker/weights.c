@@ -533,7 +533,7 @@ static int place_linear(struct weights *w, struct linear *l, bool fp8, struct er
 
 static int place_fetched(struct weights *w, const struct fetched *f, struct err *err)
 {
-    return f->linear ? place_linear(w, f->linear, f->fp8, err) : place_tensor(w, f->tensor, err);
+    return f->tensor ? place_tensor(w, f->tensor, err) : place_linear(w, f->linear, f->fp8, err);
 }
 
 // The i-th tensor of what was fetched; NULL: there are no more. It may be none.
