@@ -134,12 +134,12 @@ static int open_engine(struct worker *w, const struct arguments *a, struct err *
 
 static int load_models(struct worker *w, struct err *err)
 {
-    const struct home home = engine_home(w->engine);
-    const bool mapped = w->group->device == CONF_DEVICE_CPU && home.held.weights == PLAN_REPLICATED; // and shared
     w->models = calloc((size_t)w->group->model.count + 1, sizeof(struct model *));
     if (!w->models)
         return err_set(err, ERR_NO_MEMORY, "no memory for models");
     for (int i = 0; i < w->group->model.count; i++) {
+        const struct home home = engine_home(w->engine); // of the memory that is free now
+        const bool mapped = w->group->device == CONF_DEVICE_CPU && home.held.weights == PLAN_REPLICATED; // and shared
         pulse_report(w->pulse, STAGE_LOADING, (uint32_t)i, (uint32_t)w->group->model.count, "");
         TRY(model_load_on(w->group->models[i].directory, mapped ? NULL : &home, &w->models[i], err));
         log_line(w->log, LOG_INFO, "model.loaded", "model=%s@%s hash=%.16s device=%s precision=%s",

@@ -49,7 +49,7 @@ void ownership_make(const struct weights *w, const struct plan *p, int rank, str
 {
     const int n = weights_count(w, WEIGHTS_ONCE);
     double ends[COMM_MAX_RANKS], at = 0;
-    *out = (struct ownership){.rank = rank, .ranks = p->ranks, .sharded = p->weights == PLAN_SHARDED};
+    *out = (struct ownership){.rank = rank, .ranks = p->ranks, .sharded = p->weights == PLAN_SHARDED, .coming = -1};
     if (!out->sharded)
         out->blocks = blocks_of(w, p, rank);
     fill_up(w, p, sum(w, WEIGHTS_ONCE, (struct span){0, n}), ends);
@@ -110,8 +110,8 @@ void ownership_share(struct exec *x, struct tensor whole, const int64_t *start)
         exec_exchange(x, o->comm, sends, mine, recvs, theirs);
 }
 
-// Sets out to bring a block's bytes together in its buffer, from which the block before the last one has computed. A
-// backend whose collectives do not keep its caller waiting may have them pass what is queued after this.
+// Sets out to bring a block's bytes together in its buffer, after the block that last computed from it. Nothing else
+// waits for them before need: the device may compute meanwhile.
 static void gather(struct ownership *o, const struct weights *w, int block)
 {
     int64_t counts[COMM_MAX_RANKS];
@@ -124,14 +124,12 @@ static void gather(struct ownership *o, const struct weights *w, int block)
 // What is queued from here on finds the block's weights in their place; the next block's set out for theirs.
 static void need(struct ownership *o, const struct weights *w, int block)
 {
-    const int next = block + 1;
-    if (o->coming != block + 1)
+    const bool last = block + 1 == weights_count(w, WEIGHTS_BLOCK);
+    if (o->coming != block)
         gather(o, w, block);
-    o->coming = 0;
-    if (next == weights_count(w, WEIGHTS_BLOCK))
-        return;
-    gather(o, w, next);
-    o->coming = next + 1;
+    o->coming = last ? -1 : block + 1;
+    if (!last)
+        gather(o, w, block + 1);
 }
 
 void dit_block(const struct dit *m, struct exec *x, struct dit_pass *p, int i)

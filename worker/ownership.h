@@ -25,7 +25,7 @@ struct ownership {
     int once[COMM_MAX_RANKS + 1]; // rank r has modulations once[r] to once[r + 1]
     // In a run:
     struct comm *comm; // the group's, for this alone: a backend may gather on a stream of its own
-    int coming;        // the block whose bytes are on their way, + 1; 0: none
+    int coming;        // the block whose bytes are on their way; -1: none
 };
 
 // Of a rank under a plan that is not replicated. w: as fetched (worker/weights.h).

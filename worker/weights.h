@@ -39,13 +39,10 @@ int weights_refuse(const struct weights *w, const char *key, struct err *err, co
 
 // ---- weights that not every rank has (worker/ownership.h)
 
-enum weights_kind {
-    WEIGHTS_COMMON,
-    WEIGHTS_BLOCK,
-    WEIGHTS_ONCE,
-    WEIGHTS_KINDS
-};                                                 // every rank's, a block's, a modulation
-enum { WEIGHTS_BUFFERS = 2, WEIGHTS_GRAIN = 256 }; // for blocks in turns; bytes: a tensor in them begins at a multiple
+// Weights of all ranks, of a block, of a modulation.
+enum weights_kind { WEIGHTS_COMMON, WEIGHTS_BLOCK, WEIGHTS_ONCE, WEIGHTS_KINDS };
+// Buffers that gathered blocks use in turns; bytes: a tensor in them begins at a multiple.
+enum { WEIGHTS_BUFFERS = 2, WEIGHTS_GRAIN = 256 };
 
 // Before anything is fetched: w is of so many blocks and modulations.
 int weights_divide(struct weights *w, int blocks, int once, struct err *err);

@@ -222,16 +222,16 @@ static void row_text(const struct planning *p, const struct row *r, char text[PL
         snprintf(text, PLAN_TEXT + 16, "%s", plan);
 }
 
-static void print_row(const struct planning *p, const struct row *r)
+static void print_row(const struct planning *p, const struct row *r, int width)
 {
     char text[PLAN_TEXT + 16];
     row_text(p, r, text);
     if (r->why.code != ERR_NONE) {
         if (p->all)
-            printf("- %-32s %s\n", text, r->why.text);
+            printf("- %-*s %s\n", width, text, r->why.text);
         return;
     }
-    printf("%c %-32s %9.2f %9.2f %9.2f %9.2f %10.1f %9.2f\n", r->picked ? '*' : ' ', text,
+    printf("%c %-*s %9.2f %9.2f %9.2f %9.2f %10.1f %9.2f\n", r->picked ? '*' : ' ', width, text,
            price_seconds(&r->price) * 1e3, r->price.compute * 1e3, r->price.exchange * 1e3, r->price.sent / 1e6,
            (double)r->memory / 1e6, rate(r));
 }
@@ -239,6 +239,12 @@ static void print_row(const struct planning *p, const struct row *r)
 static void print_table(const struct planning *p)
 {
     const Ditfleet__V1__Job *job = p->job;
+    char text[PLAN_TEXT + 16];
+    int width = 32;
+    for (int i = 0; i < p->n_rows; i++) {
+        row_text(p, &p->rows[i], text);
+        width = (int)strlen(text) > width ? (int)strlen(text) : width;
+    }
     printf("%u x %u, %u steps, %d ranks, %s in %s: %s\n", job->width, job->height, job->num_inference_steps, p->ranks,
            p->key.device, p->key.precision, p->throughput ? "steps a second of all groups" : "the time of a step");
     if (!p->tuned)
@@ -246,10 +252,10 @@ static void print_table(const struct planning *p)
                p->device, p->key.ranks);
     else if (p->ranks > p->key.ranks)
         puts("measured on one GPU; what they exchange goes by default parameters");
-    printf("  %-32s %9s %9s %9s %9s %10s %9s\n", "plan", "ms a step", "compute", "exchange", "sent MB", "memory MB",
-           "steps / s");
+    printf("  %-*s %9s %9s %9s %9s %10s %9s\n", width, "plan", "ms a step", "compute", "exchange", "sent MB",
+           "memory MB", "steps / s");
     for (int i = 0; i < p->n_rows; i++)
-        print_row(p, &p->rows[i]);
+        print_row(p, &p->rows[i], width);
 }
 
 static json_t *row_json(const struct row *r)

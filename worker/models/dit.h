@@ -66,7 +66,7 @@ struct dit {
     struct weights *weights; // for its fingerprint, for memory, and for those who have them in parts
 };
 
-// Block i, its weights being in their place: how runners call ops->block.
+// Block i, its weights being in their place (worker/ownership.c): how runners call ops->block.
 void dit_block(const struct dit *m, struct exec *x, struct dit_pass *p, int i);
 
 // FLUX.1 (dev and schnell). dir: the folder "transformer" of a diffusers directory.
