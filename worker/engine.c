@@ -717,12 +717,13 @@ static int close_memory(struct engine *e, const char *key, struct err *err)
     return comm_close_memory(e->data, err);
 }
 
-static int open_memory(struct engine *e, const char *key, struct err *err)
+// Sharded weights are messages, too, and their memory comes and goes with the transformer: it is not opened.
+static int open_memory(struct engine *e, const struct model *m, const char *key, struct err *err)
 {
     if (*e->opened)
         return 0;
     memcpy(e->opened, key, KEY);
-    return comm_open_memory(e->data, !e->between, err);
+    return comm_open_memory(e->data, !e->between && held_of(m).weights != PLAN_SHARDED, err);
 }
 
 static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
@@ -734,7 +735,7 @@ static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1
         snprintf(key + strlen(key), KEY - strlen(key), " traced");
     TRY(close_memory(e, key, err));
     TRY(agree_on_plan(e, m, job, want, hooks, plan, err));
-    return open_memory(e, key, err);
+    return open_memory(e, m, key, err);
 }
 
 // Between jobs the arena holds nothing.
