@@ -33,14 +33,15 @@ struct entry {
 // What is shared out as one: a block, a modulation, or all that every rank has.
 struct unit {
     int64_t bytes;
-    void *piece; // of a sharded block: this rank's, on the device
+    int64_t at; // of a sharded block: where this rank's piece is among the pieces
 };
 
 // A layer or a tensor that is fetched, to be placed.
 struct fetched {
     enum weights_kind kind;
     int index;
-    struct linear *linear; // or
+    bool layer; // linear; else tensor
+    struct linear *linear;
     struct tensor *tensor;
     bool fp8;
 };
@@ -53,9 +54,9 @@ struct weights {
     int index;
     struct fetched *later; // what weights_settle is to place
     size_t n_later, room_later;
-    void *buffers[WEIGHTS_BUFFERS]; // on the device
-    int64_t shard_bytes;            // of pieces and buffers
-    bool fp8;                       // linear layers may be E4M3
+    void *pieces, *buffers; // on the device, each as one: few pieces of memory can be opened to other ranks
+    int64_t piece_bytes, buffer_bytes, second_at; // bytes of them; where the second buffer begins
+    bool fp8;                                     // linear layers may be E4M3
     struct tensor *placed;
     size_t n_placed, room_placed;
     struct shard *shards;
@@ -73,12 +74,10 @@ void weights_free(struct weights *w)
     for (size_t i = 0; i < w->n_placed; i++)
         w->home.k->displace(w->home.d, w->placed[i]);
     free(w->placed);
-    for (int i = 0; i < w->n_units[WEIGHTS_BLOCK]; i++)
-        if (w->units[WEIGHTS_BLOCK][i].piece)
-            w->home.k->free(w->home.d, w->units[WEIGHTS_BLOCK][i].piece);
-    for (int i = 0; i < WEIGHTS_BUFFERS; i++)
-        if (w->buffers[i])
-            w->home.k->free(w->home.d, w->buffers[i]);
+    if (w->pieces)
+        w->home.k->free(w->home.d, w->pieces);
+    if (w->buffers)
+        w->home.k->free(w->home.d, w->buffers);
     for (int kind = 0; kind < WEIGHTS_KINDS; kind++)
         free(w->units[kind]);
     free(w->later);
@@ -375,7 +374,7 @@ int64_t weights_bytes(const struct weights *w)
 int64_t weights_placed_bytes(const struct weights *w)
 {
     enum { GRAIN = 512 }; // of a device's allocations
-    int64_t sum = w->shard_bytes;
+    int64_t sum = w->piece_bytes + w->buffer_bytes;
     for (size_t i = 0; i < w->n_placed; i++) {
         const struct tensor t = w->placed[i];
         const size_t scales = t.dtype == DT_E4M3 ? (size_t)t.n[0] * sizeof *t.scale : 0;
@@ -533,30 +532,52 @@ static int place_linear(struct weights *w, struct linear *l, bool fp8, struct er
 
 static int place_fetched(struct weights *w, const struct fetched *f, struct err *err)
 {
-    return f->tensor ? place_tensor(w, f->tensor, err) : place_linear(w, f->linear, f->fp8, err);
+    return f->layer ? place_linear(w, f->linear, f->fp8, err) : place_tensor(w, f->tensor, err);
 }
 
 // The i-th tensor of what was fetched; NULL: there are no more. It may be none.
 static struct tensor *tensor_at(const struct fetched *f, int i)
 {
-    if (f->tensor)
+    if (!f->layer)
         return i == 0 ? f->tensor : NULL;
     if (i < f->linear->parts)
         return &f->linear->w[i];
     return i < 2 * f->linear->parts ? &f->linear->b[i - f->linear->parts] : NULL;
 }
 
+static int64_t grains(int64_t bytes)
+{
+    return (bytes + WEIGHTS_GRAIN - 1) / WEIGHTS_GRAIN * WEIGHTS_GRAIN;
+}
+
+// Bytes of a fetched tensor where it is to lie: as in its file, or as a device with memory of its own has it by the
+// rules of kernels.h.
+static int64_t stored_bytes(const struct weights *w, const struct fetched *f, const struct tensor *t)
+{
+    enum { E4M3_MULTIPLE = 16 };
+    const bool device = w->home.k && (w->home.k->memory || w->home.plan);
+    if (f->layer && f->fp8 && t->dims == 2 && f->linear->n % E4M3_MULTIPLE == 0 && f->linear->k % E4M3_MULTIPLE == 0)
+        return grains(tensor_count(*t)) + grains(t->n[0] * (int64_t)sizeof *t->scale);
+    if (device && (f->layer || t->dims > 1))
+        return tensor_count(*t) * (int64_t)dtype_size(w->home.k->activation);
+    return (int64_t)tensor_bytes(*t);
+}
+
 static void count(struct weights *w, const struct fetched *f)
 {
     const struct tensor *t;
-    for (int i = 0; w->n_units[f->kind] > f->index && (t = tensor_at(f, i)); i++)
-        w->units[f->kind][f->index].bytes += f->fp8 && t->dims == 2 ? tensor_count(*t) : (int64_t)tensor_bytes(*t);
+    for (int i = 0; w->n_units[f->kind] > f->index && (t = tensor_at(f, i)); i++) {
+        const int64_t bytes = tensor_none(*t) ? 0 : stored_bytes(w, f, t);
+        w->units[f->kind][f->index].bytes += f->kind == WEIGHTS_BLOCK ? grains(bytes) : bytes;
+    }
 }
 
 // Now, or by weights_settle.
-static int place(struct weights *w, struct linear *linear, struct tensor *tensor, struct err *err)
+static int place(struct weights *w, struct fetched f, struct err *err)
 {
-    const struct fetched f = {w->kind, w->index, linear, tensor, w->fp8};
+    f.kind = w->kind;
+    f.index = w->index;
+    f.fp8 = w->fp8;
     count(w, &f);
     if (!w->home.k)
         return 0;
@@ -580,14 +601,14 @@ int weights_get(struct weights *w, struct tensor *out, int dims, int64_t n0, int
     FORMAT_NAME(name, name_format);
     const int64_t n[] = {n0, n1, n2, n3};
     TRY(get(w, out, dims, n, name, err));
-    return place(w, NULL, out, err);
+    return place(w, (struct fetched){.tensor = out}, err);
 }
 
 static int finish_linear(struct weights *w, struct linear *out, int parts, const struct tensor *weight,
                          const struct tensor *bias, struct err *err)
 {
     TRY(linear_init(out, parts, weight, bias, err));
-    return place(w, out, NULL, err);
+    return place(w, (struct fetched){.layer = true, .linear = out}, err);
 }
 
 int weights_linear(struct weights *w, struct linear *out, const char *prefix, int parts, const char *const *names,
@@ -647,7 +668,7 @@ int weights_conv(struct weights *w, struct conv *out, int64_t c_out, int64_t c_i
     if (!w->home.plan) // a plan looks at shapes alone
         channels_last(data, t.data, c_out, c_in, (int64_t)size * size, dtype_size(t.dtype));
     out->w = tensor_of(data, t.dtype, 4, c_out, size, size, c_in);
-    return place(w, NULL, &out->w, err);
+    return place(w, (struct fetched){.tensor = &out->w}, err);
 }
 
 int weights_norm(struct weights *w, struct tensor *gamma, struct tensor *beta, int64_t n, struct err *err,
@@ -690,14 +711,17 @@ int64_t weights_unit_bytes(const struct weights *w, enum weights_kind kind, int 
 
 struct weights_sharded weights_sharded(const struct weights *w, int block)
 {
-    return (struct weights_sharded){w->units[WEIGHTS_BLOCK][block].piece, w->buffers[block % WEIGHTS_BUFFERS]};
+    if (!w->buffers)
+        return (struct weights_sharded){NULL, NULL};
+    return (struct weights_sharded){(char *)w->pieces + w->units[WEIGHTS_BLOCK][block].at,
+                                    (char *)w->buffers + (block % WEIGHTS_BUFFERS ? w->second_at : 0)};
 }
 
 // Shapes and types as the device would have it.
 static void forgo(const struct weights *w, const struct fetched *f)
 {
     struct linear one = {.parts = 1};
-    if (f->tensor) {
+    if (!f->layer) {
         f->tensor->data = NULL;
         return;
     }
@@ -709,23 +733,11 @@ static void forgo(const struct weights *w, const struct fetched *f)
     *f->linear = one;
 }
 
-static int allocate(struct weights *w, int64_t bytes, void **out, struct err *err)
-{
-    TRY(w->home.k->alloc(w->home.d, (size_t)bytes, out, err));
-    w->shard_bytes += bytes;
-    return 0;
-}
-
-static int64_t grains(int64_t bytes)
-{
-    return (bytes + WEIGHTS_GRAIN - 1) / WEIGHTS_GRAIN * WEIGHTS_GRAIN;
-}
-
 // A block as it is gathered: its tensors one after the other, the factors of E4M3 behind the numbers.
 struct layout {
-    char *base; // what the tensors are to point into, or
-    char *piece;
-    struct span mine; // the bytes of the layout that piece gets
+    char *piece; // not NULL: it gets some of the layout's bytes, mine
+    struct span mine;
+    char *buffer; // not NULL: its tensors are to point into it
     int64_t at;
 };
 
@@ -733,18 +745,18 @@ static void copy_mine(const struct weights *w, const struct layout *l, const voi
 {
     const int64_t end = l->mine.start + l->mine.count;
     const int64_t from = l->at > l->mine.start ? l->at : l->mine.start, to = l->at + bytes < end ? l->at + bytes : end;
-    if (to > from)
+    if (data && to > from) // a plan has no factors
         w->home.k->copy(w->home.d, tensor_2d(l->piece + (from - l->mine.start), DT_U8, 1, to - from),
                         tensor_2d((char *)data + (from - l->at), DT_U8, 1, to - from));
 }
 
-// Returns where data is to be found, or data, where it is copied.
+// Returns where the data will be found.
 static void *lay(const struct weights *w, struct layout *l, void *data, int64_t bytes)
 {
-    if (l->piece && data) // a plan has no factors
+    if (l->piece)
         copy_mine(w, l, data, bytes);
-    if (l->base)
-        data = l->base + l->at;
+    if (l->buffer)
+        data = l->buffer + l->at;
     l->at += grains(bytes);
     return data;
 }
@@ -769,43 +781,54 @@ static int64_t lay_block(const struct weights *w, int block, struct layout l)
 static int shard_block(struct weights *w, int block, struct err *err)
 {
     const struct kernels *k = w->home.k;
-    const int ranks = w->home.held.ranks;
-    struct unit *u = &w->units[WEIGHTS_BLOCK][block];
+    const struct unit *u = &w->units[WEIGHTS_BLOCK][block];
+    const int64_t piece = ownership_piece(u->bytes, w->home.held.ranks);
     const size_t before = w->n_placed;
     for (size_t f = 0; f < w->n_later; f++)
         if (w->later[f].kind == WEIGHTS_BLOCK && w->later[f].index == block)
             TRY(place_fetched(w, &w->later[f], err));
-    u->bytes = lay_block(w, block, (struct layout){0});
-    const int64_t piece = ownership_piece(u->bytes, ranks);
-    TRY(allocate(w, piece, &u->piece, err));
+    if (lay_block(w, block, (struct layout){NULL}) > u->bytes)
+        return err_set(err, ERR_INTERNAL, "block %d is larger on the device than was reckoned", block);
     TRY(k->sync(w->home.d, err));
-    lay_block(w, block, (struct layout){.piece = u->piece, .mine = {piece * w->home.rank, piece}});
+    lay_block(w, block, (struct layout){.piece = (char *)w->pieces + u->at, .mine = {piece * w->home.rank, piece}});
     TRY(k->sync(w->home.d, err));
     while (w->n_placed > before)
         k->displace(w->home.d, w->placed[--w->n_placed]);
     return 0;
 }
 
+static int check_room(const struct weights *w, struct err *err)
+{
+    const int64_t bytes = ownership_shard_bytes(w, &w->home.held);
+    if (!w->home.room || bytes <= w->home.room)
+        return 0;
+    return err_set(err, ERR_NO_MEMORY,
+                   "weights sharded among %d ranks take %.2f GiB of each one's memory, but %.2f GiB are free",
+                   w->home.held.ranks, (double)bytes / (1 << 30), (double)w->home.room / (1 << 30));
+}
+
+// The buffers come last: until then there is room in their place for a block that is placed whole.
 static int shard_blocks(struct weights *w, struct err *err)
 {
-    const int blocks = w->n_units[WEIGHTS_BLOCK], ranks = w->home.held.ranks;
-    const int64_t bytes = ownership_shard_bytes(w, &w->home.held);
+    const int ranks = w->home.held.ranks, blocks = w->n_units[WEIGHTS_BLOCK];
     int64_t largest[WEIGHTS_BUFFERS] = {0};
-    if (w->home.room && bytes > w->home.room)
-        return err_set(err, ERR_NO_MEMORY,
-                       "weights sharded among %d ranks take %.2f GiB of each one's memory, but %.2f GiB are free",
-                       ranks, (double)bytes / (1 << 30), (double)w->home.room / (1 << 30));
     for (int i = 0; i < blocks; i++) {
-        TRY(shard_block(w, i, err));
-        const int64_t whole = ranks * ownership_piece(w->units[WEIGHTS_BLOCK][i].bytes, ranks);
+        struct unit *u = &w->units[WEIGHTS_BLOCK][i];
+        const int64_t piece = ownership_piece(u->bytes, ranks);
         int64_t *buffer = &largest[i % WEIGHTS_BUFFERS];
-        *buffer = whole > *buffer ? whole : *buffer;
+        u->at = w->piece_bytes;
+        w->piece_bytes += piece;
+        *buffer = piece * ranks > *buffer ? piece * ranks : *buffer;
     }
-    for (int i = 0; i < WEIGHTS_BUFFERS; i++)
-        if (largest[i] > 0)
-            TRY(allocate(w, largest[i], &w->buffers[i], err));
+    w->second_at = largest[0];
+    w->buffer_bytes = largest[0] + largest[1];
+    TRY(check_room(w, err));
+    TRY(w->home.k->alloc(w->home.d, (size_t)w->piece_bytes, &w->pieces, err));
     for (int i = 0; i < blocks; i++)
-        lay_block(w, i, (struct layout){.base = w->buffers[i % WEIGHTS_BUFFERS]});
+        TRY(shard_block(w, i, err));
+    TRY(w->home.k->alloc(w->home.d, (size_t)w->buffer_bytes, &w->buffers, err));
+    for (int i = 0; i < blocks; i++)
+        lay_block(w, i, (struct layout){.buffer = weights_sharded(w, i).buffer});
     return 0;
 }
 
