@@ -38,6 +38,7 @@ struct key {
 static const char *const devices[] = {"cpu", "cuda", NULL};
 static const char *const precisions[] = {"default", "fp32", "bf16", "fp16", "fp8", NULL};
 static const char *const answers[] = {"no", "yes", NULL};
+static const char *const weights[] = {"replicated", "sharded", NULL};
 static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 
 #define AT(field) offsetof(struct conf, field)
@@ -113,8 +114,8 @@ static const struct key keys[] = {
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
      .doc = "name@version=directory of a model in diffusers format (relative: to this file); at least one"},
     {"group", "cfg_degree", INT, IN(cfg_degree), 0, 2, "0",
-     .doc = "guidance branches apart; 0: the planner decides. With 2 a job of one branch is made as if no degree were "
-            "set"},
+     .doc = "guidance branches apart; 0: the planner decides. With 2 a job of one branch is made as if no degree but "
+            "PipeFusion's were set"},
     {"group", "ulysses_degree", INT, IN(ulysses_degree), 0, 64, "0",
      .doc = "ranks that share attention heads; 0: the planner decides"},
     {"group", "ring_degree", INT, IN(ring_degree), 0, 64, "0",
@@ -129,7 +130,11 @@ static const struct key keys[] = {
      .doc = "steps that take the image whole before its patches follow each other"},
     {"group", "data_degree", INT, IN(data_degree), 0, 64, "0",
      .doc = "parts that make a job's images side by side; 0: as many as its images can be dealt to. A job whose images "
-            "cannot be dealt to so many is made as if no degree were set"},
+            "cannot be dealt to so many is made as if no degree were set; by stages it is refused"},
+    {"group", "weights", ENUM, IN(weights), .initial = "replicated", .choices = weights,
+     .doc =
+         "of transformers; sharded: a rank has its part of each block's, which are gathered just ahead of use, for a "
+         "model larger than a GPU; replicated: all, or with pipefusion_degree those of its stage"},
     {"group", "slab", SIZE, IN(slab_bytes), 64 * 1024, 1 << 30, "4M",
      .doc = "each rank's window in the memory that the ranks share"},
     {"group", "memory_budget", SIZE, IN(memory_budget), 0, CONF_MAX_BYTES, "0",
@@ -653,6 +658,20 @@ static int check_device(struct parser *p, struct conf_group *g)
     return check_gpu_ranks(p, g);
 }
 
+static int check_weights(struct parser *p, const struct conf_group *g)
+{
+    char section[80];
+    name_section(g, section);
+    if (!g->weights)
+        return 0;
+    if (g->ranks == 1)
+        return fail_at(p, p->line, ERR_INVALID, section, "weights", "= sharded needs ranks of 2 or more");
+    if (g->pipefusion_degree > 1 || g->num_pipeline_patch > 1)
+        return fail_at(p, p->line, ERR_INVALID, section, "weights",
+                       "= sharded cannot be with PipeFusion, whose stages have their own blocks' weights already");
+    return 0;
+}
+
 static int finish(struct parser *p)
 {
     struct conf *c = p->conf;
@@ -671,6 +690,7 @@ static int finish(struct parser *p)
         return fail_at(p, p->line, ERR_INVALID, "callback", "backoff_max", "is below backoff_min");
     for (int i = 0; i < c->n_groups; i++) {
         TRY(check_device(p, &c->groups[i]));
+        TRY(check_weights(p, &c->groups[i]));
         TRY(split_models(p, &c->groups[i]));
     }
     return 0;

@@ -45,6 +45,7 @@ struct conf_group {
     int pipefusion_degree, num_pipeline_patch, warmup_steps;
     char *pipefusion_blocks;   // "2,4": of each stage; "": as even as can be
     int data_degree;           // 0: as a job's images can be dealt
+    int weights;               // 0: replicated, 1: sharded
     int64_t memory_budget;     // bytes of a GPU that a rank may take; 0: all that is free, and on the CPU
     int64_t slab_bytes;        // each rank's window in the shared-memory region
     struct conf_list model;    // as written: name@version=directory

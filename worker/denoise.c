@@ -29,13 +29,18 @@ static void predict_all(struct run *r, struct loop *l, struct tensor x, int i)
             r->runner->run(r->runner, r->model->dit, &r->branch, &l->cond[b], &l->share.rows, i, x, l->v[b]);
 }
 
+static bool recordable(const struct comm *c)
+{
+    return comm_size(c) == 1 || comm_on_device(c);
+}
+
 // Records the second step: the first one has shown the device every shape. Exchanges that are no operations of the
 // device cannot be recorded.
 static void record(struct run *r, struct loop *l, struct tensor x, int i)
 {
     const struct kernels *k = r->branch.k;
-    const bool alone = comm_size(r->branch.comm) == 1 || comm_on_device(r->branch.comm);
-    if (i != 1 || !k->record || !alone || !k->record(r->branch.d))
+    const bool whole = recordable(r->branch.comm) && (!r->branch.ownership || recordable(r->ownership.comm));
+    if (i != 1 || !k->record || !whole || !k->record(r->branch.d))
         return;
     predict_all(r, l, x, i);
     l->recording = k->recorded(r->branch.d);

@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "proto/clock.h"
+#include "worker/ownership.h"
 #include "worker/stages.h"
 #include "worker/tuned.h"
 
@@ -29,6 +30,7 @@ struct engine {
     char opened[KEY];  // the job for which data's memory is open; "": it is not
     int64_t memory_limit;
     bool fp8, exact;
+    struct plan held;            // of all models with this engine's home
     struct residency *residency; // NULL: the device computes in the host's memory
     struct prompt_cache *cache;
     struct demand demand; // of the job in hand
@@ -121,6 +123,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->memory_limit = options->memory_limit;
     e->fp8 = options->fp8;
     e->exact = options->device.exact;
+    e->held = options->held;
     open_prices(e, options);
     int rc = open_device(e, &options->device, err);
     if (rc == 0)
@@ -151,7 +154,11 @@ void engine_free(struct engine *e)
 
 struct home engine_home(const struct engine *e)
 {
-    return (struct home){.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency};
+    struct home home = {.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency, .held = e->held};
+    home.rank = comm_rank(e->data);
+    if (!e->residency)
+        home.room = e->memory_limit ? e->memory_limit : engine_host_memory_free() / comm_size(e->data);
+    return home;
 }
 
 struct comm_times engine_comm_times(const struct engine *e)
@@ -345,9 +352,9 @@ static void key_of(const struct model *m, const Ditfleet__V1__Job *job, const st
 {
     char plan_text[PLAN_TEXT];
     plan_print(plan, plan_text);
-    snprintf(key, KEY, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d %s", m->hash, m->home && m->home->fp8,
-             job->width, job->height, job->num_inference_steps, job->max_sequence_length, job->num_images,
-             job_true_cfg(job) ? 2 : 1, plan_text);
+    snprintf(key, KEY, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d weights=%d %s", m->hash,
+             m->home && m->home->fp8, job->width, job->height, job->num_inference_steps, job->max_sequence_length,
+             job->num_images, job_true_cfg(job) ? 2 : 1, plan->weights, plan_text);
 }
 
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
@@ -478,18 +485,30 @@ static int reserve_on_host(struct engine *e, const struct model *m, const Ditfle
                    job->width, job->height, gib((int64_t)bytes), plan->ranks, gib(limit), largest);
 }
 
+// Says what the transformer would take of each GPU if its weights were sharded, where they may be.
+static void print_sharded(const struct model *m, const struct plan *plan, int stage, char text[96])
+{
+    struct plan sharded = *plan;
+    sharded.weights = PLAN_SHARDED;
+    *text = 0;
+    if (stage == ENGINE_DENOISE && plan->ranks > 1 && plan->weights == PLAN_REPLICATED && !plan_in_patches(plan))
+        snprintf(text, 96, "; with weights sharded the transformer takes %.2f GiB of each",
+                 gib(ownership_bytes(m->dit->weights, &sharded, 0)));
+}
+
 static int refuse_on_device(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct plan *plan, size_t extra, int stage, struct err *err)
 {
     static const char *const doing[ENGINE_STAGES] = {"encoding text", "denoising", "decoding"};
     const struct demand *d = &e->demand;
-    char largest[96];
+    char largest[96], sharded[96];
     print_largest(e, m, job, plan, extra, 0, largest);
+    print_sharded(m, plan, stage, sharded);
     return err_set(err, ERR_UNSUPPORTED,
                    "width %u x height %u needs %.2f GiB of activations, %.2f GiB of weights and %.2f GiB for libraries "
-                   "and prompts while %s on each of %d GPUs, more than the memory budget of %.2f GiB; %s",
+                   "and prompts while %s on each of %d GPUs, more than the memory budget of %.2f GiB; %s%s",
                    job->width, job->height, gib((int64_t)d->stage[stage] + d->between), gib(stage_weights(m, stage)),
-                   gib(d->fixed), doing[stage], plan->ranks, gib(residency_budget(e->residency)), largest);
+                   gib(d->fixed), doing[stage], plan->ranks, gib(residency_budget(e->residency)), largest, sharded);
 }
 
 // Every stage has to fit: its weights, its activations, and what is there throughout. One arena serves all stages,
@@ -651,13 +670,20 @@ static int choose(struct engine *e, const struct model *m, const Ditfleet__V1__J
     return rc ? rc : comm_check(e->control, err);
 }
 
+// How the model's weights are had.
+static struct plan held_of(const struct model *m)
+{
+    return m->home ? m->home->held : (struct plan){.weights = PLAN_REPLICATED};
+}
+
 // What can be known before any work: the plan, and whether it fits. The cache of prompts comes first: what is in it
 // must not depend on what fails on one rank alone.
 static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct plan *want, const struct engine_hooks *hooks, struct plan *plan,
                             struct err *err)
 {
-    struct plan open = *want, here;
+    const struct plan held = held_of(m);
+    struct plan open = plan_keep_to(&held, want), here;
     open.ranks = comm_size(e->data);
     open.exact = e->exact;
     if (e->exact && open.ring == 0)
@@ -666,6 +692,7 @@ static int plan_and_reserve(struct engine *e, const struct model *m, const Ditfl
     TRY(plan_deal_images(&open, (int)job->num_images, err));
     TRY(choose(e, m, job, &open, trace_bytes(hooks, job), &here, err));
     TRY(plan_make(&m->info, e->k, &here, job_true_cfg(job), plan, err));
+    TRY(plan_check_kept(&held, plan, err));
     return reserve(e, m, job, plan, trace_bytes(hooks, job), err);
 }
 
@@ -694,12 +721,13 @@ static int close_memory(struct engine *e, const char *key, struct err *err)
     return comm_close_memory(e->data, err);
 }
 
-static int open_memory(struct engine *e, const char *key, struct err *err)
+// Sharded weights are messages, too, and their memory comes and goes with the transformer: it is not opened.
+static int open_memory(struct engine *e, const struct model *m, const char *key, struct err *err)
 {
     if (*e->opened)
         return 0;
     memcpy(e->opened, key, KEY);
-    return comm_open_memory(e->data, !e->between, err);
+    return comm_open_memory(e->data, !e->between && held_of(m).weights != PLAN_SHARDED, err);
 }
 
 static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
@@ -711,7 +739,7 @@ static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1
         snprintf(key + strlen(key), KEY - strlen(key), " traced");
     TRY(close_memory(e, key, err));
     TRY(agree_on_plan(e, m, job, want, hooks, plan, err));
-    return open_memory(e, key, err);
+    return open_memory(e, m, key, err);
 }
 
 // Between jobs the arena holds nothing.

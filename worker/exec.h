@@ -11,12 +11,15 @@
 #include "worker/comm/comm.h"
 #include "worker/parallel/spread.h"
 
+struct ownership;
+
 struct exec {
     const struct kernels *k;
     struct device *d;
     struct arena *arena;
     struct comm *comm;                      // ranks that share the rows of one image
     const struct attention_link *attention; // first link of the chain
+    struct ownership *ownership;            // of the model's weights (worker/ownership.h); NULL: this rank has all
 };
 
 // One attention over the rows of all ranks. This rank holds rows[rank] of them.

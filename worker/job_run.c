@@ -50,23 +50,29 @@ static int on_progress(void *arg, enum engine_stage stage, int step, int steps, 
     return v->release ? err_set(err, ERR_UNAVAILABLE, "the worker is draining") : 0;
 }
 
-// The degrees asked of the group, where the job allows them: a job of one guidance branch has no use for two, and
-// images cannot always be dealt to so many parts.
-static int wanted(const struct worker *w, const Ditfleet__V1__Job *job, struct plan *out, struct err *err)
+int worker_plan(const struct conf_group *g, struct plan *out, struct err *err)
 {
-    const struct conf_group *g = w->group;
-    *out = (struct plan){0};
-    if ((g->cfg_degree == 2 && !job_true_cfg(job)) ||
-        (g->data_degree > 0 && job->num_images % (uint32_t)g->data_degree != 0))
-        return 0;
     *out = (struct plan){.cfg = g->cfg_degree,
                          .ulysses = g->ulysses_degree,
                          .ring = g->ring_degree,
                          .pipe = g->pipefusion_degree,
                          .patches = g->num_pipeline_patch,
                          .warmup = g->warmup_steps,
-                         .data = g->data_degree};
+                         .data = g->data_degree,
+                         .weights = g->weights ? PLAN_SHARDED : PLAN_REPLICATED};
     return plan_parse_blocks(g->pipefusion_blocks, out, err);
+}
+
+// The degrees asked of the group, where the job allows them: a job of one guidance branch has no use for two, and
+// images cannot always be dealt to so many parts. The stages stay: they have their weights.
+static int wanted(const struct worker *w, const Ditfleet__V1__Job *job, struct plan *out, struct err *err)
+{
+    const struct conf_group *g = w->group;
+    TRY(worker_plan(g, out, err));
+    if ((g->cfg_degree == 2 && !job_true_cfg(job)) ||
+        (g->data_degree > 0 && job->num_images % (uint32_t)g->data_degree != 0))
+        out->cfg = out->ulysses = out->ring = out->data = 0;
+    return 0;
 }
 
 static int run_job(struct worker *w, int model, const Ditfleet__V1__Job *job, struct watch *watch,

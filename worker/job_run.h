@@ -23,6 +23,9 @@ struct worker {
     bool serving; // it was ready: what goes wrong from here on need not go wrong again
 };
 
+// The plan that the group's configuration asks for, 0 where it leaves it open.
+int worker_plan(const struct conf_group *g, struct plan *out, struct err *err);
+
 // A picture through every model, on all ranks: pages, threads and buffers are there afterwards. On a GPU it has the
 // model's default size, where that fits: then algorithms are chosen and memory is taken before the first job.
 int worker_warm_up(struct worker *w, struct err *err);

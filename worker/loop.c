@@ -61,8 +61,8 @@ void loop_condition(struct run *r, const struct schedule *s, const struct prompt
     float model_time[SAMPLER_MAX_STEPS]; // the model multiplies by 1000 again, as the reference does
     for (int i = 0; i < s->steps; i++)
         model_time[i] = s->timesteps[i] / 1000.0F;
-    for (int b = 0; b < r->branches; b++)
-        if (loop_my_branch(r, b))
+    for (int b = 0; b < r->branches; b++) // what ranks compute for each other they compute for both branches
+        if (loop_my_branch(r, b) || r->branch.ownership)
             r->model->dit->ops->prepare(r->model->dit, &r->branch, model_time, s->steps, r->job->guidance_scale,
                                         tensor_rows(prompts[b].embeds, text.start, text.count), prompts[b].pooled,
                                         &cond[b]);

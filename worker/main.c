@@ -114,6 +114,9 @@ static int open_engine(struct worker *w, const struct arguments *a, struct err *
     TRY(backend_find(cuda ? "cuda" : "cpu", &w->kernels, err));
     TRY(comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
     TRY(choose_precision(w, err));
+    struct plan want, held;
+    TRY(worker_plan(w->group, &want, err));
+    TRY(plan_hold(&want, w->group->ranks, &held, err));
     const struct engine_options options = {.kernels = w->kernels,
                                            .device = {.threads = conf_group_threads(w->group),
                                                       .gpu = cuda ? (int)a->rank : 0,
@@ -121,6 +124,7 @@ static int open_engine(struct worker *w, const struct arguments *a, struct err *
                                            .fp8 = w->precision.fp8,
                                            .control = w->comm,
                                            .memory_budget = w->group->memory_budget,
+                                           .held = held,
                                            .tuned = true};
     const int rc = engine_new(&options, &w->engine, err);
     if (rc != 0 && cuda)
@@ -130,12 +134,12 @@ static int open_engine(struct worker *w, const struct arguments *a, struct err *
 
 static int load_models(struct worker *w, struct err *err)
 {
-    const struct home home = engine_home(w->engine);
-    const bool mapped = w->group->device == CONF_DEVICE_CPU; // ranks share the files' pages
     w->models = calloc((size_t)w->group->model.count + 1, sizeof(struct model *));
     if (!w->models)
         return err_set(err, ERR_NO_MEMORY, "no memory for models");
     for (int i = 0; i < w->group->model.count; i++) {
+        const struct home home = engine_home(w->engine); // of the memory that is free now
+        const bool mapped = w->group->device == CONF_DEVICE_CPU && home.held.weights == PLAN_REPLICATED; // and shared
         pulse_report(w->pulse, STAGE_LOADING, (uint32_t)i, (uint32_t)w->group->model.count, "");
         TRY(model_load_on(w->group->models[i].directory, mapped ? NULL : &home, &w->models[i], err));
         log_line(w->log, LOG_INFO, "model.loaded", "model=%s@%s hash=%.16s device=%s precision=%s",

@@ -107,7 +107,7 @@ static const struct weights *weights_of(const struct model_parts *parts, enum mo
     case PART_T5:
         return t5_weights(parts->t5);
     case PART_DIT:
-        return flux_weights(parts->dit);
+        return parts->dit->weights;
     default:
         return vae_weights(parts->vae);
     }

@@ -140,7 +140,7 @@ static void through_blocks(struct pipe *p, struct patch *a, int step, int b, str
     else
         pass.update = exec_tensor(x, 2, hidden.n[0], hidden.n[1], 1, 1);
     for (int64_t i = 0; i < p->blocks.count; i++)
-        m->ops->block(m, x, &pass, (int)(p->blocks.start + i));
+        dit_block(m, x, &pass, (int)(p->blocks.start + i));
     if (p->stage + 1 == p->stages)
         m->ops->head(m, x, &pass, a->v[b]);
     else

@@ -123,6 +123,20 @@ static int check_blocks(const struct dit_info *model, const struct plan *p, stru
     return 0;
 }
 
+// Parts of blocks are gathered by ranks that go through all blocks, and together.
+static int check_sharded(const struct plan *p, int ranks, struct err *err)
+{
+    if (p->weights != PLAN_SHARDED)
+        return 0;
+    if (ranks == 1)
+        return err_set(err, ERR_UNSUPPORTED, "weights sharded: one rank has nobody to share them with");
+    if (plan_in_patches(p))
+        return err_set(err, ERR_UNSUPPORTED,
+                       "weights sharded with pipefusion_degree %d: its stages have their own blocks' weights already",
+                       p->pipe);
+    return 0;
+}
+
 // What PipeFusion asks for.
 static int check_pipe(const struct dit_info *model, const struct plan *p, struct err *err)
 {
@@ -193,7 +207,7 @@ int plan_make(const struct dit_info *model, const struct kernels *k, const struc
     part.ranks = want->ranks / part.data;
     TRY(make_part(model, k, &part, true_cfg, out, err));
     out->ranks = want->ranks;
-    return 0;
+    return check_sharded(out, out->ranks, err);
 }
 
 int plan_deal_images(struct plan *want, int images, struct err *err)
@@ -245,6 +259,49 @@ struct span plan_stage(const struct plan *p, int blocks, int stage)
     return spread_mine(&s);
 }
 
+int plan_parse_weights(const char *text, struct plan *p, struct err *err)
+{
+    const bool sharded = text && strcmp(text, "sharded") == 0;
+    if (text && !sharded && strcmp(text, "replicated") != 0)
+        return err_set(err, ERR_INVALID, "weights %.40s: they may be replicated or sharded", text);
+    p->weights = sharded ? PLAN_SHARDED : PLAN_REPLICATED;
+    return 0;
+}
+
+int plan_hold(const struct plan *want, int ranks, struct plan *out, struct err *err)
+{
+    const int data = want->data ? want->data : 1;
+    *out = (struct plan){.ranks = ranks, .weights = want->weights};
+    TRY(check_sharded(want, ranks, err));
+    if (want->pipe < 2 || ranks % (want->pipe * data) != 0) // in the latter case plan_make refuses every job
+        return 0;
+    out->weights = PLAN_BY_STAGE;
+    out->pipe = want->pipe;
+    out->data = data;
+    memcpy(out->blocks, want->blocks, sizeof out->blocks);
+    return 0;
+}
+
+struct plan plan_keep_to(const struct plan *held, const struct plan *want)
+{
+    struct plan p = *want;
+    p.weights = held->weights;
+    if (held->weights == PLAN_BY_STAGE && p.data == 0)
+        p.data = held->data;
+    return p;
+}
+
+int plan_check_kept(const struct plan *held, const struct plan *p, struct err *err)
+{
+    if (held->weights != PLAN_BY_STAGE ||
+        (p->pipe == held->pipe && p->data == held->data && memcmp(p->blocks, held->blocks, sizeof p->blocks) == 0))
+        return 0;
+    return err_set(err, ERR_UNSUPPORTED,
+                   "pipefusion_degree %d x data_degree %d: the group's ranks have the weights of %d stages x %d parts "
+                   "and can make no other plan",
+                   p->pipe, p->data, held->pipe, held->data);
+}
+
 int plan_parse_blocks(const char *text, struct plan *p, struct err *err)
 {
     const int n = conf_numbers(text, 1, 1000, p->blocks, COMM_MAX_RANKS);
@@ -272,4 +329,6 @@ void plan_print(const struct plan *p, char text[PLAN_TEXT])
         snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " data=%d", p->data);
     if (p->exact)
         snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " exact");
+    if (p->weights == PLAN_SHARDED)
+        snprintf(text + strlen(text), PLAN_TEXT - strlen(text), " weights=sharded");
 }

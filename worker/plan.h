@@ -4,11 +4,14 @@
 
 #include "worker/models/dit.h"
 
+// How the ranks of a group have the transformer's weights (worker/ownership.h).
+enum plan_weights { PLAN_REPLICATED, PLAN_SHARDED, PLAN_BY_STAGE };
+
 // World rank r is number p = r % (ranks / data) of part r / (ranks / data). Within the part it is number
-// b = p % (pipe * ulysses * ring) of guidance branch p / (pipe * ulysses * ring) (when cfg is 2). Within the branch it
-// is number s = b % (ulysses * ring) of stage b / (ulysses * ring), and within the stage member s % ulysses of Ulysses
-// group s / ulysses: neighbours, who exchange most often, share heads, the ring goes from group to group, and what is
-// said least often, from stage to stage.
+// s = p % (cfg * ulysses * ring) of stage p / (cfg * ulysses * ring): whose stage a rank is does not depend on how the
+// stage deals out its ranks, for its weights lie there. Within the stage it is number b = s % (ulysses * ring) of
+// guidance branch s / (ulysses * ring), and within the branch member b % ulysses of Ulysses group b / ulysses:
+// neighbours, who exchange most often, share heads, and the ring goes from group to group.
 struct plan {
     int ranks;   // data * cfg * pipe * ulysses * ring
     int cfg;     // 1, or 2: the two guidance branches on two halves of the group
@@ -19,6 +22,7 @@ struct plan {
     int warmup;  // PipeFusion: steps at first that take the image whole; those after them attend to stale rows
     int data;    // parts of the group, neighbours, each of which makes some of the job's images as a group of its own
     bool exact;  // the picture has one rank's bits also where these depend on how rows are cut (struct device_options)
+    int weights; // enum plan_weights
     short blocks[COMM_MAX_RANKS]; // of the model, that each stage has, so that unequal GPUs can share it; 0s: even
 };
 
@@ -57,10 +61,23 @@ int plan_deal_images(struct plan *want, int images, struct err *err);
 // The blocks of a model with so many that a stage of the plan has.
 struct span plan_stage(const struct plan *p, int blocks, int stage);
 
+// Sets weights by text, "replicated" or "sharded"; NULL: replicated. ERR_INVALID: it is neither.
+int plan_parse_weights(const char *text, struct plan *p, struct err *err);
+
+// How a group that makes all its pictures by the degrees of want has its weights: sharded where want is, by stage where
+// want has several, else replicated; and what a job's plan has to keep to therefore. ERR_UNSUPPORTED: sharded on one
+// rank, or with patches.
+int plan_hold(const struct plan *want, int ranks, struct plan *out, struct err *err);
+// want with what it has to keep to filled in where it is open. held: of plan_hold.
+struct plan plan_keep_to(const struct plan *held, const struct plan *want);
+// ERR_UNSUPPORTED: a plan that does not.
+int plan_check_kept(const struct plan *held, const struct plan *p, struct err *err);
+
 // Sets blocks by text, "2,4": whole numbers, one for each stage, and pipe, where it is 0. "" sets nothing.
 // ERR_INVALID: it is no such text.
 int plan_parse_blocks(const char *text, struct plan *p, struct err *err);
 
-void plan_print(const struct plan *p, char text[PLAN_TEXT]); // "cfg=1 ulysses=2 ring=1", PipeFusion's numbers behind
+// "cfg=1 ulysses=2 ring=1", PipeFusion's numbers and sharded weights behind
+void plan_print(const struct plan *p, char text[PLAN_TEXT]);
 
 #endif

@@ -49,21 +49,32 @@ static int join_part(struct run *r, struct comm *world, struct comm **out, struc
     return 0;
 }
 
+// The ranks that have the weights between them.
+static int join_owners(struct run *r, struct comm *group, struct err *err)
+{
+    if (r->plan.weights == PLAN_REPLICATED)
+        return 0;
+    ownership_make(r->model->dit->weights, &r->plan, comm_rank(group), &r->ownership);
+    r->branch.ownership = &r->ownership;
+    return comm_group(group, 0, 1, comm_size(group), &r->ownership.comm, err);
+}
+
 int run_join(struct run *r, struct comm *group, struct err *err)
 {
     struct comm *world;
+    TRY(join_owners(r, group, err));
     TRY(join_part(r, group, &world, err));
-    const int u = r->plan.ulysses, ranks = u * r->plan.ring; // of a stage
-    const int me = comm_rank(world), place = me % ranks, branch = ranks * r->plan.pipe, in_branch = me % branch;
+    const int u = r->plan.ulysses, ranks = u * r->plan.ring; // of a branch, in a stage
+    const int me = comm_rank(world), place = me % ranks, stage = ranks * r->plan.cfg, in_stage = me % stage;
     choose_ways(r);
     r->world.comm = world;
     // Convolutions of other heights may have other engines, and other bits.
     TRY(comm_group(world, r->plan.exact ? me : 0, 1, r->plan.exact ? 1 : comm_size(world), &r->decoding.comm, err));
     TRY(comm_group(world, me - place, 1, ranks, &r->branch.comm, err));
-    TRY(comm_group(world, me - in_branch + place, ranks, r->plan.pipe, &r->pipe, err));
+    TRY(comm_group(world, in_stage, stage, r->plan.pipe, &r->pipe, err));
     TRY(comm_group(r->branch.comm, place / u * u, 1, u, &r->usp.inside, err));
     TRY(comm_group(r->branch.comm, place % u, u, r->plan.ring, &r->usp.across, err));
-    return r->plan.cfg == 2 ? comm_group(world, in_branch, branch, 2, &r->pair, err) : 0;
+    return r->plan.cfg == 2 ? comm_group(world, me - in_stage + place, ranks, 2, &r->pair, err) : 0;
 }
 
 void run_leave(struct run *r)
@@ -75,7 +86,9 @@ void run_leave(struct run *r)
     comm_free(r->branch.comm);
     comm_free(r->decoding.comm);
     comm_free(r->part);
+    comm_free(r->ownership.comm);
     r->part = r->pair = r->usp.across = r->usp.inside = r->pipe = r->branch.comm = r->decoding.comm = NULL;
+    r->ownership.comm = NULL;
 }
 
 void run_use(struct run *r, const struct kernels *k, struct device *d, struct arena *arena)

@@ -3,6 +3,7 @@
 #define DITFLEET_RUN_H
 
 #include "worker/engine.h"
+#include "worker/ownership.h"
 #include "worker/prompt_cache.h"
 #include "worker/residency.h"
 
@@ -37,6 +38,7 @@ struct run {
     struct ulysses_groups usp;     // within the branch: neighbours share heads, groups of them make a ring
     struct attention_link ulysses; // over usp
     struct comm *pair;             // the same rows of the other branch; NULL unless plan.cfg is 2
+    struct ownership ownership;    // of a plan that is not replicated
     bool agreed;                   // all ranks know that the job ends here
     int branches;                  // 1, or 2 with true CFG
     int64_t latent_h, latent_w;    // rows and columns of the VAE's latents

@@ -7,6 +7,7 @@
 #define DITFLEET_WORKER_WEIGHTS_H
 
 #include "kernels/kernels.h"
+#include "worker/plan.h"
 
 struct weights;
 struct invention;
@@ -20,6 +21,9 @@ struct home {
     const struct invention *invention; // not NULL: no file is opened, weights are windows into it (worker/invent.h)
     struct residency *residency;       // not NULL: it says which parts are there, and when (worker/residency.h)
     bool plan;                         // shapes and types alone are wanted: k computes nothing
+    struct plan held;                  // of plan_hold: how the ranks of a group have transformers, and
+    int rank;                          // which of them this is. weights PLAN_REPLICATED: all of them
+    int64_t room;                      // bytes of the host's memory that sharded weights may take; 0: not known
 };
 
 // stem: "diffusion_pytorch_model" or "model". What is fetched is placed in the home (NULL: none), and displaced by
@@ -32,6 +36,31 @@ bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.
 int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
     __attribute__((format(printf, 4, 5)));
+
+// ---- weights that not every rank has (worker/ownership.h)
+
+// Weights of all ranks, of a block, of a modulation.
+enum weights_kind { WEIGHTS_COMMON, WEIGHTS_BLOCK, WEIGHTS_ONCE, WEIGHTS_KINDS };
+// Buffers that gathered blocks use in turns; bytes: a tensor in them begins at a multiple.
+enum { WEIGHTS_BUFFERS = 2, WEIGHTS_GRAIN = 256 };
+
+// Before anything is fetched: w is of so many blocks and modulations.
+int weights_divide(struct weights *w, int blocks, int once, struct err *err);
+// What is fetched from here on, at first WEIGHTS_COMMON, index 0. Where the home has some of it elsewhere, what fetches
+// fill in stays where it is until weights_settle, and is good from then on.
+void weights_belong(struct weights *w, enum weights_kind kind, int index);
+// After everything is fetched: places what this rank has. The tensors of what it has not have no data; those of sharded
+// blocks point to where the blocks are gathered. ERR_NO_MEMORY: beyond the home's room, with the numbers.
+int weights_settle(struct weights *w, struct err *err);
+int weights_count(const struct weights *w, enum weights_kind kind);
+int64_t weights_unit_bytes(const struct weights *w, enum weights_kind kind, int index);
+// Of a block that was settled sharded, on the device; NULLs of others.
+struct weights_sharded {
+    const void *piece; // this rank's bytes
+    void *buffer;      // of the block, gathered
+};
+struct weights_sharded weights_sharded(const struct weights *w, int block);
+
 int64_t weights_bytes(const struct weights *w);        // of all tensors; of invented ones, those fetched so far
 int64_t weights_placed_bytes(const struct weights *w); // of what was placed, on its device
 // Every tensor as the files have it, in the order of names; file: its path.

@@ -52,6 +52,7 @@ int bench_load(struct bench *b, struct err *err)
                    .exact = b->exact},
         .fp8 = b->precision.fp8,
         .control = b->comm,
+        .held = b->held,
         .memory_limit = b->k->memory ? INT64_MAX : 0,
         .memory_budget = (int64_t)(b->memory_budget * (1 << 30)),
     };
@@ -67,8 +68,9 @@ int bench_load(struct bench *b, struct err *err)
     bench_memory_seen(b);
     b->memory.loaded = b->memory.peak;
     b->memory.weights = model_bytes(b->model);
+    b->memory.transformer = model_placed_bytes(b->model, 1U << PART_DIT);
     TRY(model_resolve_job(b->model, b->job, err));
-    struct plan want = b->want;
+    struct plan want = plan_keep_to(&b->held, &b->want);
     want.ranks = b->ranks;
     want.exact = b->exact;
     if (b->exact && want.ring == 0)
@@ -163,6 +165,8 @@ static int check(struct bench *b, const char *what, struct err *err)
         return 0; // no device and no job
     TRY(job_check_fields(b->job, err));
     TRY(plan_parse_blocks(b->blocks, &b->want, err));
+    TRY(plan_parse_weights(b->weights, &b->want, err));
+    TRY(plan_hold(&b->want, b->ranks, &b->held, err));
     if (b->ranks > 1 && b->what == BENCH_START)
         return err_set(err, ERR_INVALID, "--what start is of one process: it goes with --ranks 1");
     if (b->job->num_images > 1)
@@ -234,7 +238,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
          0},
         {"--ranks", "N", "processes that make each picture together (default 1)", CLI_INT, &b->ranks, 1,
          COMM_MAX_RANKS},
-        CLI_DEGREES(b->want, b->blocks),
+        CLI_DEGREES(b->want, b->blocks, b->weights),
         {"--threads", "N", "threads of each rank of the CPU; default: cores / ranks", CLI_INT, &b->threads, 1, 1024},
         {"--repeat", "N", "images, or runs of a part, that count; one more goes before (default 3)", CLI_INT,
          &b->repeat, 1, BENCH_MAX_REPEAT - 1},

@@ -56,6 +56,7 @@ struct bench_cost {
 
 struct bench_memory {
     int64_t weights, activations;        // bytes: as stored; predicted
+    int64_t transformer;                 // of its weights, on the device of this rank
     int64_t total, before, loaded, peak; // of the device, in use by all processes; total 0: the host's memory
     int64_t process;                     // peak of this process, resident
 };
@@ -77,8 +78,10 @@ struct bench {
     const char *checkpoint; // where the architecture is to be written, instead of measuring
     enum bench_what what;
     int repeat, threads, ranks;
-    struct plan want;   // degrees
-    const char *blocks; // of each stage, as text
+    struct plan want;    // degrees
+    const char *blocks;  // of each stage, as text
+    const char *weights; // NULL: replicated
+    struct plan held;    // how the ranks have the transformer
     bool compare, json, exact;
     double memory_budget; // GiB; 0: what is free
     Ditfleet__V1__Job *job;

@@ -147,8 +147,8 @@ static void print_ops(const struct bench_ops *ops)
 static void print_memory(const struct bench *b)
 {
     const struct bench_memory *m = &b->memory;
-    printf("%-28s weights as stored %.2f GiB, activations %.2f GiB", "memory", (double)m->weights / GIB,
-           (double)m->activations / GIB);
+    printf("%-28s weights as stored %.2f GiB, of the transformer here %.2f GiB, activations %.2f GiB", "memory",
+           (double)m->weights / GIB, (double)m->transformer / GIB, (double)m->activations / GIB);
     if (m->total)
         printf("; in use on the device %.2f GiB before, %.2f loaded, %.2f at most, of %.2f", (double)m->before / GIB,
                (double)m->loaded / GIB, (double)m->peak / GIB, (double)m->total / GIB);
@@ -255,10 +255,10 @@ static json_t *ops_json(const struct bench_ops *ops)
 
 static json_t *memory_json(const struct bench_memory *m)
 {
-    return json_pack("{s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "weights", (json_int_t)m->weights, "activations",
-                     (json_int_t)m->activations, "device_total", (json_int_t)m->total, "device_before",
-                     (json_int_t)m->before, "device_loaded", (json_int_t)m->loaded, "device_peak", (json_int_t)m->peak,
-                     "process_peak", (json_int_t)m->process);
+    return json_pack("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "weights", (json_int_t)m->weights, "transformer",
+                     (json_int_t)m->transformer, "activations", (json_int_t)m->activations, "device_total",
+                     (json_int_t)m->total, "device_before", (json_int_t)m->before, "device_loaded",
+                     (json_int_t)m->loaded, "device_peak", (json_int_t)m->peak, "process_peak", (json_int_t)m->process);
 }
 
 static json_t *peer_json(const struct bench *b)

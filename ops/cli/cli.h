@@ -40,8 +40,9 @@ struct cli_flag {
     double min, max; // of numbers
 };
 
-// The flags of a plan's degrees, but data_degree; want: a struct plan, blocks: a const char *.
-#define CLI_DEGREES(want, blocks)                                                                                      \
+// The flags of a plan's degrees, but data_degree, and of its weights; want: a struct plan, blocks, weights: const char
+// *.
+#define CLI_DEGREES(want, blocks, weights)                                                                             \
     {"--ulysses-degree", "N", "ranks that share attention heads; default: chosen", CLI_INT, &(want).ulysses, 1,        \
      COMM_MAX_RANKS},                                                                                                  \
         {"--ring-degree", "N",          "groups of such ranks that pass keys and values round; default: chosen",       \
@@ -75,9 +76,11 @@ struct cli_flag {
          &(blocks),                                                                                                    \
          0,                                                                                                            \
          0},                                                                                                           \
+        {"--warmup-steps", "N", "steps that take the image whole before that; default: 1", CLI_INT, &(want).warmup, 1, \
+         SAMPLER_MAX_STEPS},                                                                                           \
     {                                                                                                                  \
-        "--warmup-steps", "N", "steps that take the image whole before that; default: 1", CLI_INT, &(want).warmup, 1,  \
-            SAMPLER_MAX_STEPS                                                                                          \
+        "--weights", "replicated|sharded",                                                                             \
+            "sharded: each rank has a part of every block's, gathered just ahead of use", CLI_STRING, &(weights), 0, 0 \
     }
 
 #define CLI_EXACT(flag)                                                                                                \

@@ -14,11 +14,12 @@
 #include "worker/output/describe.h"
 
 struct generate {
-    const char *model_dir, *device, *out, *latents, *budget;
+    const char *model_dir, *device, *out, *latents, *budget, *weights;
     int64_t memory_budget; // budget in bytes
     const struct kernels *kernels;
     int ranks, threads;
     struct plan want;   // degrees
+    struct plan held;   // how the ranks have the transformer
     const char *blocks; // of each stage, as text
     bool quiet, exact;
     Ditfleet__V1__Job *job;
@@ -80,6 +81,7 @@ static int open_engine(const struct generate *g, struct comm *comm, struct engin
                                      .device = {.threads = g->threads, .gpu = comm_rank(comm), .exact = g->exact},
                                      .control = comm,
                                      .memory_budget = g->memory_budget,
+                                     .held = g->held,
                                      .tuned = true};
     struct precision precision;
     TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
@@ -98,10 +100,11 @@ static int run_rank(void *arg, struct comm *comm, struct err *err)
     if (g->latents) // both hooks share arg: the recorder wins, and progress is left out
         mine.arg = g->recorder, mine.progress = NULL;
     struct engine *e = NULL;
-    struct model *placed = NULL; // on the CPU the mapped files serve all ranks
+    struct model *placed = NULL; // on the CPU the mapped files serve all ranks that have all weights
+    const bool mapped = g->kernels == &kernels_cpu && g->held.weights == PLAN_REPLICATED;
     int rc = open_engine(g, comm, &e, err);
     const struct home home = rc == 0 ? engine_home(e) : (struct home){0};
-    if (rc == 0 && g->kernels != &kernels_cpu)
+    if (rc == 0 && !mapped)
         rc = model_load_on(g->model_dir, &home, &placed, err);
     if (rc != 0)
         comm_abort(comm, err->text); // nobody may wait for this rank
@@ -186,6 +189,8 @@ static int choose_device(struct generate *g, struct err *err)
     if (g->exact && strcmp(g->device, "cpu") == 0)
         return err_set(err, ERR_INVALID, "--exact is of GPUs: CPU ranks are so by themselves");
     TRY(plan_parse_blocks(g->blocks, &g->want, err));
+    TRY(plan_parse_weights(g->weights, &g->want, err));
+    TRY(plan_hold(&g->want, g->ranks, &g->held, err));
     return backend_find(g->device, &g->kernels, err);
 }
 
@@ -201,7 +206,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
          CLI_STRING, &g.budget, 0, 0},
         {"--ranks", "N", "processes that share the work", CLI_INT, &g.ranks, 1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &g.threads, 1, 1024},
-        CLI_DEGREES(g.want, g.blocks),
+        CLI_DEGREES(g.want, g.blocks, g.weights),
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &g.want.data, 1, COMM_MAX_RANKS},
         CLI_EXACT(g.exact),

@@ -9,6 +9,7 @@
 #include "ops/cli/json.h"
 #include "proto/conf.h"
 #include "worker/invent.h"
+#include "worker/ownership.h"
 #include "worker/tuned.h"
 
 enum { MOST_ROWS = 256 };
@@ -24,7 +25,7 @@ struct row {
 
 struct planning {
     // asked for
-    const char *model_dir, *architecture, *device, *objective, *budget, *blocks;
+    const char *model_dir, *architecture, *device, *objective, *budget, *blocks, *weights; // NULL: as they fit
     int ranks, threads;
     struct plan want;
     bool all, json;
@@ -83,15 +84,27 @@ static int prepare(struct planning *p, struct err *err)
 
 // ---- the plans
 
-// On the CPU ranks share the mapped weights; a GPU holds those of the stage in hand, at least.
-static int64_t memory_of(const struct planning *p, const struct engine_estimate *most)
+// Of the transformer, on the fullest rank.
+static int64_t transformer_bytes(const struct planning *p, const struct plan *plan)
 {
-    static const unsigned parts[ENGINE_STAGES] = {1U << PART_CLIP | 1U << PART_T5, 1U << PART_DIT, 1U << PART_VAE};
+    int64_t most = 0;
+    for (int r = 0; r < plan->ranks; r++) {
+        const int64_t bytes = ownership_bytes(p->model->dit->weights, plan, r);
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
+// On the CPU ranks share the mapped weights; a GPU holds those of the stage in hand, at least.
+static int64_t memory_of(const struct planning *p, const struct plan *plan, const struct engine_estimate *most)
+{
+    if (p->key.threads != 0)
+        return (int64_t)most->activation_bytes + ownership_shard_bytes(p->model->dit->weights, plan);
+    const int64_t weights[ENGINE_STAGES] = {model_part_bytes(p->model, PART_CLIP) + model_part_bytes(p->model, PART_T5),
+                                            transformer_bytes(p, plan), model_part_bytes(p->model, PART_VAE)};
     int64_t fullest = (int64_t)most->activation_bytes;
-    for (int i = 0; p->key.threads == 0 && i < ENGINE_STAGES; i++) {
-        int64_t bytes = (int64_t)most->stage_bytes[i] + ENGINE_LIBRARY_BYTES;
-        for (enum model_part part = 0; part < PARTS; part++)
-            bytes += parts[i] & 1U << part ? model_part_bytes(p->model, part) : 0;
+    for (int i = 0; i < ENGINE_STAGES; i++) {
+        const int64_t bytes = (int64_t)most->stage_bytes[i] + ENGINE_LIBRARY_BYTES + weights[i];
         fullest = bytes > fullest ? bytes : fullest;
     }
     return fullest;
@@ -127,7 +140,7 @@ static int add_rows(struct planning *p, int groups, const struct plan *want, boo
             continue;
         TRY(cost_of(&p->machine, p->model, p->job, &choices[i].plan, p->k.activation, &r->price, err));
         TRY(cost_memory(p->model, p->job, &choices[i].plan, p->k.activation, &most, err));
-        r->memory = memory_of(p, &most);
+        r->memory = memory_of(p, &choices[i].plan, &most);
         if (r->memory > p->limit)
             err_set(&r->why, ERR_UNSUPPORTED, "needs %.1f MB of memory on a rank, there are %.1f",
                     (double)r->memory / 1e6, (double)p->limit / 1e6);
@@ -137,18 +150,33 @@ static int add_rows(struct planning *p, int groups, const struct plan *want, boo
 }
 
 // Images are made side by side where they can be, one after the other where that is asked for or all that fits: as the
-// engine has it.
-static int add_group(struct planning *p, int groups, struct err *err)
+// engine has it. *fit: some plan does.
+static int add_dealt(struct planning *p, int groups, const struct plan *asked, bool *fit, struct err *err)
 {
-    struct plan want = p->want;
-    bool fit;
-    want.ranks = p->ranks / groups;
+    struct plan want = *asked;
     TRY(plan_deal_images(&want, (int)p->job->num_images, err));
-    TRY(add_rows(p, groups, &want, &fit, err));
-    if (fit || want.data == 1 || p->want.data != 0)
+    TRY(add_rows(p, groups, &want, fit, err));
+    if (*fit || want.data == 1 || asked->data != 0)
         return 0;
     want.data = 1;
-    return add_rows(p, groups, &want, &fit, err);
+    return add_rows(p, groups, &want, fit, err);
+}
+
+// With weights as a group of these degrees would have them; sharded, where nothing was said, when no other plan fits.
+static int add_group(struct planning *p, int groups, struct err *err)
+{
+    struct plan held, want;
+    struct err none;
+    bool fit;
+    if (plan_hold(&p->want, p->ranks / groups, &held, &none) != 0)
+        held = (struct plan){.weights = p->want.weights}; // and plan_make says what is wrong
+    want = plan_keep_to(&held, &p->want);
+    want.ranks = p->ranks / groups;
+    TRY(add_dealt(p, groups, &want, &fit, err));
+    if (fit || p->weights || want.ranks == 1 || held.weights != PLAN_REPLICATED || plan_in_patches(&want))
+        return 0;
+    want.weights = PLAN_SHARDED;
+    return add_dealt(p, groups, &want, &fit, err);
 }
 
 // Where the degrees asked for make no plan, plan_make says what would; where none fits, the error says how near it is.
@@ -194,16 +222,16 @@ static void row_text(const struct planning *p, const struct row *r, char text[PL
         snprintf(text, PLAN_TEXT + 16, "%s", plan);
 }
 
-static void print_row(const struct planning *p, const struct row *r)
+static void print_row(const struct planning *p, const struct row *r, int width)
 {
     char text[PLAN_TEXT + 16];
     row_text(p, r, text);
     if (r->why.code != ERR_NONE) {
         if (p->all)
-            printf("- %-32s %s\n", text, r->why.text);
+            printf("- %-*s %s\n", width, text, r->why.text);
         return;
     }
-    printf("%c %-32s %9.2f %9.2f %9.2f %9.2f %10.1f %9.2f\n", r->picked ? '*' : ' ', text,
+    printf("%c %-*s %9.2f %9.2f %9.2f %9.2f %10.1f %9.2f\n", r->picked ? '*' : ' ', width, text,
            price_seconds(&r->price) * 1e3, r->price.compute * 1e3, r->price.exchange * 1e3, r->price.sent / 1e6,
            (double)r->memory / 1e6, rate(r));
 }
@@ -211,6 +239,12 @@ static void print_row(const struct planning *p, const struct row *r)
 static void print_table(const struct planning *p)
 {
     const Ditfleet__V1__Job *job = p->job;
+    char text[PLAN_TEXT + 16];
+    int width = 32;
+    for (int i = 0; i < p->n_rows; i++) {
+        row_text(p, &p->rows[i], text);
+        width = (int)strlen(text) > width ? (int)strlen(text) : width;
+    }
     printf("%u x %u, %u steps, %d ranks, %s in %s: %s\n", job->width, job->height, job->num_inference_steps, p->ranks,
            p->key.device, p->key.precision, p->throughput ? "steps a second of all groups" : "the time of a step");
     if (!p->tuned)
@@ -218,19 +252,21 @@ static void print_table(const struct planning *p)
                p->device, p->key.ranks);
     else if (p->ranks > p->key.ranks)
         puts("measured on one GPU; what they exchange goes by default parameters");
-    printf("  %-32s %9s %9s %9s %9s %10s %9s\n", "plan", "ms a step", "compute", "exchange", "sent MB", "memory MB",
-           "steps / s");
+    printf("  %-*s %9s %9s %9s %9s %10s %9s\n", width, "plan", "ms a step", "compute", "exchange", "sent MB",
+           "memory MB", "steps / s");
     for (int i = 0; i < p->n_rows; i++)
-        print_row(p, &p->rows[i]);
+        print_row(p, &p->rows[i], width);
 }
 
 static json_t *row_json(const struct row *r)
 {
+    static const char *const weights[] = {
+        [PLAN_REPLICATED] = "replicated", [PLAN_SHARDED] = "sharded", [PLAN_BY_STAGE] = "by stage"};
     const struct plan *plan = &r->price.plan;
-    json_t *row =
-        json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b}", "groups", r->groups, "ranks", plan->ranks,
-                  "cfg", plan->cfg, "ulysses", plan->ulysses, "ring", plan->ring, "pipe", plan->pipe, "patches",
-                  plan->patches, "warmup", plan->warmup, "data", plan->data, "picked", r->picked);
+    json_t *row = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:b}", "groups", r->groups, "ranks",
+                            plan->ranks, "cfg", plan->cfg, "ulysses", plan->ulysses, "ring", plan->ring, "pipe",
+                            plan->pipe, "patches", plan->patches, "warmup", plan->warmup, "data", plan->data, "weights",
+                            weights[plan->weights], "picked", r->picked);
     if (plan->blocks[0]) {
         json_t *blocks = json_array();
         for (int i = 0; i < plan->pipe; i++)
@@ -275,6 +311,7 @@ static int check(struct planning *p, struct err *err)
         return err_set(err, ERR_INVALID, "--memory-budget %.40s: bytes up to 1024GiB, written like 24GiB or 512MiB",
                        p->budget);
     TRY(plan_parse_blocks(p->blocks, &p->want, err));
+    TRY(plan_parse_weights(p->weights, &p->want, err));
     return job_check_fields(p->job, err);
 }
 
@@ -323,7 +360,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--memory-budget", "BYTES",
          "what a rank may take: 24GiB (default: of the host, what is free, shared; of a GPU, no bound)", CLI_STRING,
          &p->budget, 0, 0},
-        CLI_DEGREES(p->want, p->blocks), // plans with these alone
+        CLI_DEGREES(p->want, p->blocks, p->weights), // plans with these alone
         {"--data-degree", "N", "parts that make several images side by side; default: as they can be dealt", CLI_INT,
          &p->want.data, 1, COMM_MAX_RANKS},
         {"--all", NULL, "also list what is no plan, or does not fit into memory, and why", CLI_BOOL, &p->all, 0, 0},

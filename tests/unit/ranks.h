@@ -81,6 +81,7 @@ struct group {
     const struct kernels *kernels; // NULL: the CPU's; a GPU for each rank where they have memory of their own
     enum dtype activation;         // of GPUs
     bool exact;
+    bool apart; // weights are had as plan_hold says, else all by every rank
     struct outcome *outcome;
     int (*work)(const struct group *g, struct comm *comm, struct err *err);
     const struct outcome *replayed; // work == replay
@@ -110,17 +111,21 @@ static inline int run_engine(const struct group *g, struct engine *e, const stru
 static inline int whole_job(const struct group *g, struct comm *comm, struct err *err)
 {
     const struct kernels *k = g->kernels ? g->kernels : &kernels_cpu;
+    struct plan held = {.weights = PLAN_REPLICATED};
+    if (g->apart)
+        TRY(plan_hold(&g->want, g->want.ranks, &held, err));
     const struct engine_options options = {.kernels = k,
                                            .device = {.threads = 1,
                                                       .gpu = k->memory ? comm_rank(comm) : 0,
                                                       .activation = g->activation,
                                                       .exact = g->exact},
-                                           .control = comm};
+                                           .control = comm,
+                                           .held = held};
     struct engine *e;
     struct model *placed = NULL;
     TRY(engine_new(&options, &e, err));
     const struct home home = engine_home(e);
-    int rc = k->memory ? model_load_on(DEMO_MODEL, &home, &placed, err) : 0;
+    int rc = k->memory || g->apart ? model_load_on(DEMO_MODEL, &home, &placed, err) : 0;
     if (rc == 0)
         rc = run_engine(g, e, placed ? placed : g->model, err);
     model_free(placed);

@@ -43,7 +43,8 @@ static void every_kind_of_value_is_read(void **state)
         "[upload]\nallow = 127.0.0.1:80, [::1]:8080\nallow = host:1\n"
         "file_roots = /a\n  /b\nretries = 0\n[deadline]\ntext = 250ms\ndecode = 1.5h\n"
         "[log]\nlevel = debug\n[metrics]\nlisten = [::]:9464\n"
-        "[group g1]\nranks = 6\nring_degree = 3\nthreads = 3\nslab = 1M\nmodel = flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
+        "[group g1]\nranks = 6\nring_degree = 3\nweights = sharded\nthreads = 3\nslab = 1M\nmodel = "
+        "flux@1=/m/flux\nmodel = b@2.1=rel/b\n"
         "[group g2]\npipefusion_degree = 4\npipefusion_blocks = 1,2, 30,4\nnum_pipeline_patch = 8\nwarmup_steps = "
         "2\ndata_degree = 3\nmodel = "
         "flux@1=/m");
@@ -82,6 +83,8 @@ static void every_kind_of_value_is_read(void **state)
     assert_int_equal(g2->num_pipeline_patch, 8);
     assert_int_equal(g2->warmup_steps, 2);
     assert_int_equal(g2->data_degree, 3);
+    assert_int_equal(g->weights, 1);
+    assert_int_equal(g2->weights, 0);
     assert_int_equal(g->data_degree, 0);
     assert_null(conf_group_find(c, "g3"));
     char id[CONF_WORKER_ID_BYTES];
@@ -109,6 +112,10 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group]\nranks=1", {"f.ini:1", "needs a name"}},
         {"[group a.b]\nranks=1", {"needs a name"}},
         {"[group a]\nranks = 65\nmodel=a@1=/m", {"[group a] ranks", "\"65\"", "1 to 64"}},
+        {"[group a]\nranks = 2\nweights = split\nmodel=a@1=/m", {"[group a] weights", "replicated sharded"}},
+        {"[group a]\nweights = sharded\nmodel=a@1=/m", {"[group a] weights", "ranks of 2 or more"}},
+        {"[group a]\nranks = 2\npipefusion_degree = 2\nweights = sharded\nmodel=a@1=/m",
+         {"[group a] weights", "PipeFusion"}},
         {"[group a]\npipefusion_blocks = 1;2\nmodel=a@1=/m", {"[group a] pipefusion_blocks", "\"1;2\"", "2,4"}},
         {"[group a]\npipefusion_blocks = 1,\nmodel=a@1=/m", {"[group a] pipefusion_blocks", "\"1,\"", "2,4"}},
         {"[group a]\npipefusion_blocks = 0,6\nmodel=a@1=/m", {"[group a] pipefusion_blocks", "\"0,6\"", "2,4"}},

@@ -62,11 +62,12 @@ static void job_by(const struct model *m, const char *const *fields, struct plan
     g.kernels = cuda, g.activation = type, g.exact = limit == EXACT;
     run_group(&g);
     expect_success(one, 1);
-    g.want = want, g.outcome = all;
+    g.want = want, g.outcome = all, g.apart = true;
     run_group(&g);
     expect_success(all, want.ranks);
-    assert_int_equal(all->direct, cuda->link_export != NULL); // NVLink, or PCIe from GPU to GPU
-    if (want.data > 1) {                                      // of several parts, the first one's picture is shown
+    // NVLink, or PCIe from GPU to GPU; not for memory that comes and goes.
+    assert_int_equal(all->direct, cuda->link_export && want.weights != PLAN_SHARDED);
+    if (want.data > 1) { // of several parts, the first one's picture is shown
         one->entries = all->entries;
         assert_int_equal(pixels_off(all->pixels, one->pixels, (int64_t)one->pixel_bytes / 3), 0);
     }
@@ -140,6 +141,14 @@ static void exact_is_to_the_bit(void **state)
     }
 }
 
+static void weights_are_gathered(void **state)
+{
+    struct plan want = PLAN(GPUS, 1, GPUS, 1);
+    want.weights = PLAN_SHARDED;
+    job_by(*state, PLAIN, want, DT_F32, 0);
+    job_by(*state, PLAIN, want, DT_BF16, 5e-2);
+}
+
 static void branches_are_apart(void **state)
 {
     const char *const *guided = FIELDS("prompt", "a red ring", "negative_prompt", "blue", "true_cfg_scale", "3", "seed",
@@ -163,8 +172,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(heads_are_shared),         cmocka_unit_test(keys_go_round),
         cmocka_unit_test(stages_follow_each_other), cmocka_unit_test(without_peers),
-        cmocka_unit_test(exact_is_to_the_bit),      cmocka_unit_test(branches_are_apart),
-        cmocka_unit_test(images_are_dealt),
+        cmocka_unit_test(exact_is_to_the_bit),      cmocka_unit_test(weights_are_gathered),
+        cmocka_unit_test(branches_are_apart),       cmocka_unit_test(images_are_dealt),
     };
     if (backend_find("cuda", &cuda, &err) != 0 || !opens(0) || !opens(1)) {
         printf("skipped: two GPUs are needed%s%s\n", *err.text ? ": " : "", err.text);

@@ -149,7 +149,7 @@ static void sizes(void **state)
         if (rows[i].dit) {
             assert_int_equal(weights_bytes(clip_weights(l.model->clip)), 2 * rows[i].clip);
             assert_int_equal(weights_bytes(t5_weights(l.model->t5)), 2 * rows[i].t5);
-            assert_int_equal(weights_bytes(flux_weights(l.model->dit)), 2 * rows[i].dit);
+            assert_int_equal(weights_bytes(l.model->dit->weights), 2 * rows[i].dit);
             assert_int_equal(weights_bytes(vae_weights(l.model->vae)), 2 * rows[i].vae);
         }
         assert_int_equal(l.model->info.guidance, i != 1);
@@ -259,7 +259,7 @@ static void written(void **state)
         fail_msg("%s", err.text);
     expect_part(&l, PART_CLIP, "model", clip_weights(l.model->clip));
     expect_part(&l, PART_T5, "model", t5_weights(l.model->t5));
-    expect_part(&l, PART_DIT, "diffusion_pytorch_model", flux_weights(l.model->dit));
+    expect_part(&l, PART_DIT, "diffusion_pytorch_model", l.model->dit->weights);
     expect_part(&l, PART_VAE, "diffusion_pytorch_model", vae_weights(l.model->vae));
     leave(&l);
 }

@@ -205,13 +205,13 @@ static void job_by(const struct model *m, const char *const *fields, struct plan
     struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
     run_group(&g);
     expect_success(one, 1);
-    if (same_bits) { // as the same plan over shared memory
+    if (same_bits) { // as the same plan over shared memory, with all weights on every rank
         g.want = want;
         memset(one, 0, sizeof *one);
         run_group(&g);
         expect_success(one, want.ranks);
     }
-    g.want = want, g.outcome = all, g.work = linked_job, g.kernels = &k;
+    g.want = want, g.outcome = all, g.work = linked_job, g.kernels = &k, g.apart = true;
     run_linked(&g);
     expect_success(all, want.ranks);
     if (same_bits) {
@@ -239,6 +239,14 @@ static void every_method_goes_over_links(void **state)
         m, small,
         (struct plan){.ranks = 4, .cfg = 1, .ulysses = 2, .ring = 1, .pipe = 2, .patches = 2, .warmup = 1, .data = 1},
         true);
+}
+
+static void weights_go_over_links(void **state)
+{
+    struct plan heads = PLAN(2, 1, 2, 1), keys = PLAN(3, 1, 1, 3);
+    heads.weights = keys.weights = PLAN_SHARDED;
+    job_by(*state, small, heads, true);
+    job_by(*state, small, keys, true);
 }
 
 static void guidance_goes_over_links(void **state)
@@ -333,6 +341,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_method_goes_over_links),
+        cmocka_unit_test(weights_go_over_links),
         cmocka_unit_test(guidance_goes_over_links),
         cmocka_unit_test(several_images_go_over_links),
         cmocka_unit_test(gpus_that_differ_are_refused_before_the_first_word),

@@ -1,7 +1,5 @@
 // test_memory.c: a device with memory of its own and too little of it: parts come and go with the stages of a job and
 // change no pixel; prompts that were encoded lately are not encoded again; what cannot fit is refused with the numbers.
-//
-// The device here is the CPU's, which is made to copy weights, to count them, and to say how much memory there is.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -9,103 +7,8 @@
 
 #include <cmocka.h>
 
+#include "tests/unit/card.h"
 #include "tests/unit/demo.h"
-
-static struct {
-    int64_t placed, largest; // bytes of weights now, and at most
-    int n;                   // of weights now
-    size_t total;            // memory of the device
-    bool full;               // no weight can be placed any more
-} card;
-
-static size_t bytes_of(struct tensor t)
-{
-    return (tensor_bytes(t) + 511) & ~(size_t)511;
-}
-
-static float number(struct tensor t, int64_t i)
-{
-    if (t.dtype == DT_F32)
-        return ((float *)t.data)[i];
-    return t.dtype == DT_BF16 ? bf16_to_f32(((uint16_t *)t.data)[i]) : f16_to_f32(((uint16_t *)t.data)[i]);
-}
-
-// Room for a tensor on the card.
-static int card_take(struct tensor *t, struct err *err)
-{
-    t->data = card.full ? NULL : malloc(tensor_bytes(*t) + 1);
-    if (!t->data) {
-        err_set(err, ERR_NO_MEMORY, "the card is full");
-        return ERR_NO_MEMORY;
-    }
-    card.n++;
-    card.placed += (int64_t)bytes_of(*t);
-    card.largest = card.placed > card.largest ? card.placed : card.largest;
-    return 0;
-}
-
-static int card_place(struct device *d, struct tensor host, struct tensor *out, struct err *err)
-{
-    (void)d;
-    struct tensor t = host;
-    t.dtype = host.dims > 1 ? DT_F32 : host.dtype;
-    TRY(card_take(&t, err));
-    for (int64_t i = 0; host.dims > 1 && i < tensor_count(t); i++)
-        ((float *)t.data)[i] = number(host, i);
-    if (host.dims == 1)
-        memcpy(t.data, host.data, tensor_bytes(host));
-    *out = t;
-    return 0;
-}
-
-static int card_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
-{
-    (void)d;
-    struct linear one = {.parts = 1, .n = w->n, .k = w->k};
-    assert_int_equal(type, DT_F32);
-    one.w[0] = tensor_2d(NULL, DT_F32, w->n, w->k);
-    TRY(card_take(&one.w[0], err));
-    if (!tensor_none(w->b[0])) {
-        one.b[0] = tensor_1d(NULL, DT_F32, w->n);
-        TRY(card_take(&one.b[0], err));
-    }
-    float *weight = one.w[0].data, *bias = one.b[0].data;
-    for (int p = 0; p < w->parts; p++) {
-        for (int64_t i = 0; i < tensor_count(w->w[p]); i++)
-            *weight++ = number(w->w[p], i);
-        for (int64_t i = 0; bias && i < w->w[p].n[0]; i++)
-            *bias++ = number(w->b[p], i);
-    }
-    *w = one;
-    return 0;
-}
-
-static void card_displace(struct device *d, struct tensor placed)
-{
-    (void)d;
-    card.n--;
-    card.placed -= (int64_t)bytes_of(placed);
-    memset(placed.data, 0xff, tensor_bytes(placed)); // NaN: whoever still reads it is seen
-    free(placed.data);
-}
-
-static void card_memory(struct device *d, size_t *available, size_t *total)
-{
-    (void)d;
-    *available = card.total - (size_t)card.placed;
-    *total = card.total;
-}
-
-static struct kernels card_kernels(void)
-{
-    struct kernels k = kernels_cpu;
-    k.name = "card";
-    k.place = card_place;
-    k.place_linear = card_place_linear;
-    k.displace = card_displace;
-    k.memory = card_memory;
-    return k;
-}
 
 // ---- an engine on it
 

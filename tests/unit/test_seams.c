@@ -48,7 +48,7 @@ static void pass(const struct dit *m, struct exec *x, const struct dit_cond *con
     p.hidden = exec_tensor(x, 2, rows->text.count + rows->image.count, info.hidden, 1, 1);
     m->ops->embed(m, x, &p, tokens);
     for (int i = 0; i < info.blocks; i++)
-        m->ops->block(m, x, &p, i);
+        dit_block(m, x, &p, i);
     m->ops->head(m, x, &p, out);
 }
 

@@ -60,16 +60,18 @@ struct dit_ops {
     void (*free)(struct dit *m);
 };
 
+struct weights;
 struct dit {
     const struct dit_ops *ops;
+    struct weights *weights; // for its fingerprint, for memory, and for those who have them in parts
 };
+
+// Block i, its weights being in their place (worker/ownership.c): how runners call ops->block.
+void dit_block(const struct dit *m, struct exec *x, struct dit_pass *p, int i);
 
 // FLUX.1 (dev and schnell). dir: the folder "transformer" of a diffusers directory.
 struct home;
 int flux_load(const char *dir, const struct home *home, struct dit **out, struct err *err);
-// What the model's file says of itself, for its fingerprint and memory accounting.
-struct weights;
-struct weights *flux_weights(const struct dit *m);
 
 // Makes step the one that passes with this cond are of.
 static inline void dit_step(struct exec *x, const struct dit_cond *cond, int step)

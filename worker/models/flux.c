@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "worker/config.h"
-#include "worker/models/dit.h"
+#include "worker/ownership.h"
 #include "worker/weights.h"
 
 enum { MAX_BLOCKS = 256, SINUSOID = 256, MLP_RATIO = 4, AXES = 3 };
@@ -46,7 +46,6 @@ struct mlp_embedder {
 
 struct flux {
     struct dit dit;
-    struct weights *weights;
     int64_t n_double, n_single, heads, head_dim, dim, channels, text_dim, pooled_dim;
     int64_t axes[AXES];
     int n_axes;
@@ -113,6 +112,41 @@ static void embed_scalars(struct exec *x, const struct mlp_embedder *e, struct t
     arena_release(x->arena, mark);
 }
 
+// The modulations in the order of their columns of dit_cond.mod: two streams of each double block, single blocks, head.
+static int modulations(const struct flux *f)
+{
+    return (int)(2 * f->n_double + f->n_single + 1);
+}
+
+static const struct linear *modulation(const struct flux *f, int i, int64_t *at)
+{
+    const int64_t single = i - 2 * f->n_double;
+    const struct stream *s = i % 2 ? &f->doubles[i / 2].image : &f->doubles[i / 2].text;
+    if (single < 0) {
+        *at = s->mod_at;
+        return &s->mod;
+    }
+    *at = single < f->n_single ? f->singles[single].mod_at : f->mod_out_at;
+    return single < f->n_single ? &f->singles[single].mod : &f->mod_out;
+}
+
+// mod (steps, mod_width) from c (steps, dim): each is computed by a rank that has it, and told to the others.
+static void modulate_all(const struct flux *f, struct exec *x, struct tensor mod, struct tensor c)
+{
+    int64_t start[COMM_MAX_RANKS + 1], at;
+    for (int i = 0; i < modulations(f); i++) {
+        const struct linear *w = modulation(f, i, &at);
+        if (ownership_computes(x->ownership, i))
+            x->k->linear(x->d, tensor_cols(mod, at, w->n), c, w, ACT_NONE);
+    }
+    for (int r = 0; x->ownership && r <= x->ownership->ranks; r++) {
+        start[r] = f->mod_width;
+        if (x->ownership->once[r] < modulations(f))
+            modulation(f, x->ownership->once[r], &start[r]);
+    }
+    ownership_share(x, mod, start);
+}
+
 static void prepare(const struct dit *m, struct exec *x, const float *sigmas, int steps, float guidance,
                     struct tensor prompt, struct tensor pooled, struct dit_cond *cond)
 {
@@ -134,15 +168,7 @@ static void prepare(const struct dit *m, struct exec *x, const float *sigmas, in
         x->k->add_row(x->d, c, row);
     }
     x->k->activate(x->d, c, ACT_SILU);
-    for (int64_t i = 0; i < f->n_double; i++) {
-        const struct stream *s[2] = {&f->doubles[i].text, &f->doubles[i].image};
-        for (int j = 0; j < 2; j++)
-            x->k->linear(x->d, tensor_cols(cond->mod, s[j]->mod_at, s[j]->mod.n), c, &s[j]->mod, ACT_NONE);
-    }
-    for (int64_t i = 0; i < f->n_single; i++)
-        x->k->linear(x->d, tensor_cols(cond->mod, f->singles[i].mod_at, f->singles[i].mod.n), c, &f->singles[i].mod,
-                     ACT_NONE);
-    x->k->linear(x->d, tensor_cols(cond->mod, f->mod_out_at, f->mod_out.n), c, &f->mod_out, ACT_NONE);
+    modulate_all(f, x, cond->mod, c);
     arena_release(x->arena, mark);
 }
 
@@ -390,12 +416,14 @@ static int load_config(struct flux *f, const char *dir, struct err *err)
 static int load_stream(struct flux *f, struct stream *s, int i, bool text, struct err *err)
 {
     static const char *const qkv[2][3] = {{"to_q", "to_k", "to_v"}, {"add_q_proj", "add_k_proj", "add_v_proj"}};
-    struct weights *w = f->weights;
+    struct weights *w = f->dit.weights;
     const int64_t dim = f->dim, n[3] = {dim, dim, dim};
     const char *norm = text ? "norm1_context" : "norm1", *ff = text ? "ff_context" : "ff";
     char attn[64];
     snprintf(attn, sizeof attn, "transformer_blocks.%d.attn", i);
+    weights_belong(w, WEIGHTS_ONCE, 2 * i + !text);
     TRY(weights_linear1(w, &s->mod, 6 * dim, dim, true, err, "transformer_blocks.%d.%s.linear", i, norm));
+    weights_belong(w, WEIGHTS_BLOCK, i);
     weights_offer_fp8(w, true);
     TRY(weights_linear(w, &s->qkv, attn, 3, qkv[text], n, dim, true, err));
     TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sq.weight", attn, text ? "added_" : ""));
@@ -412,11 +440,13 @@ static int load_stream(struct flux *f, struct stream *s, int i, bool text, struc
 static int load_single(struct flux *f, struct single_block *s, int i, struct err *err)
 {
     static const char *const qkv[3] = {"to_q", "to_k", "to_v"};
-    struct weights *w = f->weights;
+    struct weights *w = f->dit.weights;
     const int64_t dim = f->dim, n[3] = {dim, dim, dim};
     char attn[64];
     snprintf(attn, sizeof attn, "single_transformer_blocks.%d.attn", i);
+    weights_belong(w, WEIGHTS_ONCE, (int)(2 * f->n_double) + i);
     TRY(weights_linear1(w, &s->mod, 3 * dim, dim, true, err, "single_transformer_blocks.%d.norm.linear", i));
+    weights_belong(w, WEIGHTS_BLOCK, (int)f->n_double + i);
     weights_offer_fp8(w, true);
     TRY(weights_linear(w, &s->qkv, attn, 3, qkv, n, dim, true, err));
     TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_q.weight", attn));
@@ -431,13 +461,12 @@ static int load_single(struct flux *f, struct single_block *s, int i, struct err
 
 static int load_embedder(const struct flux *f, struct mlp_embedder *e, const char *name, int64_t in, struct err *err)
 {
-    TRY(weights_linear1(f->weights, &e->in, f->dim, in, true, err, "time_text_embed.%s.linear_1", name));
-    return weights_linear1(f->weights, &e->out, f->dim, f->dim, true, err, "time_text_embed.%s.linear_2", name);
+    TRY(weights_linear1(f->dit.weights, &e->in, f->dim, in, true, err, "time_text_embed.%s.linear_1", name));
+    return weights_linear1(f->dit.weights, &e->out, f->dim, f->dim, true, err, "time_text_embed.%s.linear_2", name);
 }
 
-static int load_weights(struct flux *f, const char *dir, const struct home *home, struct err *err)
+static int load_blocks(struct flux *f, const char *dir, struct err *err)
 {
-    TRY(weights_open(dir, "diffusion_pytorch_model", home, &f->weights, err));
     f->doubles = calloc((size_t)f->n_double + 1, sizeof *f->doubles);
     f->singles = calloc((size_t)f->n_single + 1, sizeof *f->singles);
     if (!f->doubles || !f->singles)
@@ -448,22 +477,34 @@ static int load_weights(struct flux *f, const char *dir, const struct home *home
     }
     for (int i = 0; i < f->n_single; i++)
         TRY(load_single(f, &f->singles[i], i, err));
-    TRY(weights_refuse(f->weights, "num_layers", err, "transformer_blocks.%d.norm1.linear.weight", (int)f->n_double));
-    TRY(weights_refuse(f->weights, "num_single_layers", err, "single_transformer_blocks.%d.norm.linear.weight",
+    weights_belong(f->dit.weights, WEIGHTS_ONCE, modulations(f) - 1);
+    TRY(weights_linear1(f->dit.weights, &f->mod_out, 2 * f->dim, f->dim, true, err, "norm_out.linear"));
+    f->mod_out_at = f->mod_width;
+    f->mod_width += 2 * f->dim;
+    return 0;
+}
+
+static int load_weights(struct flux *f, const char *dir, const struct home *home, struct err *err)
+{
+    TRY(weights_open(dir, "diffusion_pytorch_model", home, &f->dit.weights, err));
+    TRY(weights_divide(f->dit.weights, (int)(f->n_double + f->n_single), modulations(f), err));
+    TRY(load_blocks(f, dir, err));
+    weights_belong(f->dit.weights, WEIGHTS_COMMON, 0);
+    TRY(weights_refuse(f->dit.weights, "num_layers", err, "transformer_blocks.%d.norm1.linear.weight",
+                       (int)f->n_double));
+    TRY(weights_refuse(f->dit.weights, "num_single_layers", err, "single_transformer_blocks.%d.norm.linear.weight",
                        (int)f->n_single));
     TRY(load_embedder(f, &f->time, "timestep_embedder", SINUSOID, err));
     TRY(load_embedder(f, &f->pooled, "text_embedder", f->pooled_dim, err));
     if (f->guidance)
         TRY(load_embedder(f, &f->scale, "guidance_embedder", SINUSOID, err));
     else
-        TRY(weights_refuse(f->weights, "guidance_embeds", err, "time_text_embed.guidance_embedder.linear_1.weight"));
-    TRY(weights_linear1(f->weights, &f->embed_image, f->dim, f->channels, true, err, "x_embedder"));
-    TRY(weights_linear1(f->weights, &f->embed_text, f->dim, f->text_dim, true, err, "context_embedder"));
-    TRY(weights_linear1(f->weights, &f->mod_out, 2 * f->dim, f->dim, true, err, "norm_out.linear"));
-    TRY(weights_linear1(f->weights, &f->proj_out, f->channels, f->dim, true, err, "proj_out"));
-    f->mod_out_at = f->mod_width;
-    f->mod_width += 2 * f->dim;
-    return 0;
+        TRY(weights_refuse(f->dit.weights, "guidance_embeds", err,
+                           "time_text_embed.guidance_embedder.linear_1.weight"));
+    TRY(weights_linear1(f->dit.weights, &f->embed_image, f->dim, f->channels, true, err, "x_embedder"));
+    TRY(weights_linear1(f->dit.weights, &f->embed_text, f->dim, f->text_dim, true, err, "context_embedder"));
+    TRY(weights_linear1(f->dit.weights, &f->proj_out, f->channels, f->dim, true, err, "proj_out"));
+    return weights_settle(f->dit.weights, err);
 }
 
 static void flux_free(struct dit *m)
@@ -471,7 +512,7 @@ static void flux_free(struct dit *m)
     struct flux *f = (struct flux *)m;
     if (!f)
         return;
-    weights_free(f->weights);
+    weights_free(f->dit.weights);
     free(f->doubles);
     free(f->singles);
     free(f);
@@ -496,9 +537,4 @@ int flux_load(const char *dir, const struct home *home, struct dit **out, struct
     }
     *out = &f->dit;
     return 0;
-}
-
-struct weights *flux_weights(const struct dit *m)
-{
-    return flux_of(m)->weights;
 }

@@ -12,7 +12,7 @@ static void run(const struct runner *self, const struct dit *m, struct exec *x, 
     pass.hidden = exec_tensor(x, 2, rows->text.count + rows->image.count, info.hidden, 1, 1);
     m->ops->embed(m, x, &pass, tokens);
     for (int i = 0; i < info.blocks; i++)
-        m->ops->block(m, x, &pass, i);
+        dit_block(m, x, &pass, i);
     m->ops->head(m, x, &pass, out);
     arena_release(x->arena, mark);
 }
