@@ -192,8 +192,9 @@ static void same(struct fix *f, const char *what, struct pair p, double toleranc
     for (; i < total; i++) {
         g = get(got, i);
         c = get(p.c, i);
-        if (p.c.dims > 1 && i % p.c.ld >= row ? p.c.dtype != DT_U8 && !isnan(g)
-                                              : !(isnan(c) && isnan(g)) && !(fabs(g - c) <= tolerance * (1 + fabs(c))))
+        if (p.c.dims > 1 && i % p.c.ld >= row
+                ? p.c.dtype != DT_U8 && !isnan(g)
+                : g != c && !(isnan(c) && isnan(g)) && !(fabs(g - c) <= tolerance * (1 + fabs(c))))
             break;
     }
     free(got.data);
