@@ -16,6 +16,7 @@ static const struct {
     [ERR_CORRUPT] = {"corrupt", false},
     [ERR_CONFLICT] = {"conflict", false},
     [ERR_REFUSED] = {"refused", false},
+    [ERR_MODERATED] = {"moderated", false},
     [ERR_CANCELLED] = {"cancelled", false},
     [ERR_EXPIRED] = {"expired", false},
     [ERR_STALE] = {"stale", false},

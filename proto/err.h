@@ -15,6 +15,7 @@ enum err_code {
     ERR_CORRUPT,     // bytes that break their own format (file, message, reply)           final
     ERR_CONFLICT,    // the id exists with another payload                                 final
     ERR_REFUSED,     // policy says no: upload target, file root, access control           final
+    ERR_MODERATED,   // policy says no to the prompt                                       final
     ERR_CANCELLED,   // somebody asked to stop                                             final
     ERR_EXPIRED,     // the job's own deadline passed                                      final
     ERR_STALE,       // the fence (epoch, nonce) is somebody else's by now                 final for this holder

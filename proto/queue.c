@@ -196,6 +196,7 @@ void queue_close(struct queue *q)
     if (!q)
         return;
     redis_close(q->redis);
+    queue_drop_judged(q);
     free(q->tenants);
     free(q->models);
     free(q);

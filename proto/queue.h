@@ -122,18 +122,31 @@ struct queue_admitted {
     unsigned duplicate; // same id, same bytes: nothing to do
     unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes
     bool no_models;     // nothing was read: the registry of models is empty, so no model can be called unknown
+    unsigned judging;   // jobs in hand whose verdict is still to come: call again soon
 };
+
+// Whether a job that is fine otherwise may come in. QUEUE_DENY: why says so, without the prompt. QUEUE_LATER: it stays
+// in its door and is asked about again, with the same tenant and entry, in the calls of queue_admit that follow, until
+// there is a verdict; meanwhile other jobs come in. Must not block.
+enum queue_verdict { QUEUE_ALLOW, QUEUE_DENY, QUEUE_LATER };
+struct queue_submission {
+    const char *tenant, *entry;
+    const Ditfleet__V1__Job *job;
+};
+typedef enum queue_verdict queue_judge(void *arg, const struct queue_submission *submission, struct err *why);
 
 // One round of admission: takes up to QUEUE_BATCH entries, waiting up to block_ms for the first, and those that a dead
 // admitter left behind. consumer names this admitter ([A-Za-z0-9._-]). Call it in a loop with block_ms of 1000 or less,
-// since new tenants are seen between calls. refused_log (may be NULL) hears of each refusal.
+// since new tenants are seen between calls. on_refusal (may be NULL) hears of each refusal.
 typedef void queue_on_refusal(void *arg, const char *tenant, const char *id, const char *entry, const struct err *why);
 struct queue_admission {
     const char *consumer;
     queue_price *price; // NULL: queue_price_default
     queue_on_refusal *on_refusal;
-    void *arg;      // of both
-    bool callbacks; // this node makes callbacks; else a job that asks for one is refused
+    void *arg;          // of both
+    bool callbacks;     // this node makes callbacks; else a job that asks for one is refused
+    queue_judge *judge; // NULL: everything is allowed
+    void *judge_arg;
 };
 int queue_admit(struct queue *q, const struct queue_admission *admission, int block_ms, struct queue_admitted *out,
                 struct err *e);

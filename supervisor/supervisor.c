@@ -23,6 +23,7 @@
 #include "supervisor/group.h"
 #include "supervisor/metrics.h"
 #include "supervisor/queue_thread.h"
+#include "worker/moderation.h"
 
 // How long an exit waits for Redis to take the jobs back; after a second signal, and in the first place.
 #define RELEASE_SECONDS         5.0
@@ -281,6 +282,15 @@ static int set_callback(struct supervisor *s, const struct conf *conf, struct er
     return 0;
 }
 
+static int check_moderation(const struct conf *conf, struct err *err)
+{
+    const struct log silent = {.fd = -1, .level = LOG_ERROR, .prog = ""};
+    struct moderation *m = NULL;
+    TRY(moderation_new(conf, &silent, &m, err));
+    moderation_free(m);
+    return 0;
+}
+
 static int reload(struct supervisor *s, struct err *err)
 {
     struct conf *new = NULL;
@@ -288,13 +298,14 @@ static int reload(struct supervisor *s, struct err *err)
     const enum log_level level = s->log.level;
     int rc = check_reload(s->conf, new, err);
     s->log.level = (enum log_level) new->log.level;
+    rc = rc ? rc : check_moderation(new, err);
     rc = rc ? rc : set_callback(s, new, err);
+    rc = rc ? rc : queue_thread_configure(s->queue, new, &s->log, err);
     if (rc != 0) {
         s->log.level = level;
         conf_free(new);
         return rc;
     }
-    queue_thread_configure(s->queue, new, &s->log);
     for (int i = 0; i < s->n_groups; i++)
         group_configure(s->groups[i], new);
     conf_free(s->conf);
@@ -478,6 +489,7 @@ int supervisor_check(const struct conf *conf, struct err *err)
     TRY(find_worker(conf, path, err));
     if (*conf->callback.secret_file)
         TRY(callback_check(conf, err));
+    TRY(check_moderation(conf, err));
     for (int i = 0; i < conf->n_groups; i++)
         for (int m = 0; m < conf->groups[i].model.count; m++) {
             const char *directory = conf->groups[i].models[m].directory;
