@@ -25,6 +25,7 @@ static const struct {
     [ERR_IO] = {"io", true},
     [ERR_TIMEOUT] = {"timeout", true},
     [ERR_UNAVAILABLE] = {"unavailable", true},
+    [ERR_CRASHED] = {"crashed", true},
     [ERR_INTERNAL] = {"internal", true},
 };
 static_assert(sizeof codes / sizeof *codes == ERR_CODES, "every code has a row");

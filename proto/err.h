@@ -24,6 +24,7 @@ enum err_code {
     ERR_IO,          // a read, write or system call failed                                retryable
     ERR_TIMEOUT,     // a deadline of ours passed                                          retryable
     ERR_UNAVAILABLE, // a peer (Redis, upload host, another rank) cannot be reached        retryable
+    ERR_CRASHED,     // a worker's process crashed over the job                            retryable
     ERR_INTERNAL,    // a broken promise of our own: a bug                                 retryable
     ERR_CODES,
 };

@@ -280,6 +280,16 @@ int queue_model_publish(struct queue *q, const char *name, const char *version, 
     return model_op(q, "publish", name, version, e);
 }
 
+int queue_serve(struct queue *q, const char *name, const char *version, const char *worker, struct err *e)
+{
+    struct args a;
+    TRY(job_check_name("the model's name", name, JOB_MAX_NAME, e));
+    TRY(job_check_name("the model's version", version, JOB_MAX_NAME, e));
+    TRY(job_check_name("the worker's name", worker, JOB_MAX_NAME, e));
+    ARGS(&a, "publish", name, version, worker);
+    return queue_eval(q, &a, NULL, e);
+}
+
 int queue_model_withdraw(struct queue *q, const char *name, const char *version, struct err *e)
 {
     return model_op(q, "withdraw", name, version, e);

@@ -64,6 +64,8 @@ struct queue_model {
 // Says that the fleet has model name@version; version becomes what the bare name means. Nodes repeat this from time to
 // time (say every 10 s), so that it survives a server that lost its data.
 int queue_model_publish(struct queue *q, const char *name, const char *version, struct err *e);
+// The same, and that this worker serves it: a job over which it crashes may be tried by another, if there is one.
+int queue_serve(struct queue *q, const char *name, const char *version, const char *worker, struct err *e);
 int queue_model_withdraw(struct queue *q, const char *name, const char *version, struct err *e);
 // *list is the caller's to free().
 int queue_models(struct queue *q, struct queue_model **list, size_t *count, struct err *e);
@@ -216,7 +218,8 @@ int queue_fail(struct queue *q, const struct queue_fence *fence, enum queue_caus
 int queue_release(struct queue *q, const struct queue_fence *fence, struct err *e);
 
 // Everything this incarnation of worker holds fails with cause INFRA, the first time with no backoff. incarnation NULL:
-// any. *count (may be NULL): jobs returned.
+// any. *count (may be NULL): jobs returned. ERR_CRASHED in why speaks against the job: the second time, at another
+// worker where another serves its pool, it is DEAD.
 int queue_release_all(struct queue *q, const char *worker, const char *incarnation, const struct err *why,
                       unsigned *count, struct err *e);
 
