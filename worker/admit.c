@@ -44,7 +44,7 @@ static int work(struct admitter *a, double *publish_at, struct err *err)
         TRY(queue_open(&a->queue, a->conf->redis.url, a->conf->redis.queue, QUEUE_NODE, NULL, err));
     if (monotonic_seconds() >= *publish_at) {
         for (int i = 0; i < a->group->model.count; i++)
-            TRY(queue_model_publish(a->queue, a->group->models[i].name, a->group->models[i].version, err));
+            TRY(queue_serve(a->queue, a->group->models[i].name, a->group->models[i].version, a->consumer, err));
         *publish_at = monotonic_seconds() + PUBLISH_SECONDS;
     }
     TRY(queue_admit(a->queue, &admission, BLOCK_MS, &admitted, err));
