@@ -22,7 +22,7 @@ enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
 static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_http, check_model,
-    check_listen, check_blocks, check_gpus;
+    check_listen, check_blocks, check_gpus, check_spot;
 
 struct key {
     const char *section, *name;
@@ -54,6 +54,10 @@ static const struct key keys[] = {
      .doc = "directory of the lock file and the control socket"},
     {"fleet", "worker_program", STRING, AT(fleet.worker_program), 0, 180, "", check_path_or_empty,
      .doc = "absolute path of ditfleet-worker; empty: beside the supervisor's own program"},
+    {"node", "spot_notice", STRING, AT(node.spot_notice), 1, 180, "off", check_spot,
+     .doc = "who says that this machine is taken back, asked every 5 s; then it drains: ec2, gce, azure "
+            "(ec2@http://host:port "
+            "asks there), a URL (200: it is; 404: not), a file that appears"},
     {"queue", "lease", SECONDS, AT(queue.lease_s), 1, 3600, "30s",
      .doc = "how long a claimed job stays claimed without a beat"},
     {"queue", "max_attempts", INT, AT(queue.max_attempts), 0, 100, "0",
@@ -80,7 +84,7 @@ static const struct key keys[] = {
     {"moderation", "deny_file", STRING, AT(moderation.deny_file), 0, 180, "", check_path_or_empty,
      .doc = "absolute path of what no prompt may hold, a phrase or /PCRE2 pattern/ a line; read again when it changes; "
             "empty: none"},
-    {"moderation", "url", SECRET, AT(moderation.url), 0, 1000, "", check_http,
+    {"moderation", "url", SECRET, AT(moderation.url), 0, 180, "", check_http,
      .doc = "http:// or https:// that is asked by a POST whether a prompt is allowed; empty: nobody is asked"},
     {"moderation", "allow", LIST, AT(moderation.allow), 1, 180, NULL, check_host_port,
      .doc = "host:port that may be asked although its address is loopback, private or link-local"},
@@ -211,6 +215,21 @@ static const char *check_http(const char *v)
     return !*v || strncmp(v, "http://", 7) == 0 || strncmp(v, "https://", 8) == 0
                ? NULL
                : "http://..., https://..., or nothing";
+}
+
+static const char *check_spot(const char *v)
+{
+    static const char *const clouds[] = {"ec2", "gce", "azure"};
+    const char *at = strchr(v, '@'), *url = at ? at + 1 : v;
+    const size_t n = at ? (size_t)(at - v) : strlen(v);
+    bool cloud = false;
+    for (size_t i = 0; i < sizeof clouds / sizeof *clouds; i++)
+        cloud |= strlen(clouds[i]) == n && strncmp(v, clouds[i], n) == 0;
+    const char *host = strstr(url, "://");
+    const bool is_url = *url && !check_http(url) && host && host[3] && !strpbrk(url, " @");
+    return strcmp(v, "off") == 0 || (*v == '/' && v[1]) || (cloud && !at) || (is_url && (cloud || !at))
+               ? NULL
+               : "off, ec2, gce, azure, one of these with @http://host[:port], http(s)://..., or an absolute path";
 }
 
 // An address, since a name could mean several; port 0 takes a free one, which the log tells.

@@ -67,6 +67,9 @@ struct conf {
         char *worker_program; // "": ditfleet-worker beside the program that runs
     } fleet;
     struct {
+        char *spot_notice; // as supervisor/spot.h has it; "off": nobody is asked
+    } node;
+    struct {
         double lease_s;
         int max_attempts;   // of a job's own errors, where the job names none; 0: as the queue has it
         double retention_s; // of finished jobs; 0: as the queue has it

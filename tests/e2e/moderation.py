@@ -249,7 +249,8 @@ def main():
         until("the door", lambda: fleet.server.exists(P + "in:default"))
         call("publish", "demo", "1")
         for tenant in "other", "hostile", "flood":
-            subprocess.run([BUILD + "/ditfleet", "tenant", "add", tenant, "--redis", fleet.url], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([BUILD + "/ditfleet", "tenant", "add", tenant, "--redis", fleet.url], check=True,
+                           stdout=subprocess.DEVNULL)
         judged(fleet)
         changed(fleet)
         slowest = unanswered(fleet, port, Endpoint)
