@@ -21,8 +21,8 @@ enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
-static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_model, check_listen,
-    check_blocks, check_gpus;
+static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_http, check_model,
+    check_listen, check_blocks, check_gpus, check_spot;
 
 struct key {
     const char *section, *name;
@@ -39,6 +39,7 @@ static const char *const devices[] = {"cpu", "cuda", NULL};
 static const char *const precisions[] = {"default", "fp32", "bf16", "fp16", "fp8", NULL};
 static const char *const answers[] = {"no", "yes", NULL};
 static const char *const weights[] = {"replicated", "sharded", NULL};
+static const char *const on_errors[] = {"wait", "refuse", "allow", NULL};
 static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 
 #define AT(field) offsetof(struct conf, field)
@@ -54,6 +55,10 @@ static const struct key keys[] = {
      .doc = "directory of the lock file and the control socket"},
     {"fleet", "worker_program", STRING, AT(fleet.worker_program), 0, 180, "", check_path_or_empty,
      .doc = "absolute path of ditfleet-worker; empty: beside the supervisor's own program"},
+    {"node", "spot_notice", STRING, AT(node.spot_notice), 1, 180, "off", check_spot,
+     .doc = "who says that this machine is taken back, asked every 5 s; then it drains: ec2, gce, azure "
+            "(ec2@http://host:port "
+            "asks there), a URL (200: it is; 404: not), a file that appears"},
     {"queue", "lease", SECONDS, AT(queue.lease_s), 1, 3600, "30s",
      .doc = "how long a claimed job stays claimed without a beat"},
     {"queue", "max_attempts", INT, AT(queue.max_attempts), 0, 100, "0",
@@ -77,6 +82,17 @@ static const struct key keys[] = {
     {"callback", "backoff_max", SECONDS, AT(callback.backoff_max_s), 0.01, 86400, "1h",
      .doc = "longest such wait, also where the receiver asks for more"},
     {"callback", "timeout", SECONDS, AT(callback.timeout_s), 0.1, 300, "10s", .doc = "of one try of a callback"},
+    {"moderation", "deny_file", STRING, AT(moderation.deny_file), 0, 180, "", check_path_or_empty,
+     .doc = "absolute path of what no prompt may hold, a phrase or /PCRE2 pattern/ a line; read again when it changes; "
+            "empty: none"},
+    {"moderation", "url", SECRET, AT(moderation.url), 0, 180, "", check_http,
+     .doc = "http:// or https:// that is asked by a POST whether a prompt is allowed; empty: nobody is asked"},
+    {"moderation", "allow", LIST, AT(moderation.allow), 1, 180, NULL, check_host_port,
+     .doc = "host:port that may be asked although its address is loopback, private or link-local"},
+    {"moderation", "timeout", SECONDS, AT(moderation.timeout_s), 0.05, 60, "2s", .doc = "of one such question"},
+    {"moderation", "on_error", ENUM, AT(moderation.on_error), .initial = "wait", .choices = on_errors,
+     .doc = "what becomes of a job about which there is no answer: it waits in its door and is asked about again, is "
+            "refused, or is let in"},
     {"deadline", "load", SECONDS, AT(deadline.load_s), 0.1, 86400, "120s",
      .doc = "a worker without progress for so long while it starts or loads weights is hung"},
     {"deadline", "text", SECONDS, AT(deadline.text_s), 0.1, 86400, "60s", .doc = "the same, in the text encoders"},
@@ -197,6 +213,28 @@ static const char *check_host_port(const char *v)
     long port = strtol(colon + 1, &end, 10);
     bool bare_ipv6 = memchr(v, ':', (size_t)(colon - v)) && !(*v == '[' && colon[-1] == ']');
     return *end || port < 1 || port > 65535 || bare_ipv6 || strpbrk(v, "/@ ") ? allowed : NULL;
+}
+
+static const char *check_http(const char *v)
+{
+    return !*v || strncmp(v, "http://", 7) == 0 || strncmp(v, "https://", 8) == 0
+               ? NULL
+               : "http://..., https://..., or nothing";
+}
+
+static const char *check_spot(const char *v)
+{
+    static const char *const clouds[] = {"ec2", "gce", "azure"};
+    const char *at = strchr(v, '@'), *url = at ? at + 1 : v;
+    const size_t n = at ? (size_t)(at - v) : strlen(v);
+    bool cloud = false;
+    for (size_t i = 0; i < sizeof clouds / sizeof *clouds; i++)
+        cloud |= strlen(clouds[i]) == n && strncmp(v, clouds[i], n) == 0;
+    const char *host = strstr(url, "://");
+    const bool is_url = *url && !check_http(url) && host && host[3] && !strpbrk(url, " @");
+    return strcmp(v, "off") == 0 || (*v == '/' && v[1]) || (cloud && !at) || (is_url && (cloud || !at))
+               ? NULL
+               : "off, ec2, gce, azure, one of these with @http://host[:port], http(s)://..., or an absolute path";
 }
 
 // An address, since a name could mean several; port 0 takes a free one, which the log tells.
@@ -699,6 +737,7 @@ static int finish(struct parser *p)
 int conf_parse(const char *text, const char *name, struct conf **out, struct err *err)
 {
     static_assert(LOG_DEBUG == 0 && LOG_ERROR == 3, "levels[] is in the order of enum log_level");
+    static_assert(CONF_ON_ERROR_WAIT == 0 && CONF_ON_ERROR_ALLOW == 2, "on_errors[] is in the order of the enum");
     static_assert(DITFLEET__V1__PRECISION__PRECISION_DEFAULT == 0 && DITFLEET__V1__PRECISION__PRECISION_FP8 == 4,
                   "precisions[] is in the order of the job's");
     struct parser p = {.name = name, .text = text, .err = err};
@@ -877,7 +916,7 @@ static void print_value(FILE *to, const struct key *k, const void *field)
 
 char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g)
 {
-    static const char *const read_by_workers[] = {"queue", "upload", "deadline", "log"};
+    static const char *const read_by_workers[] = {"queue", "upload", "moderation", "deadline", "log"};
     char *text = NULL;
     size_t n = 0;
     FILE *to = open_memstream(&text, &n);

@@ -52,6 +52,9 @@ struct conf_group {
     struct conf_model *models; // (model.count), the same, taken apart
 };
 
+// What becomes of a job about which the moderation endpoint gave no answer.
+enum conf_on_error { CONF_ON_ERROR_WAIT, CONF_ON_ERROR_REFUSE, CONF_ON_ERROR_ALLOW };
+
 // Fields named _s are seconds.
 struct conf {
     char *path; // the file, absolute
@@ -64,6 +67,9 @@ struct conf {
         char *state_dir;      // lock file and control.sock
         char *worker_program; // "": ditfleet-worker beside the program that runs
     } fleet;
+    struct {
+        char *spot_notice; // as supervisor/spot.h has it; "off": nobody is asked
+    } node;
     struct {
         double lease_s;
         int max_attempts;   // of a job's own errors, where the job names none; 0: as the queue has it
@@ -82,6 +88,13 @@ struct conf {
         double backoff_min_s, backoff_max_s;
         double timeout_s; // one POST
     } callback;
+    struct {
+        char *deny_file;        // "": none
+        char *url;              // "": nobody is asked; its query may be a secret
+        struct conf_list allow; // host:port asked although private or loopback
+        double timeout_s;       // one POST
+        int on_error;           // enum conf_on_error
+    } moderation;
     struct { // a worker whose progress counter stands still this long in the stage is hung
         double load_s, text_s, denoise_s, decode_s, png_s, upload_s;
     } deadline;

@@ -16,6 +16,7 @@ static const struct {
     [ERR_CORRUPT] = {"corrupt", false},
     [ERR_CONFLICT] = {"conflict", false},
     [ERR_REFUSED] = {"refused", false},
+    [ERR_MODERATED] = {"moderated", false},
     [ERR_CANCELLED] = {"cancelled", false},
     [ERR_EXPIRED] = {"expired", false},
     [ERR_STALE] = {"stale", false},
@@ -24,6 +25,7 @@ static const struct {
     [ERR_IO] = {"io", true},
     [ERR_TIMEOUT] = {"timeout", true},
     [ERR_UNAVAILABLE] = {"unavailable", true},
+    [ERR_CRASHED] = {"crashed", true},
     [ERR_INTERNAL] = {"internal", true},
 };
 static_assert(sizeof codes / sizeof *codes == ERR_CODES, "every code has a row");

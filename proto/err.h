@@ -15,6 +15,7 @@ enum err_code {
     ERR_CORRUPT,     // bytes that break their own format (file, message, reply)           final
     ERR_CONFLICT,    // the id exists with another payload                                 final
     ERR_REFUSED,     // policy says no: upload target, file root, access control           final
+    ERR_MODERATED,   // policy says no to the prompt                                       final
     ERR_CANCELLED,   // somebody asked to stop                                             final
     ERR_EXPIRED,     // the job's own deadline passed                                      final
     ERR_STALE,       // the fence (epoch, nonce) is somebody else's by now                 final for this holder
@@ -23,6 +24,7 @@ enum err_code {
     ERR_IO,          // a read, write or system call failed                                retryable
     ERR_TIMEOUT,     // a deadline of ours passed                                          retryable
     ERR_UNAVAILABLE, // a peer (Redis, upload host, another rank) cannot be reached        retryable
+    ERR_CRASHED,     // a worker's process crashed over the job                            retryable
     ERR_INTERNAL,    // a broken promise of our own: a bug                                 retryable
     ERR_CODES,
 };

@@ -196,6 +196,7 @@ void queue_close(struct queue *q)
     if (!q)
         return;
     redis_close(q->redis);
+    queue_drop_judged(q);
     free(q->tenants);
     free(q->models);
     free(q);
@@ -277,6 +278,16 @@ static int model_op(struct queue *q, const char *op, const char *name, const cha
 int queue_model_publish(struct queue *q, const char *name, const char *version, struct err *e)
 {
     return model_op(q, "publish", name, version, e);
+}
+
+int queue_serve(struct queue *q, const char *name, const char *version, const char *worker, struct err *e)
+{
+    struct args a;
+    TRY(job_check_name("the model's name", name, JOB_MAX_NAME, e));
+    TRY(job_check_name("the model's version", version, JOB_MAX_NAME, e));
+    TRY(job_check_name("the worker's name", worker, JOB_MAX_NAME, e));
+    ARGS(&a, "publish", name, version, worker);
+    return queue_eval(q, &a, NULL, e);
 }
 
 int queue_model_withdraw(struct queue *q, const char *name, const char *version, struct err *e)

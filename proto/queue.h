@@ -64,6 +64,8 @@ struct queue_model {
 // Says that the fleet has model name@version; version becomes what the bare name means. Nodes repeat this from time to
 // time (say every 10 s), so that it survives a server that lost its data.
 int queue_model_publish(struct queue *q, const char *name, const char *version, struct err *e);
+// The same, and that this worker serves it: a job over which it crashes may be tried by another, if there is one.
+int queue_serve(struct queue *q, const char *name, const char *version, const char *worker, struct err *e);
 int queue_model_withdraw(struct queue *q, const char *name, const char *version, struct err *e);
 // *list is the caller's to free().
 int queue_models(struct queue *q, struct queue_model **list, size_t *count, struct err *e);
@@ -122,18 +124,31 @@ struct queue_admitted {
     unsigned duplicate; // same id, same bytes: nothing to do
     unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes
     bool no_models;     // nothing was read: the registry of models is empty, so no model can be called unknown
+    unsigned judging;   // jobs in hand whose verdict is still to come: call again soon
 };
+
+// Whether a job that is fine otherwise may come in. QUEUE_DENY: why says so, without the prompt. QUEUE_LATER: it stays
+// in its door and is asked about again, with the same tenant and entry, in the calls of queue_admit that follow, until
+// there is a verdict; meanwhile other jobs come in. Must not block.
+enum queue_verdict { QUEUE_ALLOW, QUEUE_DENY, QUEUE_LATER };
+struct queue_submission {
+    const char *tenant, *entry;
+    const Ditfleet__V1__Job *job;
+};
+typedef enum queue_verdict queue_judge(void *arg, const struct queue_submission *submission, struct err *why);
 
 // One round of admission: takes up to QUEUE_BATCH entries, waiting up to block_ms for the first, and those that a dead
 // admitter left behind. consumer names this admitter ([A-Za-z0-9._-]). Call it in a loop with block_ms of 1000 or less,
-// since new tenants are seen between calls. refused_log (may be NULL) hears of each refusal.
+// since new tenants are seen between calls. on_refusal (may be NULL) hears of each refusal.
 typedef void queue_on_refusal(void *arg, const char *tenant, const char *id, const char *entry, const struct err *why);
 struct queue_admission {
     const char *consumer;
     queue_price *price; // NULL: queue_price_default
     queue_on_refusal *on_refusal;
-    void *arg;      // of both
-    bool callbacks; // this node makes callbacks; else a job that asks for one is refused
+    void *arg;          // of both
+    bool callbacks;     // this node makes callbacks; else a job that asks for one is refused
+    queue_judge *judge; // NULL: everything is allowed
+    void *judge_arg;
 };
 int queue_admit(struct queue *q, const struct queue_admission *admission, int block_ms, struct queue_admitted *out,
                 struct err *e);
@@ -203,7 +218,8 @@ int queue_fail(struct queue *q, const struct queue_fence *fence, enum queue_caus
 int queue_release(struct queue *q, const struct queue_fence *fence, struct err *e);
 
 // Everything this incarnation of worker holds fails with cause INFRA, the first time with no backoff. incarnation NULL:
-// any. *count (may be NULL): jobs returned.
+// any. *count (may be NULL): jobs returned. ERR_CRASHED in why speaks against the job: the second time, at another
+// worker where another serves its pool, it is DEAD.
 int queue_release_all(struct queue *q, const char *worker, const char *incarnation, const struct err *why,
                       unsigned *count, struct err *e);
 

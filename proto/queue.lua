@@ -17,6 +17,7 @@ local SETTINGS = {
   check_ms = 60000, dlq_max = 10000, outbox_max = 10000,
 }
 local EVENT_MAX = 1000 -- of one job's stream
+local SERVES_MS = 60000 -- how long a worker counts as serving a pool after it last said so
 local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
 
 local function int(n) return string.format('%.0f', n) end
@@ -243,15 +244,16 @@ local function expire(r, set)
   fail_final(r, 'EXPIRED', { code = 'expired', message = 'the deadline passed before the job was finished' }, set)
 end
 
--- An attempt failed. cause: 'app' counts against the job, 'infra' against the fleet. Full jitter: random is in [0, 1).
-local function fail_attempt(r, cause, e, random, left)
+-- An attempt failed. cause: 'app' counts against the job, 'infra' against the fleet; poison: it is the last. Full jitter: random is
+-- in [0, 1).
+local function fail_attempt(r, cause, e, random, left, poison)
   local field = 'attempts_' .. cause
   read_fields(r, REST)
   local n = r[field] + 1
   local most = cause == 'infra' and conf('max_attempts_infra') or (r.max_attempts > 0 and r.max_attempts or conf('max_attempts'))
   r[field] = n
   call('HSET', record_key(r.tenant, r.id), field, n, 'left', left)
-  if n >= most or (cause == 'app' and not e.retryable) then return fail_final(r, 'DEAD', e) end
+  if n >= most or poison or (cause == 'app' and not e.retryable) then return fail_final(r, 'DEAD', e) end
   count('retries', 1)
   local delay = floor(random * min(conf('backoff_cap_ms'), conf('backoff_ms') * 2 ^ (n - 1)))
   if cause == 'infra' and n == 1 then delay = 0 end
@@ -291,9 +293,13 @@ function ops.tenant()
   return ops.doors()
 end
 
--- publish <name> <version>: the version becomes what the bare name means
+-- publish <name> <version> [<worker>]: the version becomes what the bare name means; the worker serves it
 function ops.publish()
-  call('HSET', P .. 'models', ARGV[2] .. '@' .. ARGV[3], int(now()), ARGV[2], ARGV[3])
+  local pool = ARGV[2] .. '@' .. ARGV[3]
+  call('HSET', P .. 'models', pool, int(now()), ARGV[2], ARGV[3])
+  if not ARGV[4] then return end
+  call('ZREMRANGEBYSCORE', P .. 'serves:' .. pool, '-inf', now() - SERVES_MS)
+  call('ZADD', P .. 'serves:' .. pool, now(), ARGV[4])
 end
 
 -- withdraw <name> <version>: the bare name falls back to the version published last
@@ -533,22 +539,47 @@ function ops.release()
   return 'ok'
 end
 
--- release_all <worker> <incarnation or ''> <code> <message> <random>; {returned, 1 if there are more}
+-- Whether another worker than this one serves the pool.
+local function another_serves(pool, worker)
+  for _, name in ipairs(call('ZRANGEBYSCORE', P .. 'serves:' .. pool, now() - SERVES_MS, '+inf', 'LIMIT', 0, 2)) do
+    if name ~= worker then return true end
+  end
+  return false
+end
+
+-- A worker crashed over the job, which speaks against it: the second time, at another worker where there is another, it is
+-- poison, and this is the error that says so; else nil.
+local function poison(r, worker, e)
+  local k = record_key(r.tenant, r.id)
+  local first = call('HGET', k, 'died_at')
+  if not first then call('HSET', k, 'died_at', worker) end
+  if not first or (first == worker and another_serves(r.pool, worker)) then return end
+  return { code = e.code, retryable = false, message = string.format('poison: workers crashed over this job twice, on %s and on %s; '
+    .. 'the last: %s', first, worker, e.message) }
+end
+
+-- release_all <worker> <incarnation or ''> <code> <message> <random>; {returned, 1 if there are more}. Code crashed: the worker's
+-- process did, over what it computed. What it only uploaded is to blame when there is nothing else.
 function ops.release_all()
   local k, n = P .. 'held:' .. ARGV[2], 0
-  local held = call('HGETALL', k)
+  local held, mine, computed = call('HGETALL', k), {}, false
   for i = 1, #held, 2 do
     local incarnation, epoch = held[i + 1]:match('^(%S*) (%d+)')
     if incarnation == ARGV[3] or ARGV[3] == '' then
-      if n == K then return { n, 1 } end
+      if n == K then break end
       n = n + 1
       local r = load_member(held[i])
       if r and HELD[r.state] and r.worker == ARGV[2] and int(r.epoch) == epoch then
-        fail_attempt(r, 'infra', { code = ARGV[4], message = ARGV[5], retryable = true }, (tonumber(ARGV[6]) + n * 0.618) % 1, 'lost')
+        mine[#mine + 1], computed = r, computed or r.state ~= 'UPLOADING'
       else call('HDEL', k, held[i]) end
     end
   end
-  return { n, 0 }
+  for i, r in ipairs(mine) do
+    local e = { code = ARGV[4], message = ARGV[5], retryable = true }
+    local bad = e.code == 'crashed' and (r.state ~= 'UPLOADING' or not computed) and poison(r, ARGV[2], e)
+    fail_attempt(r, 'infra', bad or e, (tonumber(ARGV[6]) + i * 0.618) % 1, 'lost', bad)
+  end
+  return { n, n == K and 1 or 0 }
 end
 
 -- cancel <tenant> <id>: the state after it, or false

@@ -2,7 +2,7 @@
 //
 // The bytes are parsed and validated here; deduplication, the record, ready and the removal of the entry are one script
 // call. An entry leaves its door only in that call, so an admitter that dies loses nothing: the next one takes over
-// what was delivered to it.
+// what was delivered to it. A job that is still being judged is kept here, its entry in the door.
 #include "proto/queue_internal.h"
 
 #include <inttypes.h>
@@ -11,10 +11,12 @@
 #include <time.h>
 
 enum {
-    REFRESH_MS = 1000,        // how stale the registries may be
-    STEAL_EVERY_MS = 1000,    // how often a dead admitter's entries are looked for
-    STEAL_IDLE_MS = 5000,     // how long an entry may stay delivered; admission takes milliseconds
-    DEAD_LETTER_BYTES = 65536 // of a refused entry, kept in dlq
+    REFRESH_MS = 1000,         // how stale the registries may be
+    STEAL_EVERY_MS = 1000,     // how often a dead admitter's entries are looked for
+    STEAL_IDLE_MS = 5000,      // how long an entry may stay delivered; admission takes milliseconds
+    DEAD_LETTER_BYTES = 65536, // of a refused entry, kept in dlq
+    JUDGED_OF_TENANT = 16,     // while so many of a tenant's jobs are being judged, its door is not read,
+    JUDGED_MAX = 256           // and while so many are in all, only those of tenants that have none
 };
 
 uint64_t queue_price_default(void *arg, const Ditfleet__V1__Job *job)
@@ -174,6 +176,84 @@ static void slot_args(struct args *a, const struct slot *s)
         args_text(a, rest[i]);
 }
 
+// ---- jobs that are being judged
+
+struct judged {
+    struct judged *next;
+    struct slot slot; // entry and payload point to what follows
+    char tenant[JOB_MAX_TENANT + 1], entry[QUEUE_ENTRY_SIZE];
+    bool done; // slot says what is to become of it
+    char payload[];
+};
+
+void queue_drop_judged(struct queue *q)
+{
+    for (struct judged *j = q->judged, *next; j; j = next) {
+        next = j->next;
+        job_free(j->slot.job);
+        free(j);
+    }
+    q->judged = NULL;
+    q->n_judged = 0;
+}
+
+static unsigned judged_of(const struct queue *q, const char *tenant)
+{
+    unsigned n = 0;
+    for (const struct judged *j = q->judged; j; j = j->next)
+        n += strcmp(j->tenant, tenant) == 0;
+    return n;
+}
+
+static bool may_read(const struct queue *q, const char *tenant)
+{
+    const unsigned own = q->n_judged ? judged_of(q, tenant) : 0;
+    return own == 0 || (own < JUDGED_OF_TENANT && q->n_judged < JUDGED_MAX);
+}
+
+static bool is_judged(const struct queue *q, const char *tenant, const char *entry)
+{
+    const struct judged *j = q->judged;
+    while (j && (strcmp(j->entry, entry) != 0 || strcmp(j->tenant, tenant) != 0))
+        j = j->next;
+    return j != NULL;
+}
+
+// True: there is a verdict, and s says it.
+static bool judge(const struct queue_admission *admission, const char *tenant, struct slot *s)
+{
+    if (!s->job || !admission->judge)
+        return true;
+    const struct queue_submission submission = {tenant, s->entry, s->job};
+    const enum queue_verdict verdict = admission->judge(admission->judge_arg, &submission, &s->why);
+    if (verdict == QUEUE_DENY) {
+        job_free(s->job);
+        s->job = NULL;
+    }
+    return verdict != QUEUE_LATER;
+}
+
+// Takes the slot over.
+static int keep(struct queue *q, const char *tenant, struct slot *s, struct err *e)
+{
+    struct judged *j = malloc(sizeof *j + s->length);
+    if (!j)
+        return err_set(e, ERR_NO_MEMORY, "out of memory for admission");
+    *j = (struct judged){.slot = *s};
+    snprintf(j->tenant, sizeof j->tenant, "%s", tenant);
+    snprintf(j->entry, sizeof j->entry, "%s", s->entry);
+    memcpy(j->payload, s->payload, s->length);
+    j->slot.entry = j->entry;
+    j->slot.payload = j->payload;
+    struct judged **last = &q->judged; // who came first is asked about first
+    while (*last)
+        last = &(*last)->next;
+    *last = j;
+    q->n_judged++;
+    *s = (struct slot){0};
+    return 0;
+}
+
 // ---- one batch of one tenant
 
 static void tally(const struct queue_admission *admission, const char *tenant, const struct slot *s, const char *what,
@@ -196,6 +276,8 @@ static int admit_slots(struct queue *q, const struct queue_admission *admission,
 {
     struct args a = {0};
     redisReply *reply = NULL;
+    if (n == 0)
+        return 0;
     args_text(&a, "admit");
     args_text(&a, tenant);
     for (size_t i = 0; i < n; i++)
@@ -216,18 +298,45 @@ static int admit_entries(struct queue *q, const struct queue_admission *admissio
     if (!slots)
         return err_set(e, ERR_NO_MEMORY, "out of memory for admission");
     int rc = 0;
-    for (size_t at = 0; at < total && rc == 0; at += QUEUE_BATCH) {
-        size_t n = total - at < QUEUE_BATCH ? total - at : QUEUE_BATCH;
+    for (size_t at = 0; at < total && rc == 0;) {
+        size_t n = 0;
         memset(slots, 0, QUEUE_BATCH * sizeof *slots);
-        for (size_t i = 0; i < n && rc == 0; i++)
-            rc = read_slot(q, admission, reply_at(entries, at + i), &fresh, &slots[i], e);
+        for (; at < total && n < QUEUE_BATCH && rc == 0; at++) {
+            const redisReply *entry = reply_at(entries, at);
+            if (is_judged(q, tenant, reply_text(reply_at(entry, 0))))
+                continue;
+            rc = read_slot(q, admission, entry, &fresh, &slots[n], e);
+            if (rc != 0 || judge(admission, tenant, &slots[n]))
+                n++;
+            else
+                rc = keep(q, tenant, &slots[n], e);
+            out->read++;
+        }
         rc = rc ? rc : admit_slots(q, admission, tenant, slots, n, out, e);
-        out->read += (unsigned)n;
-        for (size_t i = 0; i < n; i++)
+        for (size_t i = 0; i < QUEUE_BATCH; i++)
             job_free(slots[i].job);
     }
     free(slots);
     return rc;
+}
+
+// Those about which there is a verdict by now. One that Redis was not told of is kept with it.
+static int admit_judged(struct queue *q, const struct queue_admission *admission, struct queue_admitted *out,
+                        struct err *e)
+{
+    for (struct judged **at = &q->judged, *j; (j = *at);) {
+        j->done = j->done || judge(admission, j->tenant, &j->slot);
+        if (!j->done) {
+            at = &j->next;
+            continue;
+        }
+        TRY(admit_slots(q, admission, j->tenant, &j->slot, 1, out, e));
+        *at = j->next;
+        q->n_judged--;
+        job_free(j->slot.job);
+        free(j);
+    }
+    return 0;
 }
 
 // ---- reading the doors
@@ -243,6 +352,8 @@ static int steal(struct queue *q, const struct queue_admission *admission, struc
         char key[KEY_SIZE], idle[24], tenant[JOB_MAX_TENANT + 1];
         redisReply *reply = NULL;
         snprintf(tenant, sizeof tenant, "%s", q->tenants[i].name); // admit_entries may read the registry anew
+        if (!may_read(q, tenant))
+            continue;
         snprintf(key, sizeof key, KEY_IN, q->prefix, tenant);
         put(idle, STEAL_IDLE_MS);
         const char *argv[] = {"XAUTOCLAIM", key, KEY_GROUP, admission->consumer, idle, "0-0", "COUNT", "64"};
@@ -258,29 +369,33 @@ static int steal(struct queue *q, const struct queue_admission *admission, struc
 
 enum { MAX_DOORS = 480 }; // of one XREADGROUP; further tenants take turns
 
+// *reply stays NULL when there is no door to read.
 static int read_doors(struct queue *q, const char *consumer, int block_ms, redisReply **reply, struct err *e)
 {
     struct args a = {0};
     char block[24], count[24];
     size_t n = q->n_tenants < MAX_DOORS ? q->n_tenants : MAX_DOORS,
-           start = q->n_tenants > n ? q->door % q->n_tenants : 0;
+           start = q->n_tenants > n ? q->door % q->n_tenants : 0, doors = 0;
     char(*keys)[KEY_SIZE] = malloc((n ? n : 1) * sizeof *keys);
     if (!keys)
         return err_set(e, ERR_NO_MEMORY, "out of memory for admission");
+    for (size_t i = 0; i < n; i++) {
+        const char *tenant = q->tenants[(start + i) % q->n_tenants].name;
+        if (may_read(q, tenant))
+            snprintf(keys[doors++], KEY_SIZE, KEY_IN, q->prefix, tenant);
+    }
+    q->door += n;
     put(block, (uint64_t)block_ms);
-    put(count, n < QUEUE_BATCH ? QUEUE_BATCH / (n ? n : 1) : 1);
+    put(count, doors && doors < QUEUE_BATCH ? QUEUE_BATCH / doors : 1);
     const char *head[] = {"XREADGROUP", "GROUP", KEY_GROUP, consumer, "COUNT", count, "BLOCK", block};
     for (size_t i = 0; i < (block_ms > 0 ? 8u : 6u); i++)
         args_text(&a, head[i]);
     args_text(&a, "STREAMS");
-    for (size_t i = 0; i < n; i++) {
-        snprintf(keys[i], KEY_SIZE, KEY_IN, q->prefix, q->tenants[(start + i) % q->n_tenants].name);
+    for (size_t i = 0; i < doors; i++)
         args_text(&a, keys[i]);
-    }
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < doors; i++)
         args_text(&a, ">");
-    q->door += n;
-    int rc = queue_command(q, &a, block_ms, reply, e);
+    int rc = doors ? queue_command(q, &a, block_ms, reply, e) : 0;
     free(keys);
     return rc;
 }
@@ -305,9 +420,11 @@ int queue_admit(struct queue *q, const struct queue_admission *admission, int bl
         nanosleep(&(struct timespec){.tv_nsec = nap * 1000000L}, NULL);
         return 0;
     }
-    int rc = steal(q, admission, out, e);
+    int rc = admit_judged(q, admission, out, e);
     if (rc == 0)
-        rc = read_doors(q, admission->consumer, out->read ? 0 : block_ms, &reply, e);
+        rc = steal(q, admission, out, e);
+    if (rc == 0)
+        rc = read_doors(q, admission->consumer, out->read || q->n_judged ? 0 : block_ms, &reply, e);
     if (rc != 0 && redis_problem(q->redis) == REDIS_PROBLEM_NOGROUP) {
         // The server lost its data. The doors open again; what was in them is gone.
         TRY(refresh(q, true, e));
@@ -319,5 +436,6 @@ int queue_admit(struct queue *q, const struct queue_admission *admission, int bl
         rc = admit_entries(q, admission, door_tenant(q, reply_text(reply_at(door, 0))), reply_at(door, 1), out, e);
     }
     freeReplyObject(reply);
+    out->judging = q->n_judged;
     return rc;
 }

@@ -16,7 +16,10 @@ struct queue {
     size_t n_tenants, n_models;
     int64_t refresh_at, steal_at; // monotonic milliseconds
     size_t door;                  // where the next turn starts when there are more doors than one call reads
+    struct judged *judged;        // jobs whose verdict is still to come, see queue_admit.c
+    unsigned n_judged;
 };
+void queue_drop_judged(struct queue *q); // their entries stay in the doors
 
 // The arguments of one script call. Values are kept by reference until the call.
 enum { ARGS_MAX = 1000 };

@@ -74,41 +74,26 @@ static void free_settings(struct settings *s)
 {
     if (!s)
         return;
-    for (size_t i = 0; i < s->policy.n_allow_hosts; i++)
-        free((void *)s->policy.allow_hosts[i]);
-    free((void *)s->policy.allow_hosts);
+    target_free_hosts(&s->policy);
     callback_secrets_wipe(&s->secrets);
     free(s);
-}
-
-static int copy_allow(const struct conf_list *list, struct upload_policy *policy)
-{
-    const char **hosts = calloc((size_t)list->count + 1, sizeof *hosts);
-    policy->allow_hosts = hosts;
-    for (int i = 0; hosts && i < list->count; i++) {
-        hosts[i] = strdup(list->items[i]);
-        if (!hosts[i])
-            return ERR_NO_MEMORY;
-        policy->n_allow_hosts++;
-    }
-    return hosts ? 0 : ERR_NO_MEMORY;
 }
 
 static int make_settings(const struct conf *conf, const struct log *log, struct settings **out, struct err *err)
 {
     struct settings *s = calloc(1, sizeof *s);
     *out = s;
-    if (!s || copy_allow(&conf->callback.allow, &s->policy) != 0) {
-        free_settings(s);
+    if (!s)
         return err_set(err, ERR_NO_MEMORY, "no memory for callbacks");
-    }
     s->policy.what = "callback";
     s->attempts = (uint64_t)conf->callback.attempts;
     s->backoff_min_s = conf->callback.backoff_min_s;
     s->backoff_max_s = conf->callback.backoff_max_s;
     s->timeout_s = conf->callback.timeout_s;
     s->log = *log;
-    int rc = target_check_policy(&s->policy, err);
+    int rc = target_copy_hosts(&s->policy, (const char *const *)conf->callback.allow.items,
+                               (size_t)conf->callback.allow.count, err);
+    rc = rc ? rc : target_check_policy(&s->policy, err);
     rc = rc ? rc : callback_secrets_load(conf->callback.secret_file, &s->secrets, err);
     if (rc != 0)
         free_settings(s);
@@ -147,17 +132,6 @@ static double random_fraction(void)
     return n * 0x1p-32;
 }
 
-static int add_line(struct curl_slist **lines, const char *name, const char *value, struct err *err)
-{
-    char *line = NULL;
-    struct curl_slist *longer = asprintf(&line, "%s: %s", name, value) < 0 ? NULL : curl_slist_append(*lines, line);
-    free(line);
-    if (!longer)
-        return err_set(err, ERR_NO_MEMORY, "no memory for a callback's headers");
-    *lines = longer;
-    return 0;
-}
-
 // The signature is made anew for each try, since the time in it says when it was sent.
 static int make_lines(struct slot *s, struct err *err)
 {
@@ -165,11 +139,11 @@ static int make_lines(struct slot *s, struct err *err)
     const int64_t now = (int64_t)time(NULL);
     snprintf(stamp, sizeof stamp, "%lld", (long long)now);
     TRY(callback_sign(&s->settings->secrets, s->callback.message, now, s->body, signature, err));
-    TRY(add_line(&s->lines, "Content-Type", "application/json", err));
-    TRY(add_line(&s->lines, "webhook-id", s->callback.message, err));
-    TRY(add_line(&s->lines, "webhook-timestamp", stamp, err));
-    TRY(add_line(&s->lines, "webhook-signature", signature, err));
-    return add_line(&s->lines, "Expect", "", err); // no waiting for 100 Continue
+    TRY(http_line(&s->lines, "Content-Type", "application/json", err));
+    TRY(http_line(&s->lines, "webhook-id", s->callback.message, err));
+    TRY(http_line(&s->lines, "webhook-timestamp", stamp, err));
+    TRY(http_line(&s->lines, "webhook-signature", signature, err));
+    return http_line(&s->lines, "Expect", "", err); // no waiting for 100 Continue
 }
 
 static int begin(struct slot *s, struct err *err)

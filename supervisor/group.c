@@ -111,10 +111,10 @@ static void note_failure(struct group *g, const char *text)
              text);
 }
 
-static void release(struct group *g, const char *why)
+static void release(struct group *g, enum err_code code, const char *why)
 {
     struct err err;
-    err_set(&err, ERR_UNAVAILABLE, "worker %s: %s", g->worker, why);
+    err_set(&err, code, "worker %s: %s", g->worker, why);
     if (*g->incarnation)
         g->env->release(g->env->arg, g->worker, g->incarnation, &err);
 }
@@ -296,13 +296,18 @@ static void impossible(struct group *g, const struct happening *h)
              (int)h->event);
 }
 
-static void begin_killing(struct group *g, const char *why)
+static void begin_killing_for(struct group *g, enum err_code code, const char *why)
 {
     change_state(g, GROUP_KILLING, 5);
     kill_ranks(g);
-    release(g, why); // now, for speed; again when all are gone, for what was claimed in between
+    release(g, code, why); // now, for speed; again when all are gone, for what was claimed in between
     if (g->live == 0)
         group_raise(g, (struct happening){.event = E_EMPTY});
+}
+
+static void begin_killing(struct group *g, const char *why)
+{
+    begin_killing_for(g, ERR_UNAVAILABLE, why);
 }
 
 static void start(struct group *g, const struct happening *h)
@@ -358,13 +363,36 @@ static bool is_fatal(int status)
     return WIFEXITED(status) && WEXITSTATUS(status) == EXIT_DO_NOT_RESTART;
 }
 
+static bool is_crash(int signal)
+{
+    return signal == SIGSEGV || signal == SIGBUS || signal == SIGABRT || signal == SIGFPE;
+}
+
+// Whether the death of a rank speaks against the job in hand. SIGKILL does not: it comes from elsewhere, the kernel
+// short of memory among them. Nor does any death on a GPU, since nothing here tests whether that GPU is sound.
+static bool speaks_against_job(const struct group *g, int status)
+{
+    if (!g->my || g->my->device == CONF_DEVICE_CUDA)
+        return false;
+    if (WIFSIGNALED(status) && is_crash(WTERMSIG(status)))
+        return true;
+    // The rank that crashed may be reaped after one that left because of it.
+    for (int i = 0; i < g->n_ranks; i++) {
+        siginfo_t info = {.si_pid = 0};
+        if (g->ranks[i].pid > 0 && waitid(P_PID, (id_t)g->ranks[i].pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&
+            info.si_pid != 0 && info.si_code != CLD_EXITED && is_crash(info.si_status))
+            return true;
+    }
+    return false;
+}
+
 static void rank_lost(struct group *g, const struct happening *h)
 {
     char text[400];
     describe_exit(&g->ranks[h->rank], h->status, text, sizeof text);
     g->fatal |= is_fatal(h->status);
     note_failure(g, text);
-    begin_killing(g, text);
+    begin_killing_for(g, speaks_against_job(g, h->status) ? ERR_CRASHED : ERR_UNAVAILABLE, text);
 }
 
 // Of ranks that fall one after the other, the one that says "do not restart me" gives the reason.
@@ -435,7 +463,7 @@ static void settle(struct group *g, const struct happening *h)
     (void)h;
     bool ran = g->state == GROUP_DRAINING || g->state == GROUP_KILLING;
     if (ran)
-        release(g, "its processes are gone");
+        release(g, ERR_UNAVAILABLE, "its processes are gone");
     if (g->goal == GOAL_RUN && ran)
         change_state(g, g->fatal ? GROUP_FAILED : GROUP_BACKOFF, g->fatal ? INFINITY : backoff(g));
     else if (g->state != GROUP_STOPPED)

@@ -13,8 +13,9 @@
 
 #include "proto/clock.h"
 #include "proto/queue.h"
+#include "worker/moderation.h"
 
-enum { CONNECT_MS = 2000, COMMAND_MS = 2000, ADMIT_BLOCK_MS = 250, REAP_MS = 1000 };
+enum { CONNECT_MS = 2000, COMMAND_MS = 2000, ADMIT_BLOCK_MS = 250, JUDGE_MS = 100, REAP_MS = 1000 };
 #define NUMBERS_SECONDS 1.0
 #define RETRY_SECONDS   0.5
 
@@ -25,8 +26,9 @@ struct release {
 };
 
 struct settings {
-    bool admit, numbers; // numbers: somebody asks for them
-    bool callbacks;      // they are made here: admission takes jobs that ask for one
+    bool admit, numbers;           // numbers: somebody asks for them
+    bool callbacks;                // they are made here: admission takes jobs that ask for one
+    struct moderation *moderation; // NULL: admission takes every prompt
     int max_attempts;
     double retention_s;
     struct log log;
@@ -168,9 +170,16 @@ static int round_of_work(struct queue_thread *t, double *reap_at, bool *idle, st
     }
     *idle = !t->used.admit;
     if (t->used.admit) {
-        const struct queue_admission admission = {
-            .consumer = t->node, .on_refusal = on_refusal, .arg = t, .callbacks = t->used.callbacks};
+        struct moderation *moderation = t->used.moderation;
+        const struct queue_admission admission = {.consumer = t->node,
+                                                  .on_refusal = on_refusal,
+                                                  .arg = t,
+                                                  .callbacks = t->used.callbacks,
+                                                  .judge = moderation ? moderation_judge : NULL,
+                                                  .judge_arg = moderation};
         TRY(queue_admit(t->queue, &admission, ADMIT_BLOCK_MS, &admitted, err));
+        if (admitted.judging && moderation)
+            moderation_wait(moderation, JUDGE_MS);
         *idle = admitted.no_models;
     }
     return ask_numbers(t, err); // last: what they meet holds up no job
@@ -186,6 +195,7 @@ static bool wait_for_work(struct queue_thread *t, double until, bool failed)
         pthread_cond_timedwait(&t->wake, &t->mutex, &at);
     bool go_on = !t->stop;
     if (t->changed) {
+        moderation_free(t->used.moderation);
         t->used = t->settings;
         t->applied = t->changed = false;
     }
@@ -209,14 +219,15 @@ static void *run(void *arg)
     return NULL;
 }
 
-static struct settings settings_of(const struct conf *conf, const struct log *log)
+static int make_settings(const struct conf *conf, const struct log *log, struct settings *out, struct err *err)
 {
-    return (struct settings){.admit = conf->n_groups == 0,
+    *out = (struct settings){.admit = conf->n_groups == 0,
                              .numbers = *conf->metrics.listen != 0,
                              .callbacks = *conf->callback.secret_file != 0,
                              .max_attempts = conf->queue.max_attempts,
                              .retention_s = conf->queue.retention_s,
                              .log = *log};
+    return out->admit ? moderation_new(conf, log, &out->moderation, err) : 0;
 }
 
 static void free_thread(struct queue_thread *t)
@@ -227,6 +238,9 @@ static void free_thread(struct queue_thread *t)
     }
     if (t->fd >= 0)
         close(t->fd);
+    if (t->changed)
+        moderation_free(t->settings.moderation);
+    moderation_free(t->used.moderation);
     pthread_cond_destroy(&t->wake);
     pthread_mutex_destroy(&t->mutex);
     free(t->numbers.pools);
@@ -239,16 +253,20 @@ static void free_thread(struct queue_thread *t)
 int queue_thread_start(struct queue_thread **out, const struct conf *conf, const struct log *log, struct err *err)
 {
     pthread_condattr_t monotonic;
+    struct settings settings;
+    TRY(make_settings(conf, log, &settings, err));
     struct queue_thread *t = calloc(1, sizeof *t);
-    if (!t)
+    if (!t) {
+        moderation_free(settings.moderation);
         return err_set(err, ERR_NO_MEMORY, "queue thread: out of memory");
+    }
     pthread_mutex_init(&t->mutex, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&t->wake, &monotonic);
     pthread_condattr_destroy(&monotonic);
     t->last = &t->first;
-    t->used = t->settings = settings_of(conf, log);
+    t->used = t->settings = settings;
     t->url = strdup(conf->redis.url);
     t->name = strdup(conf->redis.queue);
     t->node = strdup(conf->fleet.node);
@@ -274,13 +292,18 @@ void queue_thread_stop(struct queue_thread *t)
     free_thread(t);
 }
 
-void queue_thread_configure(struct queue_thread *t, const struct conf *conf, const struct log *log)
+int queue_thread_configure(struct queue_thread *t, const struct conf *conf, const struct log *log, struct err *err)
 {
+    struct settings settings;
+    TRY(make_settings(conf, log, &settings, err));
     pthread_mutex_lock(&t->mutex);
-    t->settings = settings_of(conf, log);
+    if (t->changed) // a reload's that was not taken over yet
+        moderation_free(t->settings.moderation);
+    t->settings = settings;
     t->changed = true;
     pthread_cond_signal(&t->wake);
     pthread_mutex_unlock(&t->mutex);
+    return 0;
 }
 
 void queue_thread_release(struct queue_thread *t, const char *worker, const char *incarnation, const struct err *why)

@@ -27,8 +27,9 @@ int queue_thread_start(struct queue_thread **out, const struct conf *conf, const
 // Ends the thread, what is pending with it; may take a few seconds while a command waits for its deadline.
 void queue_thread_stop(struct queue_thread *t);
 
-// Takes over what a reload may change: admit (no groups), queue.max_attempts and queue.retention, the log level.
-void queue_thread_configure(struct queue_thread *t, const struct conf *conf, const struct log *log);
+// Takes over what a reload may change: admit (no groups) and whether prompts are judged, queue.max_attempts and
+// queue.retention, the log level. After an error (moderation_new) all is as before.
+int queue_thread_configure(struct queue_thread *t, const struct conf *conf, const struct log *log, struct err *err);
 
 // What this incarnation of worker holds goes back to the queue. Never blocks.
 void queue_thread_release(struct queue_thread *t, const char *worker, const char *incarnation, const struct err *why);

@@ -23,6 +23,8 @@
 #include "supervisor/group.h"
 #include "supervisor/metrics.h"
 #include "supervisor/queue_thread.h"
+#include "supervisor/spot.h"
+#include "worker/moderation.h"
 
 // How long an exit waits for Redis to take the jobs back; after a second signal, and in the first place.
 #define RELEASE_SECONDS         5.0
@@ -41,6 +43,8 @@ struct supervisor {
     struct queue_thread_status redis;
     struct callback *callback; // NULL: none are made
     struct control *control;
+    struct spot *spot;       // NULL: nobody is asked
+    bool spot_noticed;       // the machine goes away: nothing is started by itself any more
     struct metrics *metrics; // NULL: none are served
     double tell_at;          // when they are told next; INFINITY: never
     struct group_env env;
@@ -62,7 +66,9 @@ static int add_group(struct supervisor *s, const struct conf *conf, const char *
         return err_set(err, ERR_NO_MEMORY, "group %s: out of memory", name);
     s->groups = groups;
     TRY(group_new(&s->env, conf, name, &groups[s->n_groups], err));
-    group_start(groups[s->n_groups++]);
+    s->n_groups++;
+    if (!s->spot_noticed)
+        group_start(groups[s->n_groups - 1]);
     return 0;
 }
 
@@ -123,8 +129,8 @@ static void tell_systemd(struct supervisor *s)
         failed += group_state(s->groups[i]) == GROUP_FAILED;
         settled += group_settled(s->groups[i]);
     }
-    snprintf(text, sizeof text, "%s%d of %d groups ready, %d failed; Redis %s", s->stop_signals ? "stopping; " : "",
-             ready, s->n_groups, failed,
+    snprintf(text, sizeof text, "%s%s%d of %d groups ready, %d failed; Redis %s", s->stop_signals ? "stopping; " : "",
+             s->spot_noticed ? "spot notice; " : "", ready, s->n_groups, failed,
              s->redis.up      ? "answers"
              : s->redis.known ? "does not answer"
                               : "not asked yet");
@@ -222,6 +228,27 @@ static int on_queue(sd_event_source *source, int fd, uint32_t events, void *arg)
     return 0;
 }
 
+// The supervisor stays: restarted, it would serve again until it saw the notice.
+static int on_spot(sd_event_source *source, int fd, uint32_t events, void *arg)
+{
+    (void)fd, (void)events;
+    struct supervisor *s = arg;
+    sd_event_source_set_enabled(source, SD_EVENT_OFF);
+    s->spot_noticed = true;
+    for (int i = 0; i < s->n_groups; i++)
+        group_drain(s->groups[i]);
+    return 0;
+}
+
+static int watch_spot(struct supervisor *s, struct err *err)
+{
+    if (strcmp(s->conf->node.spot_notice, "off") == 0)
+        return 0;
+    TRY(spot_start(s->conf->node.spot_notice, &s->log, &s->spot, err));
+    int rc = sd_event_add_io(s->event, NULL, spot_fd(s->spot), EPOLLIN, on_spot, s);
+    return rc < 0 ? err_set(err, ERR_IO, "cannot watch for a spot notice: %s", strerror(-rc)) : 0;
+}
+
 // ---- signals
 
 static int on_child(sd_event_source *source, const struct signalfd_siginfo *info, void *arg)
@@ -264,6 +291,8 @@ static int check_reload(const struct conf *old, const struct conf *new, struct e
         return err_set(err, ERR_UNSUPPORTED, "%s: [redis] changed; restart the supervisor for that", new->path);
     if (strcmp(old->metrics.listen, new->metrics.listen) != 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: [metrics] changed; restart the supervisor for that", new->path);
+    if (strcmp(old->node.spot_notice, new->node.spot_notice) != 0)
+        return err_set(err, ERR_UNSUPPORTED, "%s: [node] changed; restart the supervisor for that", new->path);
     if (strcmp(old->fleet.node, new->fleet.node) != 0 || strcmp(old->fleet.state_dir, new->fleet.state_dir) != 0 ||
         strcmp(old->fleet.worker_program, new->fleet.worker_program) != 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: [fleet] changed; restart the supervisor for that", new->path);
@@ -281,6 +310,15 @@ static int set_callback(struct supervisor *s, const struct conf *conf, struct er
     return 0;
 }
 
+static int check_moderation(const struct conf *conf, struct err *err)
+{
+    const struct log silent = {.fd = -1, .level = LOG_ERROR, .prog = ""};
+    struct moderation *m = NULL;
+    TRY(moderation_new(conf, &silent, &m, err));
+    moderation_free(m);
+    return 0;
+}
+
 static int reload(struct supervisor *s, struct err *err)
 {
     struct conf *new = NULL;
@@ -288,13 +326,14 @@ static int reload(struct supervisor *s, struct err *err)
     const enum log_level level = s->log.level;
     int rc = check_reload(s->conf, new, err);
     s->log.level = (enum log_level) new->log.level;
+    rc = rc ? rc : check_moderation(new, err);
     rc = rc ? rc : set_callback(s, new, err);
+    rc = rc ? rc : queue_thread_configure(s->queue, new, &s->log, err);
     if (rc != 0) {
         s->log.level = level;
         conf_free(new);
         return rc;
     }
-    queue_thread_configure(s->queue, new, &s->log);
     for (int i = 0; i < s->n_groups; i++)
         group_configure(s->groups[i], new);
     conf_free(s->conf);
@@ -326,11 +365,11 @@ static json_t *status(struct supervisor *s)
     json_t *groups = json_array();
     for (int i = 0; i < s->n_groups; i++)
         json_array_append_new(groups, group_status(s->groups[i]));
-    return json_pack("{s:b,s:s,s:i,s:s,s:s,s:{s:b,s:s,s:s},s:i,s:I,s:o}", "ok", 1, "node", s->conf->fleet.node, "pid",
-                     (int)getpid(), "state", s->stop_signals ? "stopping" : "running", "role",
-                     s->conf->n_groups ? "workers" : "queue", "redis", "up", s->redis.up, "queue", s->conf->redis.queue,
-                     "error", s->redis.error, "releases_pending", (int)s->redis.pending, "jobs_released",
-                     (json_int_t)s->redis.released, "groups", groups);
+    return json_pack("{s:b,s:s,s:i,s:s,s:b,s:s,s:{s:b,s:s,s:s},s:i,s:I,s:o}", "ok", 1, "node", s->conf->fleet.node,
+                     "pid", (int)getpid(), "state", s->stop_signals ? "stopping" : "running", "spot_notice",
+                     s->spot_noticed, "role", s->conf->n_groups ? "workers" : "queue", "redis", "up", s->redis.up,
+                     "queue", s->conf->redis.queue, "error", s->redis.error, "releases_pending", (int)s->redis.pending,
+                     "jobs_released", (json_int_t)s->redis.released, "groups", groups);
 }
 
 // drain or resume, of one group or all; answers with the names.
@@ -452,6 +491,7 @@ static int open_everything(struct supervisor *s, struct err *err)
     TRY(control_open(s->event, control_path(s->conf, path), on_request, s, &s->control, err));
     s->env = (struct group_env){
         .event = s->event, .log = &s->log, .worker_program = s->worker_program, .release = release, .arg = s};
+    TRY(watch_spot(s, err));
     return add_missing_groups(s, s->conf, err);
 }
 
@@ -462,6 +502,7 @@ static void close_everything(struct supervisor *s)
     free((void *)s->groups);
     control_close(s->control);
     metrics_stop(s->metrics);
+    spot_stop(s->spot);
     callback_stop(s->callback);
     queue_thread_stop(s->queue);
     sd_event_source_disable_unref(s->timer);
@@ -478,6 +519,7 @@ int supervisor_check(const struct conf *conf, struct err *err)
     TRY(find_worker(conf, path, err));
     if (*conf->callback.secret_file)
         TRY(callback_check(conf, err));
+    TRY(check_moderation(conf, err));
     for (int i = 0; i < conf->n_groups; i++)
         for (int m = 0; m < conf->groups[i].model.count; m++) {
             const char *directory = conf->groups[i].models[m].directory;

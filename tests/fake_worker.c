@@ -168,8 +168,12 @@ static void live(struct fake *f)
             raise(SIGSTOP);
         if (does(f, "hang") || does(f, "work"))
             f->beat.stage = STAGE_DENOISE, f->beat.step = 3, f->beat.steps = 20;
-        if (does(f, "claim") && !*f->beat.job && round % 4 == 0)
+        if ((does(f, "claim") || does(f, "poisoned")) && !*f->beat.job && round % 4 == 0)
             claim_job(f);
+        if (does(f, "poisoned") && *f->beat.job) {
+            signal(SIGSEGV, SIG_DFL);
+            raise(SIGSEGV);
+        }
         f->beat.progress += does(f, "work") || does(f, "claim");
         say(f, &f->beat);
         sleep_ms(50);

@@ -7,15 +7,17 @@
 
 #include "proto/clock.h"
 #include "proto/queue.h"
+#include "worker/moderation.h"
 
-enum { BLOCK_MS = 500, PUBLISH_SECONDS = 10, RETRY_MS = 500 };
+enum { BLOCK_MS = 500, JUDGE_MS = 100, PUBLISH_SECONDS = 10, RETRY_MS = 500 };
 
 struct admitter {
     const struct conf *conf;
     const struct conf_group *group;
     const struct log *log;
     const char *consumer;
-    struct queue *queue; // the thread's own
+    struct queue *queue;           // the thread's own
+    struct moderation *moderation; // the same; NULL: everything is allowed
     pthread_t thread;
     atomic_bool ending;
 };
@@ -29,17 +31,25 @@ static void on_refusal(void *arg, const char *tenant, const char *id, const char
 
 static int work(struct admitter *a, double *publish_at, struct err *err)
 {
-    const struct queue_admission admission = {
-        .consumer = a->consumer, .on_refusal = on_refusal, .arg = a, .callbacks = *a->conf->callback.secret_file != 0};
     struct queue_admitted admitted;
+    if (!a->moderation) // while its deny list cannot be read, jobs wait in their doors
+        TRY(moderation_new(a->conf, a->log, &a->moderation, err));
+    const struct queue_admission admission = {.consumer = a->consumer,
+                                              .on_refusal = on_refusal,
+                                              .arg = a,
+                                              .callbacks = *a->conf->callback.secret_file != 0,
+                                              .judge = a->moderation ? moderation_judge : NULL,
+                                              .judge_arg = a->moderation};
     if (!a->queue)
         TRY(queue_open(&a->queue, a->conf->redis.url, a->conf->redis.queue, QUEUE_NODE, NULL, err));
     if (monotonic_seconds() >= *publish_at) {
         for (int i = 0; i < a->group->model.count; i++)
-            TRY(queue_model_publish(a->queue, a->group->models[i].name, a->group->models[i].version, err));
+            TRY(queue_serve(a->queue, a->group->models[i].name, a->group->models[i].version, a->consumer, err));
         *publish_at = monotonic_seconds() + PUBLISH_SECONDS;
     }
     TRY(queue_admit(a->queue, &admission, BLOCK_MS, &admitted, err));
+    if (admitted.judging)
+        moderation_wait(a->moderation, JUDGE_MS);
     if (admitted.no_models) // the server lost its data
         *publish_at = 0;
     return 0;
@@ -62,6 +72,7 @@ static void *run(void *arg)
             nanosleep(&(struct timespec){.tv_nsec = RETRY_MS * 1000000L}, NULL);
     }
     queue_close(a->queue);
+    moderation_free(a->moderation);
     return NULL;
 }
 

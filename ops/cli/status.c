@@ -54,9 +54,10 @@ static void print_node(const json_t *node)
     size_t i;
     json_t *group;
     const json_t *redis = json_object_get(node, "redis");
-    printf("node %s: %s, pid %.0f, redis %s%s%s\n", text(node, "node"), text(node, "state"), number(node, "pid"),
-           json_is_true(json_object_get(redis, "up")) ? "up" : "down", *text(redis, "error") ? ": " : "",
-           text(redis, "error"));
+    printf("node %s: %s%s, pid %.0f, redis %s%s%s\n", text(node, "node"), text(node, "state"),
+           json_is_true(json_object_get(node, "spot_notice")) ? " until the cloud takes it back" : "",
+           number(node, "pid"), json_is_true(json_object_get(redis, "up")) ? "up" : "down",
+           *text(redis, "error") ? ": " : "", text(redis, "error"));
     json_array_foreach(json_object_get(node, "groups"), i, group) print_group(group);
 }
 

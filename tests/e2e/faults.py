@@ -63,6 +63,20 @@ def killed_rank(fleet, rank):
     print("rank %d killed: the job was back after %.0f ms" % (rank, 1000 * back))
 
 
+def poisoned(fleet):
+    """The only group crashes twice over the same job: that is the job's fault."""
+    entry = begin(fleet, "poisoned")
+    for n, rank in (1, 1), (2, 0):
+        pids = fleet.wait_ready()
+        fleet.wait_step("poisoned", 5)
+        os.kill(pids[rank], signal.SIGSEGV)
+        until("crash %d seen" % n, lambda: fleet.record("poisoned").get("attempts_infra") == str(n))
+    error = fleet.result("poisoned", entry).error
+    assert error.code == "crashed" and "poison" in error.message and "signal 11" in error.message, error
+    fleet.wait_ready()
+    fleet.run("after-poison")
+
+
 def stopped_rank(fleet, rank):
     id = "stopped-%d" % rank
     pids = fleet.wait_ready()
@@ -258,7 +272,7 @@ def main():
         reference = fleet.result("reference", submit(fleet, "reference"))
         assert reference.state == OK, reference
         # A sanitizer has nothing to find where processes are killed: there the phases are left out that end so.
-        killing = ((killed_rank, 0), (stopped_rank, 1), (stopped_rank, 0), (supervisor_killed,)) if SLOW == 1 else ()
+        killing = ((killed_rank, 0), (stopped_rank, 1), (stopped_rank, 0), (supervisor_killed,), (poisoned,)) if SLOW == 1 else ()
         for phase, *more in ((killed_rank, 1), *killing, (cancelled,), (overlapping,), (redis_killed,),
                              (redis_gone_past_the_lease,), (flushed,),
                              (signalled_leader,), (reloaded,), (drained_in_time,), (drained_too_soon,), (idle_stop,),

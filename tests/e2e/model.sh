@@ -48,17 +48,24 @@ finds() {
 }
 
 long_searches() {
-  holds two_workers "2 workers, 1 job, 3 events" "-DEVENTS=3" "-O1 -DSAFETY" -w24
+  holds two_workers "2 workers, 1 job, 3 events, crashes among them" "-DEVENTS=3 -DCRASHES -DMAX_INFRA=3" "-O1 -DSAFETY" -w24
   holds three_workers "3 workers, 1 job, 3 events" "-DEVENTS=3 -DWORKERS=3 -DADMITTERS=1" "-O1 -DSAFETY" -w23
   holds two_jobs "2 workers, 2 jobs, 2 events" "-DEVENTS=2 -DJOBS=2 -DADMITTERS=1" "-O1 -DSAFETY" -w22
 }
 
+# walk N FLAGS
+walk() {
+  echo "walk $1"
+  spin -T -B -n"$1" -DWALK -DCRASHES -DMAX_INFRA=3 -DJOBS=2 $2 "$model"
+}
+
 walks() {
   local i
-  for i in $(seq 100); do
-    echo "walk $i"
-    spin -T -B -n"$i" -DWALK -DJOBS=2 -DEVENTS=$((i % 8 + 3)) "$model" || return
-  done >"$work/walks"
+  {
+    for i in $(seq 80); do walk "$i" "-DEVENTS=$((i % 8 + 3))" || return; done
+    for i in $(seq 81 100); do walk "$i" "-DEVENTS=4 -DONLY_CRASHES" || return; done
+  } >"$work/walks"
+  grep -qE '^ *job DEAD LOST [0-9]+ [0-9]+ 2( [0-9]+){5} [1-9]' "$work/walks" || { echo "FAILED: no walk comes to poison"; return 1; }
   /usr/bin/python3 -B tests/model/replay.py "$private_socket" proto/queue.lua <"$work/walks"
 }
 

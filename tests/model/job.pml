@@ -8,6 +8,7 @@
    - one id is one job: op_admit()
    - each charged attempt has a fault of its kind behind it, the job's own budget only the job's errors: fail_attempt()
    - only the dead lose their jobs to release_all: op_release_all()
+   - poison needs two crashes at two workers (-DCRASHES), not two deaths: blame()
    - cancel and finish: the first wins, and the answer says who did: client(), say_last_word()
    - no job is lost: whenever nothing can move any more, every job is final: watch(). That every run gets there is
      another search, for cycles (pan -l): there is none, so no fairness has to be assumed.
@@ -65,6 +66,7 @@ typedef record {
     mtype left;
     byte epoch, nonce, app, infra;
     byte by, inc;                          /* worker and incarnation of the last claim */
+    byte died;                             /* worker + 1 that was the first to crash over it */
     bit ready, delayed, lease, held, live; /* is it in this index? */
     byte commits                           /* not in Redis: how often finish wrote, in this history */
 };
@@ -85,6 +87,7 @@ byte failovers;
 byte commits[JOBS];   /* by all histories together */
 byte blamed[JOBS];    /* errors of the job's own */
 byte trouble;         /* faults of the fleet */
+byte crashes;         /* deaths of workers that speak against the job in hand */
 bool delay[JOBS];     /* not_before_ms is set */
 bool late[JOBS];      /* deadline_ms is set, and over */
 
@@ -97,7 +100,9 @@ typedef process {
     bit told /* the herald told the queue of this phase */
 };
 process w[WORKERS];
-byte dead[WORKERS]; /* incarnation + 1 that the supervisor has yet to give back */
+byte dead[WORKERS];   /* incarnation + 1 that the supervisor has yet to give back */
+bit crashed[WORKERS]; /* it died of a crash */
+bit poison;
 
 /* A call that its sender gave up on and that Redis runs later all the same: it lay in a socket's buffer. */
 typedef message {
@@ -124,7 +129,9 @@ hidden mtype from, was;
 #else
 #define ANY_READY (q.job[0].ready || q.job[1].ready)
 #endif
-#ifdef WALK /* a random walk would spend its events before anything is under way */
+#ifdef ONLY_CRASHES /* in a random walk two crashes over one job would be rare */
+#define EVENT false
+#elif defined(WALK) /* a random walk would spend its events before anything is under way */
 #define EVENT (events > 0 && draws > 0)
 #else
 #define EVENT (events > 0)
@@ -132,8 +139,8 @@ hidden mtype from, was;
 
 /* What a walk tells (spin -n or -t), and replay.py repeats on Redis: a line for each step, then what is in Redis. */
 #define SHOW_JOB(r)                                                                                                    \
-    printf("job %e %e %d %d %d %d %d %d %d %d\n", r.state, r.left, r.epoch, r.app, r.infra, r.ready, r.delayed,        \
-           r.lease, r.held, r.live)
+    printf("job %e %e %d %d %d %d %d %d %d %d %d\n", r.state, r.left, r.epoch, r.app, r.infra, r.ready, r.delayed,     \
+           r.lease, r.held, r.live, r.died)
 #if JOBS == 1
 #define SHOW                                                                                                           \
     SHOW_JOB(q.job[0]);                                                                                                \
@@ -202,11 +209,12 @@ inline fail_attempt(cause_, left_) {
     assert(R.app <= blamed[j] && R.infra <= trouble);
     assert(R.app <= MAX_APP && R.infra <= MAX_INFRA);
     if
-    :: cause_ == APP_FINAL || (cause_ == APP && R.app >= MAX_APP) || (cause_ == INFRA && R.infra >= MAX_INFRA) ->
+    :: poison || cause_ == APP_FINAL || (cause_ == APP && R.app >= MAX_APP) || (cause_ == INFRA && R.infra >= MAX_INFRA) ->
         move(DEAD)
-    :: cause_ == INFRA && R.infra == 1 -> move(QUEUED)
+    :: !poison && cause_ == INFRA && R.infra == 1 -> move(QUEUED)
     :: else -> move(RETRY_WAIT)
-    fi
+    fi;
+    poison = 0
 }
 
 /* ---- operations of the script */
@@ -366,9 +374,25 @@ inline op_release(job_, epoch_, nonce_) {
     SHOW
 }
 
-/* lua: ops.release_all */
-inline op_release_all(by_, inc_) {
-    printf("release_all %d %d\n", by_, inc_);
+/* lua: poison. Here every worker serves the pool. */
+inline blame(by_) {
+    if
+    :: R.died == 0 -> R.died = by_ + 1
+    :: R.died != 0 && R.died != by_ + 1 -> poison = 1; assert(crashes >= 2)
+    :: else
+    fi
+}
+
+/* lua: ops.release_all. Of a crash is to blame what was computed; what was only uploaded, when there is nothing else. */
+inline op_release_all(by_, inc_, crash) {
+    printf("release_all %d %d %d\n", by_, inc_, crash);
+    was = NONE;
+    for (j : 0 .. JOBS - 1) {
+        if
+        :: R.held && R.by == by_ && R.inc == inc_ && R.state != UPLOADING -> was = RUNNING
+        :: else
+        fi
+    };
     for (j : 0 .. JOBS - 1) {
         if
 #ifdef BUG_RELEASE_ALL_TAKES_FROM_THE_LIVING
@@ -377,6 +401,14 @@ inline op_release_all(by_, inc_) {
         :: R.held && R.by == by_ && R.inc == inc_ ->
 #endif
             assert(!WORKED_ON(R));
+            if
+#ifdef BUG_EVERY_DEATH_IS_BLAMED_ON_THE_JOB
+            :: true -> blame(by_)
+#else
+            :: crash && (R.state != UPLOADING || was == NONE) -> blame(by_)
+            :: else
+#endif
+            fi;
             fail_attempt(INFRA, LOST)
         :: else
         fi
@@ -554,6 +586,15 @@ inline fails_by(cause_) {
     W.cause = cause_
 }
 
+inline dies(crash) {
+    events--;
+    trouble++;
+    dead[me] = W.inc + 1;
+    crashed[me] = crash;
+    W.inc++;
+    drop_job()
+}
+
 proctype worker(byte me) {
 end:
     do
@@ -587,7 +628,10 @@ end:
             leave_in_the_socket((W.phase == UPLOADED -> FINISH : (W.phase == FAILING -> FAIL : RELEASE))) }
 
     /* It is killed, at any point; its next incarnation starts. */
-    :: d_step { W.phase != IDLE && EVENT -> events--; trouble++; dead[me] = W.inc + 1; W.inc++; drop_job() }
+    :: d_step { W.phase != IDLE && EVENT -> dies(0) }
+#ifdef CRASHES
+    :: d_step { W.phase != IDLE && events > 0 -> dies(1); crashes++ }
+#endif
     od
 }
 
@@ -596,8 +640,8 @@ end:
 proctype supervisor(byte me) {
 end:
     do
-    :: d_step { dead[me] -> op_release_all(me, dead[me] - 1); dead[me] = 0 }
-    :: d_step { dead[me] && EVENT -> op_release_all(me, dead[me] - 1); events-- } /* the reply was lost */
+    :: d_step { dead[me] -> op_release_all(me, dead[me] - 1, crashed[me]); dead[me] = 0; crashed[me] = 0 }
+    :: d_step { dead[me] && EVENT -> op_release_all(me, dead[me] - 1, crashed[me]); events-- } /* the reply was lost */
     od
 }
 
@@ -630,6 +674,7 @@ inline copy_all(to, source) {
         to.job[i].infra = source.job[i].infra;
         to.job[i].by = source.job[i].by;
         to.job[i].inc = source.job[i].inc;
+        to.job[i].died = source.job[i].died;
         to.job[i].ready = source.job[i].ready;
         to.job[i].delayed = source.job[i].delayed;
         to.job[i].lease = source.job[i].lease;
@@ -654,6 +699,7 @@ inline forget_copy() {
         copy.job[i].infra = 0;
         copy.job[i].by = 0;
         copy.job[i].inc = 0;
+        copy.job[i].died = 0;
         copy.job[i].ready = 0;
         copy.job[i].delayed = 0;
         copy.job[i].lease = 0;

@@ -20,11 +20,13 @@ class Walk:
         self.r, self.run_script = server, script
         self.r.flushall()
         self.entries, self.late, self.copy, self.submitted = {}, set(), {}, 0
-        for name in "max_attempts", "max_attempts_infra":  # MAX_APP, MAX_INFRA
-            self.run("set", name, 2)
+        for name, n in ("max_attempts", 2), ("max_attempts_infra", 3):  # MAX_APP, MAX_INFRA
+            self.run("set", name, n)
         for name in "backoff_ms", "backoff_cap_ms", "check_ms":
             self.run("set", name, FAR)
         self.run("doors")
+        for worker in "w0", "w1":
+            self.run("publish", "m", "1", worker)
 
     def run(self, *args):
         return self.run_script(keys=[P], args=args)
@@ -77,8 +79,8 @@ class Walk:
     def release(self, job, epoch, nonce):
         return self.fenced("release", job, epoch, nonce)
 
-    def release_all(self, worker, incarnation):
-        self.run("release_all", f"w{worker}", f"i{incarnation}", "code", "text", 0.999)
+    def release_all(self, worker, incarnation, crash):
+        self.run("release_all", f"w{worker}", f"i{incarnation}", "crashed" if crash == "1" else "code", "text", 0.999)
 
     def cancel(self, job):
         self.run("cancel", "default", job)
@@ -120,7 +122,8 @@ class Walk:
         places += [bool(r.get("worker")) and get(f"{P}held:{r['worker']}", name) is not None]
         places += [self.r.zscore(f"{P}live", name) is not None]
         counts = [r.get(field, "0") for field in ("epoch", "attempts_app", "attempts_infra")]
-        return ["job", r.get("state", "NONE"), left, *counts, *(str(int(place)) for place in places)]
+        died = str(int(r["died_at"][1:]) + 1) if "died_at" in r else "0"
+        return ["job", r.get("state", "NONE"), left, *counts, *(str(int(place)) for place in places), died]
 
     def look_at_doors(self, n):
         there = {entry for entry, _ in self.r.xrange(f"{P}in:default")}

@@ -673,6 +673,87 @@ static void test_dead_worker(void **state)
     check_invariants(w);
 }
 
+// One worker after the other claims the job and dies. The state it is left in.
+static const char *die_over(struct world *w, const char *worker, const struct err *why)
+{
+    struct queue_job job;
+    freeReplyObject(command(w, "ZADD " PREFIX "delayed XX 0 default:bad")); // its backoff is over
+    struct queue_reaped reaped;
+    OK(queue_reap(w->q, &reaped, e));
+    assert_int_equal(claim_as(w, worker, "i", 1, 60000, &job), 1);
+    queue_job_free(&job);
+    OK(queue_release_all(w->q, worker, "i", why, NULL, e));
+    check_invariants(w);
+    return state_of(w, "bad");
+}
+
+static void test_poison(void **state)
+{
+    struct world *w = *state;
+    struct err crash;
+    err_set(&crash, ERR_CRASHED, "killed by signal 11");
+    submit(w, "bad");
+    admit(w);
+    OK(queue_serve(w->q, "shapes", "1", "w1", e));
+    OK(queue_serve(w->q, "shapes", "1", "w2", e));
+    assert_string_equal(die_over(w, "w1", &gpu_fault), "QUEUED"); // no evidence
+    assert_string_equal(die_over(w, "w1", &crash), "RETRY_WAIT");
+    assert_string_equal(die_over(w, "w1", &crash), "RETRY_WAIT"); // w2 may have better luck
+    assert_string_equal(die_over(w, "w2", &gpu_fault), "RETRY_WAIT");
+    assert_string_equal(die_over(w, "w2", &crash), "DEAD");
+    struct queue_record r = {0};
+    OK(queue_get(w->q, "default", "bad", &r, e));
+    assert_string_equal(r.error_code, "crashed");
+    assert_string_equal(r.error,
+                        "poison: workers crashed over this job twice, on w1 and on w2; the last: killed by signal 11");
+    assert_int_equal(r.attempts_infra, 5);
+    queue_record_free(&r);
+}
+
+// Where no other worker serves the pool, or has not for a minute, the second crash at the same one is enough.
+static void test_poison_alone(void **state)
+{
+    struct world *w = *state;
+    struct err crash;
+    err_set(&crash, ERR_CRASHED, "killed by signal 11");
+    submit(w, "bad");
+    admit(w);
+    OK(queue_serve(w->q, "shapes", "1", "w1", e));
+    freeReplyObject(command(w, "ZADD " PREFIX "serves:shapes@1 1000 w2"));
+    assert_string_equal(die_over(w, "w1", &crash), "QUEUED");
+    assert_string_equal(die_over(w, "w1", &crash), "DEAD");
+}
+
+// What a worker only uploaded when it crashed over the next job is not to blame.
+static void test_crash_spares_the_upload(void **state)
+{
+    struct world *w = *state;
+    struct queue_job jobs[2];
+    struct err crash;
+    err_set(&crash, ERR_CRASHED, "killed by signal 11");
+    submit(w, "bad");
+    submit(w, "uploaded");
+    admit(w);
+    for (int round = 0; round < 2; round++) {
+        freeReplyObject(command(w, "ZADD " PREFIX "delayed XX 0 default:bad 0 default:uploaded"));
+        struct queue_reaped reaped;
+        OK(queue_reap(w->q, &reaped, e));
+        assert_int_equal(claim_as(w, "w1", "i", 2, 60000, jobs), 2);
+        for (int i = 0; i < 2; i++) {
+            const bool upload = strcmp(jobs[i].fence.id, "uploaded") == 0;
+            const struct queue_progress p = {upload ? DITFLEET__V1__STATE__STATE_UPLOADING
+                                                    : DITFLEET__V1__STATE__STATE_RUNNING,
+                                             upload ? "upload" : "denoise", 1, 2, 0};
+            OK(queue_progress(w->q, &jobs[i].fence, &p, e));
+            queue_job_free(&jobs[i]);
+        }
+        OK(queue_release_all(w->q, "w1", "i", &crash, NULL, e));
+    }
+    assert_string_equal(state_of(w, "bad"), "DEAD");
+    assert_string_equal(state_of(w, "uploaded"), "RETRY_WAIT");
+    check_invariants(w);
+}
+
 static void test_orphans_are_found(void **state)
 {
     struct world *w = *state;
@@ -1660,6 +1741,9 @@ int main(void)
         TEST(test_fleet_faults_do_not_count),
         TEST(test_release),
         TEST(test_dead_worker),
+        TEST(test_poison),
+        TEST(test_poison_alone),
+        TEST(test_crash_spares_the_upload),
         TEST(test_orphans_are_found),
         TEST(test_times),
         TEST(test_classes_and_fairness),

@@ -540,6 +540,39 @@ static void a_dead_workers_jobs_are_back_within_a_second(void **state)
     stop(0);
 }
 
+// A worker that crashes over its job speaks against it, once for each group where there are two; one on a GPU does not.
+static void a_job_over_which_two_groups_crash_is_poison(void **state)
+{
+    (void)state;
+    struct queue *q = open_queue();
+    struct queue_record r = {0};
+    struct err err = {0};
+    submit(q, "job-1");
+    admit_here(q);
+    configure("2s", GROUP("gpu0") "device = cuda\n");
+    write_file("gpu0", "poisoned");
+    supervisor = launch(NULL);
+    assert_true(seconds_until_returned(q, 2) < 5);
+    assert_int_not_equal(record_of(q, "job-1").state, DITFLEET__V1__STATE__STATE_DEAD);
+    stop(0);
+    configure("2s", GROUP("g") GROUP("h"));
+    write_file("g", "poisoned");
+    write_file("h", "poisoned");
+    assert_int_equal(queue_serve(q, "flux", "1", "n1.g", &err), 0);
+    assert_int_equal(queue_serve(q, "flux", "1", "n1.h", &err), 0);
+    supervisor = launch(NULL);
+    for (int i = 0; i < 4000 && r.state != DITFLEET__V1__STATE__STATE_DEAD; i++) {
+        usleep(5000);
+        r = record_of(q, "job-1");
+    }
+    assert_int_equal(r.state, DITFLEET__V1__STATE__STATE_DEAD);
+    assert_string_equal(r.error_code, "crashed");
+    assert_non_null(strstr(r.error, "poison: "));
+    assert_true(strstr(r.error, "n1.g") && strstr(r.error, "n1.h") && strstr(r.error, "signal 11 (SEGV)"));
+    queue_close(q);
+    stop(0);
+}
+
 static void a_node_without_groups_admits_and_redis_may_come_later(void **state)
 {
     (void)state;
@@ -608,6 +641,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_second_supervisor_is_refused, set_up, tear_down),
         cmocka_unit_test_setup_teardown(systemd_hears_ready_status_and_the_watchdog, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_dead_workers_jobs_are_back_within_a_second, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(a_job_over_which_two_groups_crash_is_poison, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_gpu_group_sees_its_gpus_alone, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_node_without_groups_admits_and_redis_may_come_later, set_up, tear_down),
     };

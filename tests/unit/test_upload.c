@@ -8,12 +8,16 @@
 
 #include <arpa/inet.h>
 #include <cmocka.h>
+#include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -203,6 +207,8 @@ struct canned {
     int listener;
     pthread_t thread;
     const char *answer;
+    const char *endless; // NULL, or what follows it again and again, until nobody listens
+    size_t followed;     // how many bytes of it
     char host[32];
     char request[8192];
 };
@@ -218,6 +224,9 @@ static void *serve_canned(void *context)
     for (ssize_t got = 1; got > 0 && !memmem(c->request, n, picture, sizeof picture); n += got > 0 ? (size_t)got : 0)
         got = read(fd, c->request + n, sizeof c->request - 1 - n);
     assert_int_equal(write(fd, c->answer, strlen(c->answer)), strlen(c->answer));
+    for (ssize_t put = 1;
+         c->endless && put > 0 && c->followed<(size_t)10 << 30; c->followed += put> 0 ? (size_t)put : 0)
+        put = send(fd, c->endless, strlen(c->endless), MSG_NOSIGNAL);
     shutdown(fd, SHUT_WR);
     while (read(fd, &(char[64]){0}, 64) > 0)
         ;
@@ -236,12 +245,17 @@ static int bind_loopback(char host[32])
     return fd;
 }
 
-static void canned_start(struct canned *c, const char *answer)
+static void canned_start_endless(struct canned *c, const char *answer, const char *endless)
 {
-    *c = (struct canned){.answer = answer};
+    *c = (struct canned){.answer = answer, .endless = endless};
     c->listener = bind_loopback(c->host);
     assert_int_equal(listen(c->listener, 4), 0);
     assert_int_equal(pthread_create(&c->thread, NULL, serve_canned, c), 0);
+}
+
+static void canned_start(struct canned *c, const char *answer)
+{
+    canned_start_endless(c, answer, NULL);
 }
 
 static void canned_stop(struct canned *c)
@@ -453,7 +467,95 @@ static void test_stop(void **state)
     }
 }
 
+// Hosts that never stop talking, in the body or in the headers: little of it is read.
+static void test_endless_answers(void **state)
+{
+    (void)state;
+    static const char *const answers[][2] = {
+        {"HTTP/1.1 200 OK\r\nContent-Length: 10737418240\r\n\r\n",
+         "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"},
+        {"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n", "20\r\nxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\r\n"},
+        {"HTTP/1.1 200 OK\r\n", "X-More: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\r\n"},
+    };
+    static const int codes[] = {0, ERR_UNAVAILABLE, ERR_UNAVAILABLE};
+    struct upload_options once = quick;
+    once.attempts = 1;
+    for (size_t i = 0; i < sizeof answers / sizeof *answers; i++) {
+        struct canned c;
+        struct place p;
+        place_open(&p);
+        canned_start_endless(&c, answers[i][0], answers[i][1]);
+        memcpy(p.host, c.host, sizeof p.host);
+        struct outcome o = put_to_sink(&p, &once);
+        canned_stop(&c);
+        if (o.code != codes[i] || c.followed > (size_t)16 << 20)
+            fail_msg("answer %zu: code %d, %zu bytes: %s", i, o.code, c.followed, o.err.text);
+        place_close(&p);
+    }
+}
+
 // ---- policy
+
+// A name server that changes its mind. What libcurl calls is found here first: rebind.test is public when it is asked
+// about for the first time and this host later on; both.test is both at once. Nothing listens at the public address.
+static int (*real_getaddrinfo)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
+static int (*real_connect)(int, const struct sockaddr *, socklen_t);
+static atomic_int times_resolved, times_connected;
+static const char public_address[] = "8.8.8.8";
+
+int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints, struct addrinfo **out)
+{
+    *(void **)&real_getaddrinfo = dlsym(RTLD_NEXT, "getaddrinfo");
+    const bool rebind = name && strcmp(name, "rebind.test") == 0, both = name && strcmp(name, "both.test") == 0;
+    if (!rebind && !both)
+        return real_getaddrinfo(name, service, hints, out);
+    const bool first = atomic_fetch_add(&times_resolved, 1) == 0;
+    struct addrinfo *second = NULL;
+    int rc = real_getaddrinfo(both || first ? public_address : "127.0.0.1", service, hints, out);
+    if (rc == 0 && both && real_getaddrinfo("127.0.0.1", service, hints, &second) == 0) {
+        struct addrinfo *last = *out;
+        while (last->ai_next)
+            last = last->ai_next;
+        last->ai_next = second;
+    }
+    return rc;
+}
+
+int connect(int fd, __CONST_SOCKADDR_ARG address, socklen_t length) // as glibc declares it
+{
+    *(void **)&real_connect = dlsym(RTLD_NEXT, "connect");
+    struct sockaddr_in in = {0};
+    char text[INET_ADDRSTRLEN] = "";
+    memcpy(&in, address.__sockaddr__, length < sizeof in ? length : sizeof in);
+    if (in.sin_family == AF_INET && strcmp(inet_ntop(AF_INET, &in.sin_addr, text, sizeof text), public_address) == 0) {
+        atomic_fetch_add(&times_connected, 1);
+        errno = ECONNREFUSED;
+        return -1;
+    }
+    return real_connect(fd, address.__sockaddr__, length);
+}
+
+static void test_rebinding(void **state)
+{
+    (void)state;
+    struct place p;
+    char url[128];
+    place_sink(&p, NULL);
+    snprintf(url, sizeof url, "http://rebind.test:%u/x.png", p.port);
+    atomic_store(&times_resolved, 0);
+    assert_int_equal(put_url(&p.policy, &quick, url).code, ERR_UNAVAILABLE); // was public, and nobody was there
+    assert_true(atomic_load(&times_connected) > 0);
+    struct outcome o = put_url(&p.policy, &quick, url);
+    assert_true(atomic_load(&times_resolved) > 1);
+    assert_int_equal(o.code, ERR_REFUSED);
+    assert_non_null(strstr(o.err.text, "127.0.0.1 is loopback"));
+    snprintf(url, sizeof url, "http://both.test:%u/x.png", p.port);
+    atomic_store(&times_connected, 0);
+    assert_int_not_equal(put_url(&p.policy, &quick, url).code, 0);
+    assert_true(atomic_load(&times_connected) > 0);
+    assert_int_equal(puts_of(&p, "x.png"), 0); // never
+    place_close(&p);
+}
 
 static void test_default_policy(void **state)
 {
@@ -736,6 +838,8 @@ int main(void)
         cmocka_unit_test(test_refused_port),
         cmocka_unit_test(test_hang),
         cmocka_unit_test(test_stop),
+        cmocka_unit_test(test_endless_answers),
+        cmocka_unit_test(test_rebinding),
         cmocka_unit_test(test_default_policy),
         cmocka_unit_test(test_public_addresses),
         cmocka_unit_test(test_bad_urls),

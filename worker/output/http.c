@@ -143,6 +143,17 @@ CURL *http_curl(struct http *h)
 
 // ---- one request
 
+int http_line(struct curl_slist **lines, const char *name, const char *value, struct err *e)
+{
+    char *line = NULL;
+    struct curl_slist *longer = asprintf(&line, "%s: %s", name, value) < 0 ? NULL : curl_slist_append(*lines, line);
+    free(line);
+    if (!longer)
+        return err_set(e, ERR_NO_MEMORY, "no memory for a header");
+    *lines = longer;
+    return 0;
+}
+
 int http_begin(struct http *h, const struct http_request *request, struct err *e)
 {
     CURL *curl = h->curl;
@@ -163,6 +174,8 @@ int http_begin(struct http *h, const struct http_request *request, struct err *e
     // A body given as a whole has a known length, and libcurl can send it again on a fresh connection.
     bad |= curl_easy_setopt(curl, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)request->length);
     bad |= curl_easy_setopt(curl, CURLOPT_POSTFIELDS, request->body);
+    if (strcmp(request->method, "GET") == 0) // which has no body, not even one of no bytes
+        bad |= curl_easy_setopt(curl, CURLOPT_HTTPGET, 1L);
     bad |= curl_easy_setopt(curl, CURLOPT_CUSTOMREQUEST, request->method);
     bad |= curl_easy_setopt(curl, CURLOPT_TIMEOUT_MS, request->seconds > 0.001 ? (long)(request->seconds * 1000) : 1L);
     return bad ? err_set(e, ERR_NO_MEMORY, "no memory for an HTTP request") : 0;

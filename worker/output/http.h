@@ -18,10 +18,10 @@ enum { HTTP_ANSWER_KEPT = 4096 }; // bytes of an answer's body
 struct http;
 
 struct http_request {
-    const char *method; // "PUT", "POST"
+    const char *method; // "PUT", "POST", "GET"
     const char *url;
     struct curl_slist *lines; // headers
-    const void *body;         // (length)
+    const void *body;         // (length); NULL: none
     size_t length;
     double seconds;       // limit of the whole request
     double stall_seconds; // no byte moved for so long: given up
@@ -41,6 +41,9 @@ struct http_answer {
 // connect_seconds: name resolution, TCP and TLS. NULL with *e: ERR_NO_MEMORY, ERR_INTERNAL.
 struct http *http_new(double connect_seconds, struct err *e);
 void http_free(struct http *h); // NULL is fine
+
+// One more header at the end of *lines, which the caller frees by curl_slist_free_all. ERR_NO_MEMORY.
+int http_line(struct curl_slist **lines, const char *name, const char *value, struct err *e);
 
 // A request in one call. 0: there was an answer, of whatever status. Else ERR_REFUSED (policy), ERR_INVALID,
 // ERR_UPLOAD (an untrusted certificate), ERR_TIMEOUT, ERR_UNAVAILABLE, ERR_NO_MEMORY, or what stop gave.

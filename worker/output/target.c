@@ -168,6 +168,29 @@ int target_check_url(const struct upload_policy *policy, const char *url, bool *
     return 0;
 }
 
+int target_copy_hosts(struct upload_policy *policy, const char *const *hosts, size_t n, struct err *e)
+{
+    char **copy = calloc(n + 1, sizeof *copy);
+    policy->allow_hosts = (const char *const *)copy;
+    policy->n_allow_hosts = 0;
+    for (size_t i = 0; copy && i < n; i++) {
+        copy[i] = strdup(hosts[i]);
+        if (!copy[i])
+            return err_set(e, ERR_NO_MEMORY, "no memory for the list of allowed hosts");
+        policy->n_allow_hosts++;
+    }
+    return copy ? 0 : err_set(e, ERR_NO_MEMORY, "no memory for the list of allowed hosts");
+}
+
+void target_free_hosts(struct upload_policy *policy)
+{
+    for (size_t i = 0; i < policy->n_allow_hosts; i++)
+        free((void *)policy->allow_hosts[i]);
+    free((void *)policy->allow_hosts);
+    policy->allow_hosts = NULL;
+    policy->n_allow_hosts = 0;
+}
+
 int target_check_policy(const struct upload_policy *policy, struct err *e)
 {
     for (size_t i = 0; i < policy->n_allow_hosts; i++) {

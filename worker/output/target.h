@@ -21,6 +21,10 @@ struct upload_policy {
     const char *what; // whose URLs, in errors: "callback"; NULL: "upload"
 };
 
+// A copy of n host:port entries becomes policy's list; ERR_NO_MEMORY. target_free_hosts frees it, also after an error.
+int target_copy_hosts(struct upload_policy *policy, const char *const *hosts, size_t n, struct err *e);
+void target_free_hosts(struct upload_policy *policy);
+
 // Each allow entry has a host and a port, each root is absolute. ERR_INVALID names the entry.
 int target_check_policy(const struct upload_policy *policy, struct err *e);
 
