@@ -58,6 +58,10 @@ static const struct key keys[] = {
      .doc = "attempts that a job's own errors may use up, where the job names none; 0: as the queue has it"},
     {"queue", "retention", SECONDS, AT(queue.retention_s), 0, 90 * 86400, "0",
      .doc = "how long a finished job's record and events stay; 0: as the queue has it"},
+    {"queue", "max_backlog", INT, AT(queue.max_backlog_s), 0, 1e9, "0",
+     .doc =
+         "GPU-seconds of work that the queue takes, all tenants together; what is more is refused (overloaded); 0: as "
+         "the queue has it, which at first is any number"},
     {"upload", "allow", LIST, AT(upload.allow), 1, 180, NULL, check_host_port,
      .doc = "host:port to which uploads may go although its address is loopback, private or link-local"},
     {"upload", "file_roots", LIST, AT(upload.file_roots), 1, 180, NULL, check_absolute,

@@ -32,6 +32,11 @@ uint64_t reply_number(const redisReply *r)
     return *text == '-' ? 0 : strtoull(text, NULL, 10);
 }
 
+static double reply_real(const redisReply *r)
+{
+    return strtod(reply_text(r), NULL);
+}
+
 size_t reply_count(const redisReply *r)
 {
     return r && r->type == REDIS_REPLY_ARRAY ? r->elements : 0;
@@ -221,33 +226,57 @@ int queue_set(struct queue *q, const char *name, uint64_t value, struct err *e)
 
 int queue_tenant_add(struct queue *q, const char *tenant, double weight, struct err *e)
 {
+    return queue_tenant_limit(q, tenant, &(struct queue_limits){weight, -1, -1, -1}, e);
+}
+
+int queue_tenant_limit(struct queue *q, const char *tenant, const struct queue_limits *limits, struct err *e)
+{
+    // The order is that of ops.tenant in queue.lua.
+    const struct {
+        const char *what;
+        double value, min, max, scale; // scale: of a unit in the script's
+    } rows[] = {{"weight", limits->weight, 0.001, 1000, 1},
+                {"rate", limits->rate, 0, QUEUE_LIMIT_MAX, 1},
+                {"burst", limits->burst_s, 0, QUEUE_LIMIT_MAX, 1000},
+                {"limit of work in the queue", limits->max_queued_s, 0, QUEUE_LIMIT_MAX, 1000}};
     struct args a;
-    char text[32];
+    char text[sizeof rows / sizeof *rows][32];
     TRY(job_check_name("the tenant's name", tenant, JOB_MAX_TENANT, e));
-    if (!(weight >= 0.001 && weight <= 1000))
-        return err_set(e, ERR_INVALID, "the weight of tenant %s is %g; allowed: 0.001 to 1000", tenant, weight);
-    snprintf(text, sizeof text, "%.6g", weight);
-    ARGS(&a, "tenant", tenant, text);
+    ARGS(&a, "tenant", tenant);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const double v = rows[i].value;
+        if (!(v < 0) && !(v >= rows[i].min && v <= rows[i].max))
+            return err_set(e, ERR_INVALID, "the %s of tenant %s is %g; allowed: %g to %g", rows[i].what, tenant, v,
+                           rows[i].min, rows[i].max);
+        snprintf(text[i], sizeof text[i], "%.*g", rows[i].scale > 1 ? 12 : 6, v * rows[i].scale);
+        args_text(&a, v < 0 ? "" : text[i]);
+    }
     return queue_eval(q, &a, NULL, e);
 }
 
 int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, struct err *e)
 {
+    enum { FIELDS = 8 }; // of a tenant in the answer
     struct args a;
     AUTO_REPLY reply = NULL;
     *list = NULL;
     *count = 0;
     ARGS(&a, "doors");
     TRY(queue_eval(q, &a, &reply, e));
-    size_t n = reply_count(reply) / 4;
+    size_t n = reply_count(reply) / FIELDS;
     struct queue_tenant *t = calloc(n ? n : 1, sizeof *t);
     if (!t)
         return no_memory(e);
     for (size_t i = 0; i < n; i++) {
-        copy_text(t[i].name, sizeof t[i].name, reply_at(reply, 4 * i));
-        t[i].weight = strtod(reply_text(reply_at(reply, 4 * i + 1)), NULL);
-        t[i].waiting = reply_number(reply_at(reply, 4 * i + 2));
-        t[i].ready = reply_number(reply_at(reply, 4 * i + 3));
+        const size_t at = FIELDS * i;
+        copy_text(t[i].name, sizeof t[i].name, reply_at(reply, at));
+        t[i].waiting = reply_number(reply_at(reply, at + 2));
+        t[i].ready = reply_number(reply_at(reply, at + 3));
+        t[i].gpu_ms = reply_number(reply_at(reply, at + 4));
+        t[i].limits = (struct queue_limits){.weight = reply_real(reply_at(reply, at + 1)),
+                                            .rate = reply_real(reply_at(reply, at + 5)),
+                                            .burst_s = 1e-3 * reply_real(reply_at(reply, at + 6)),
+                                            .max_queued_s = 1e-3 * reply_real(reply_at(reply, at + 7))};
     }
     *list = t;
     *count = n;

@@ -40,15 +40,27 @@ int queue_set(struct queue *q, const char *name, uint64_t value, struct err *e);
 
 // ---- tenants and models
 
+// What a tenant may have. Where it is set, a negative value leaves what is there.
+struct queue_limits {
+    double weight;       // share of the GPUs relative to other tenants: 0.001 to 1000; 1 is usual
+    double rate;         // GPU-seconds that may be claimed in a second, over time; 0: any number
+    double burst_s;      // GPU-seconds that may be claimed above that, after a pause
+    double max_queued_s; // GPU-seconds of jobs that are not final; what is more is refused; 0: any number
+};
+#define QUEUE_LIMIT_MAX 1e9 // of a rate, and of GPU-seconds
+
 struct queue_tenant {
     char name[JOB_MAX_TENANT + 1];
-    double weight;    // share of the GPUs relative to other tenants
+    struct queue_limits limits;
     uint64_t waiting; // entries in its door, not yet admitted
-    uint64_t ready;   // admitted and claimable
+    uint64_t ready;   // admitted, and claimable but for its rate
+    uint64_t gpu_ms;  // GPU-milliseconds of its jobs that are not final
 };
 
-// Registers a tenant and opens its door, or changes its weight. weight > 0; 1 is usual.
+// Registers a tenant and opens its door, or changes its weight.
 int queue_tenant_add(struct queue *q, const char *tenant, double weight, struct err *e);
+// The same with all its limits; they hold from the next claim and the next admission on.
+int queue_tenant_limit(struct queue *q, const char *tenant, const struct queue_limits *limits, struct err *e);
 // *list is the caller's to free().
 int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, struct err *e);
 // The redis-cli line that gives a tenant's user its rights; the password stands as a placeholder. Returns buffer.
@@ -120,7 +132,7 @@ struct queue_admitted {
     unsigned read;      // entries taken from the doors
     unsigned admitted;  // now QUEUED, DELAYED or (deadline passed) EXPIRED
     unsigned duplicate; // same id, same bytes: nothing to do
-    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes
+    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes, no room
     bool no_models;     // nothing was read: the registry of models is empty, so no model can be called unknown
 };
 

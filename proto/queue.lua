@@ -14,10 +14,11 @@ local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5,
 -- Settings that `conf` may override; PROTOCOL.md explains them.
 local SETTINGS = {
   retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
-  check_ms = 60000, dlq_max = 10000, outbox_max = 10000,
+  check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0,
 }
 local EVENT_MAX = 1000 -- of one job's stream
 local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
+local OVERLOADED_KEEP_MS = 600000 -- how long it is told that a submission was one too many: they may come by the thousand
 
 local function int(n) return string.format('%.0f', n) end
 
@@ -106,21 +107,22 @@ local COUNTED = { RUNNING = true, UPLOADING = true, RETRY_WAIT = true }
 local PLACE = { QUEUED = 'queued', DELAYED = 'delayed', RETRY_WAIT = 'delayed',
                 LEASED = 'working', RUNNING = 'working', UPLOADING = 'working' }
 local function count(field, by) call('HINCRBY', P .. 'stats', field, by) end
+-- Never below nothing: jobs that an older script let in leave without having been counted.
+local function count_amount(k, field, by)
+  if call('HINCRBY', k, field, by) < 0 then call('HSET', k, field, 0) end
+end
 local function count_place(place, r, by) -- jobs of a pool, and what they cost
   if not place then return end
+  count_amount(P .. 'stats', place .. ':' .. r.pool, by)
   -- 0 +: of a free job it would be -0, which is no integer to Redis.
-  for _, f in ipairs({ { '', by }, { '_ms', 0 + by * r.gpu_ms } }) do
-    local name = place .. f[1] .. ':' .. r.pool
-    -- Never below nothing: jobs that an older script let in leave without having been counted.
-    if call('HINCRBY', P .. 'stats', name, f[2]) < 0 then call('HSET', P .. 'stats', name, 0) end
-  end
+  count_amount(P .. 'stats', place .. '_ms:' .. r.pool, 0 + by * r.gpu_ms)
 end
 
 local function tell(r, e, eta) -- an event for whoever watches this job
   local k = P .. 'ev:' .. r.tenant .. ':' .. r.id
   call('XADD', k, 'MAXLEN', '~', EVENT_MAX, '*', 'event', pb_event(r, e, eta))
   -- Set where a life begins, ends or turns; the steps in between need not.
-  if not HELD[r.state] then call('PEXPIRE', k, conf('retention_ms')) end
+  if not HELD[r.state] then call('PEXPIRE', k, r.keep_ms or conf('retention_ms')) end
 end
 
 local woken = {}
@@ -134,16 +136,41 @@ end
 -- ring:<pool>:<class> orders the tenants that have ready jobs there by virtual time: GPU-milliseconds charged / weight.
 -- A tenant that comes back from idling starts at the clock of the last claim, so it cannot save up a claim on the fleet.
 -- Scores in a ring may lag behind, and a tenant may stay in one that has nothing ready: claim mends both when it meets them.
+-- A tenant above its rate leaves the rings in which claim meets it for limited, until it may claim again: it is in no one's way.
 
 local function ready_key(r) return P .. 'ready:' .. r.pool .. ':' .. r.class .. ':' .. r.tenant end
 local function ring_key(pool, class) return P .. 'ring:' .. pool .. ':' .. class end
 local function vtime(tenant) return tonumber(call('HGET', P .. 'tenant:' .. tenant, 'vtime') or 0) end
+local function vclock() return tonumber(call('GET', P .. 'vclock') or 0) end
+
+-- What a tenant has left: its place in the rings and, with a rate, what it spent of its bucket, which holds burst_ms
+-- GPU-milliseconds and fills at the rate. One claim may overdraw it, so that a job may cost more than a burst; then
+-- `again` is when it may claim next.
+local function read_purse(tenant)
+  local v = call('HMGET', P .. 'tenant:' .. tenant, 'vtime', 'rate', 'burst_ms', 'spent_ms', 'spent_at')
+  local p = { tenant = tenant, vtime = tonumber(v[1] or 0), rate = tonumber(v[2] or 0) }
+  if p.rate > 0 then
+    local burst = tonumber(v[3] or 0)
+    p.spent = max(0, tonumber(v[4] or 0) - p.rate * max(0, now() - tonumber(v[5] or 0)))
+    if p.spent > 0 and p.spent >= burst then p.again = floor(now() + (p.spent - burst) / p.rate) + 1 end
+  end
+  return p
+end
+
+-- Back into the ring; the time it was kept from claiming counts as idling.
+local function end_limit(pool, class, tenant)
+  if call('ZREM', P .. 'limited', pool .. ':' .. class .. ':' .. tenant) == 0 then return end
+  local at = max(vtime(tenant), vclock())
+  call('HSET', P .. 'tenant:' .. tenant, 'vtime', at)
+  call('ZADD', ring_key(pool, class), at, tenant)
+  wake(pool)
+end
 
 local function join_ready(r)
   local ready, tenant, at = ready_key(r), P .. 'tenant:' .. r.tenant, nil
   if call('ZADD', ready, r.rank, member(r)) == 0 then return end
   if call('HINCRBY', tenant, 'ready', 1) == 1 then
-    at = max(vtime(r.tenant), tonumber(call('GET', P .. 'vclock') or 0))
+    at = max(vtime(r.tenant), vclock())
     call('HSET', tenant, 'vtime', at)
   end
   if call('ZCARD', ready) == 1 then call('ZADD', ring_key(r.pool, r.class), at or vtime(r.tenant), r.tenant) end
@@ -207,6 +234,7 @@ local function settle(r, k) -- a record that became final
   call('PEXPIRE', k, retention)
   count(r.state, 1)
   count('gpu_ms:' .. r.pool, 0 - r.gpu_ms)
+  count_amount(P .. 'tenant:' .. r.tenant, 'gpu_ms', 0 - r.gpu_ms)
   if r.callback ~= '' then post_callback(r, k) end
 end
 local function move(r, state, set, e, eta)
@@ -272,7 +300,8 @@ end
 
 local ops = {}
 
--- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, ...}
+-- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, gpu_ms, rate, burst_ms,
+-- max_queued_ms, ...}
 function ops.doors()
   call('HSETNX', P .. 'tenants', 'default', 1)
   local all, out = call('HGETALL', P .. 'tenants'), {}
@@ -280,14 +309,24 @@ function ops.doors()
     redis.pcall('XGROUP', 'CREATE', P .. 'in:' .. all[i], 'admit', '0', 'MKSTREAM')
     out[#out + 1], out[#out + 2] = all[i], all[i + 1]
     out[#out + 1] = call('XLEN', P .. 'in:' .. all[i])
-    out[#out + 1] = max(0, tonumber(call('HGET', P .. 'tenant:' .. all[i], 'ready')) or 0)
+    local t = call('HMGET', P .. 'tenant:' .. all[i], 'ready', 'gpu_ms', 'rate', 'burst_ms', 'max_queued_ms')
+    out[#out + 1] = max(0, tonumber(t[1]) or 0)
+    for f = 2, 5 do out[#out + 1] = t[f] or '0' end
   end
   return out
 end
 
--- tenant <name> <weight>
+-- tenant <name> <weight> <rate> <burst_ms> <max_queued_ms>: registers it; '' leaves a value as it is
+local LIMITS = { 'rate', 'burst_ms', 'max_queued_ms' }
 function ops.tenant()
-  call('HSET', P .. 'tenants', ARGV[2], ARGV[3])
+  local name = ARGV[2]
+  if ARGV[3] ~= '' then call('HSET', P .. 'tenants', name, ARGV[3]) else call('HSETNX', P .. 'tenants', name, 1) end
+  for i, field in ipairs(LIMITS) do
+    if ARGV[3 + i] ~= '' then call('HSET', P .. 'tenant:' .. name, field, ARGV[3 + i]) end
+  end
+  for _, pool in ipairs(call('HKEYS', P .. 'models')) do -- what held it up may hold no more
+    for _, class in ipairs(CLASSES) do end_limit(pool, class, name) end
+  end
   return ops.doors()
 end
 
@@ -309,28 +348,62 @@ function ops.withdraw()
   if best then call('HSET', k, name, best) else call('HDEL', k, name) end
 end
 
--- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it.
-local function refuse(tenant, entry, id, payload, size, e)
-  call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', id, 'entry', entry,
-    'code', e.code, 'error', e.message, 'size', size, 'payload', payload)
+-- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it. One too many is no dead letter: it
+-- would push out those that need somebody's eyes.
+local function refuse(tenant, a, e)
+  local keep_ms = conf('retention_ms')
+  if e.code == 'overloaded' then keep_ms = min(keep_ms, OVERLOADED_KEEP_MS)
+  else
+    call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', a.id, 'entry', a.entry,
+      'code', e.code, 'error', e.message, 'size', a.size, 'payload', a.payload)
+  end
   count('refused', 1)
-  for _, name in ipairs({ '@' .. entry, id }) do
+  for _, name in ipairs({ '@' .. a.entry, a.id }) do
     local k = record_key(tenant, name)
     if name ~= '' and (call('EXISTS', k) == 0 or call('HGET', k, 'refused') == '1') then
       call('DEL', k)
-      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', entry, 'created_ms', int(now()), 'updated_ms', int(now()),
-        'error_code', e.code, 'error', e.message, 'result', pb_result(id, 'DEAD', e, 0))
-      call('PEXPIRE', k, conf('retention_ms'))
-      tell({ tenant = tenant, id = name, state = 'DEAD', stage = '', step = 0, steps = 0, epoch = 0 }, e)
+      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', a.entry, 'created_ms', int(now()), 'updated_ms', int(now()),
+        'error_code', e.code, 'error', e.message, 'result', pb_result(a.id, 'DEAD', e, 0))
+      call('PEXPIRE', k, keep_ms)
+      tell({ tenant = tenant, id = name, state = 'DEAD', stage = '', step = 0, steps = 0, epoch = 0, keep_ms = keep_ms }, e)
     end
   end
-  return 'refused'
+  return { 'refused', e.code, e.message }
+end
+
+-- What the queue has of work, and one tenant of it, GPU-milliseconds; read once a run, then kept up.
+local loads
+local function read_loads(tenant)
+  local t = call('HMGET', P .. 'tenant:' .. tenant, 'gpu_ms', 'max_queued_ms')
+  loads = { mine = tonumber(t[1] or 0), my_limit = tonumber(t[2] or 0), all = 0, limit = conf('max_backlog_ms') }
+  if loads.limit == 0 then return end
+  local counted = call('HGETALL', P .. 'stats')
+  for i = 1, #counted, 2 do
+    if counted[i]:sub(1, 7) == 'gpu_ms:' then loads.all = loads.all + counted[i + 1] end
+  end
+end
+
+-- The reason why there is no room for a job; nil: there is. When there will be is a guess: as if each job in work did one
+-- GPU-second in a second.
+local function no_room(tenant, gpu_ms)
+  for _, l in ipairs({ { 'tenant ' .. tenant, loads.mine, loads.my_limit }, { 'the queue', loads.all, loads.limit } }) do
+    local who, has, limit = unpack(l)
+    if limit > 0 and has + gpu_ms > limit then
+      local text = string.format('%s has %.3f GPU-seconds of work waiting and running, its limit is %.3f, and this job would add %.3f; ',
+        who, has / 1000, limit / 1000, gpu_ms / 1000)
+      local working = call('ZCARD', P .. 'lease')
+      if gpu_ms > limit then text = text .. 'ask for less: it is above the limit by itself'
+      elseif working == 0 then text = text .. 'submit it again when some of that is done'
+      else text = text .. string.format('submit it again in about %d s', math.ceil((has + gpu_ms - limit) / 1000 / working)) end
+      return { code = 'overloaded', message = text, retryable = true }
+    end
+  end
 end
 
 -- The same id again: the same job, or one that is refused.
 local function admit_again(tenant, a, there, hash)
   if there.hash ~= hash then
-    return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = 'conflict',
+    return refuse(tenant, a, { code = 'conflict',
       message = 'id is taken by a job with other bytes, which is untouched; choose another id' })
   end
   local receipt = record_key(tenant, '@' .. a.entry)
@@ -345,16 +418,18 @@ local function admit_one(tenant, a)
   -- An entry that is not pending was admitted by another, or its delivery is lost.
   if call('XACK', P .. 'in:' .. tenant, 'admit', a.entry) == 0 then return 'gone' end
   if a.code ~= '' then
-    return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = a.code, message = a.message })
+    return refuse(tenant, a, { code = a.code, message = a.message })
   end
-  local hash, k = redis.sha1hex(a.payload), record_key(tenant, a.id)
+  local hash, k, gpu_ms = redis.sha1hex(a.payload), record_key(tenant, a.id), tonumber(a.gpu_ms)
   if call('EXISTS', k) == 1 then
     local there = load(tenant, a.id)
     read_fields(there, REST)
     if there.refused ~= '1' then return admit_again(tenant, a, there, hash) end
     call('DEL', k, P .. 'ev:' .. tenant .. ':' .. a.id)
   end
-  local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = tonumber(a.gpu_ms),
+  local why_not = no_room(tenant, gpu_ms)
+  if why_not then return refuse(tenant, a, why_not) end
+  local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = gpu_ms,
               deadline_ms = tonumber(a.deadline_ms), due_ms = tonumber(a.not_before_ms), callback = a.callback,
               rank = next_rank(), epoch = 0, stage = '', step = 0, steps = 0 }
   local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
@@ -362,9 +437,13 @@ local function admit_one(tenant, a)
     'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'created_ms', int(now()) }
   call('ZADD', P .. 'live', next_check(r), member(r))
   count('gpu_ms:' .. r.pool, r.gpu_ms)
-  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r, set)
-  elseif r.due_ms > now() then move(r, 'DELAYED', set)
-  else move(r, 'QUEUED', set) end
+  call('HINCRBY', P .. 'tenant:' .. tenant, 'gpu_ms', a.gpu_ms)
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then
+    expire(r, set)
+    return 'admitted'
+  end
+  loads.mine, loads.all = loads.mine + gpu_ms, loads.all + gpu_ms
+  move(r, r.due_ms > now() and 'DELAYED' or 'QUEUED', set)
   return 'admitted'
 end
 
@@ -373,6 +452,7 @@ local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'de
                 'max_attempts', 'batch', 'callback', 'code', 'message' }
 function ops.admit()
   local out, done = {}, {}
+  read_loads(ARGV[2])
   for at = 3, #ARGV, #ADMIT do
     local a = {}
     for i, name in ipairs(ADMIT) do a[name] = ARGV[at + i - 1] end
@@ -384,7 +464,7 @@ function ops.admit()
   return out
 end
 
--- The tenant to serve next in a class: {pool, tenant, vtime}, or nil.
+-- The tenant to serve next in a class: its purse, with the pool; or nil.
 local function choose(pools, class)
   local best
   for _, pool in ipairs(pools) do
@@ -392,10 +472,14 @@ local function choose(pools, class)
     for _ = 1, K do
       local head = call('ZRANGE', ring, 0, 0, 'WITHSCORES')
       if #head == 0 then break end
-      local at = vtime(head[1])
-      if at > tonumber(head[2]) then call('ZADD', ring, at, head[1]) -- the score lagged: look again
+      local p = read_purse(head[1])
+      if p.again then
+        call('ZREM', ring, p.tenant)
+        call('ZADD', P .. 'limited', int(p.again), pool .. ':' .. class .. ':' .. p.tenant)
+      elseif p.vtime > tonumber(head[2]) then call('ZADD', ring, p.vtime, p.tenant) -- the score lagged: look again
       else
-        if not best or at < best.vtime then best = { pool = pool, tenant = head[1], vtime = at } end
+        p.pool = pool
+        if not best or p.vtime < best.vtime then best = p end
         break
       end
     end
@@ -417,8 +501,10 @@ end
 -- The tenant pays in advance, and the clock moves on to where it stood.
 local function charge(best, gpu_ms)
   local weight = tonumber(call('HGET', P .. 'tenants', best.tenant) or 1)
-  call('HSET', P .. 'tenant:' .. best.tenant, 'vtime', best.vtime + gpu_ms / weight)
-  if best.vtime > tonumber(call('GET', P .. 'vclock') or 0) then call('SET', P .. 'vclock', best.vtime) end
+  local set = { 'vtime', best.vtime + gpu_ms / weight }
+  if best.rate > 0 then set = { 'vtime', set[2], 'spent_ms', best.spent + gpu_ms, 'spent_at', int(now()) } end
+  call('HSET', P .. 'tenant:' .. best.tenant, unpack(set))
+  if best.vtime > vclock() then call('SET', P .. 'vclock', best.vtime) end
 end
 
 -- Claims from one tenant: its oldest job, and up to c.most of the same batch key. Members that are no claimable job
@@ -585,7 +671,8 @@ local function mend(r, random)
   local m = member(r)
   if r.state == 'QUEUED' then
     local ring = ring_key(r.pool, r.class)
-    if call('ZSCORE', ready_key(r), m) and call('ZSCORE', ring, r.tenant) then return false end
+    if call('ZSCORE', ready_key(r), m) and (call('ZSCORE', ring, r.tenant)
+      or call('ZSCORE', P .. 'limited', r.pool .. ':' .. r.class .. ':' .. r.tenant)) then return false end
     call('ZADD', ring, vtime(r.tenant), r.tenant)
     if call('ZADD', ready_key(r), r.rank, m) == 1 and (tonumber(call('HGET', P .. 'tenant:' .. r.tenant, 'ready')) or 0) < 1 then
       call('HSET', P .. 'tenant:' .. r.tenant, 'ready', 1)
@@ -613,11 +700,17 @@ local function reap_live(m, random)
   return orphan and 'orphans' or 'stray'
 end
 
+local function reap_limited(m)
+  end_limit(m:match('^([^:]*):([^:]*):(.*)$'))
+  return 'stray'
+end
+
 -- reap <random>; {lost, due, expired, orphans, milliseconds until the next}
 function ops.reap()
   local n = { lost = 0, due = 0, expired = 0, orphans = 0, stray = 0 }
   local random, i = tonumber(ARGV[2]), 0
-  for _, step in ipairs({ { 'lease', reap_lease }, { 'delayed', reap_delayed }, { 'live', reap_live } }) do
+  for _, step in ipairs({ { 'lease', reap_lease }, { 'delayed', reap_delayed }, { 'live', reap_live },
+    { 'limited', reap_limited } }) do
     for _, m in ipairs(due(step[1])) do
       i = i + 1
       local what = step[2](m, (random + i * 0.618) % 1)
@@ -625,7 +718,7 @@ function ops.reap()
     end
   end
   local wait = 1000
-  for _, index in ipairs({ 'lease', 'delayed', 'live' }) do
+  for _, index in ipairs({ 'lease', 'delayed', 'live', 'limited' }) do
     local first = call('ZRANGE', P .. index, 0, 0, 'WITHSCORES')
     if first[2] then wait = max(0, min(wait, tonumber(first[2]) - now())) end
   end

@@ -27,7 +27,7 @@ struct release {
 struct settings {
     bool admit, numbers; // numbers: somebody asks for them
     bool callbacks;      // they are made here: admission takes jobs that ask for one
-    int max_attempts;
+    int max_attempts, max_backlog_s;
     double retention_s;
     struct log log;
 };
@@ -96,6 +96,8 @@ static int apply_settings(struct queue_thread *t, struct err *err)
         TRY(queue_set(t->queue, "max_attempts", (uint64_t)t->used.max_attempts, err));
     if (t->used.retention_s > 0)
         TRY(queue_set(t->queue, "retention_ms", (uint64_t)(t->used.retention_s * 1000), err));
+    if (t->used.max_backlog_s > 0)
+        TRY(queue_set(t->queue, "max_backlog_ms", (uint64_t)t->used.max_backlog_s * 1000, err));
     t->applied = true;
     return 0;
 }
@@ -215,6 +217,7 @@ static struct settings settings_of(const struct conf *conf, const struct log *lo
                              .numbers = *conf->metrics.listen != 0,
                              .callbacks = *conf->callback.secret_file != 0,
                              .max_attempts = conf->queue.max_attempts,
+                             .max_backlog_s = conf->queue.max_backlog_s,
                              .retention_s = conf->queue.retention_s,
                              .log = *log};
 }

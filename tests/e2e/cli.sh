@@ -37,7 +37,7 @@ expect 2 "needs {index}" "$ditfleet" submit "${job[@]}" --num-images 2
 expect 2 "prompt" "$ditfleet" submit "${job[@]}" --prompt $'\xff'
 expect 2 "missing argument: ID" "$ditfleet" show
 expect 2 "too many arguments" "$ditfleet" cancel a b
-expect 2 "missing argument: add NAME | list" "$ditfleet" tenant remove x
+expect 2 "missing argument: add NAME | set NAME | list" "$ditfleet" tenant remove x
 expect 2 "--weight takes a number from 0.001 to 1000" "$ditfleet" tenant add x --weight 0
 expect 1 "missing.conf: cannot open" "$ditfleet" status --config "$fleet/missing.conf"
 expect 3 "unix:$fleet/none.sock: No such file or directory; start it, or say by --redis" \
@@ -58,7 +58,11 @@ expect 3 "no supervisor answers there" "$ditfleet" status
 expect 0 "ACL SETUSER acme on" "$ditfleet" tenant add acme --weight 2.5
 expect 0 '"name":"acme","weight":2.5' "$ditfleet" tenant list --json
 expect 2 "not a name" "$ditfleet" tenant add "a b"
-fleet_supervisor ""
+expect 1 "there is no tenant nobody" "$ditfleet" tenant set nobody --rate 1
+expect 0 "acme                     weight 2.5    waiting 0, ready 0, 0.000 GPU-seconds of at most 12, rate 0.5, burst 60" \
+  "$ditfleet" tenant set acme --rate 0.5 --burst 60 --max-queued 12
+expect 0 '"rate":0.5,"burst":60.0,"max_queued":12.0' "$ditfleet" tenant list --json
+fleet_supervisor $'[queue]\nmax_backlog = 1000'
 redis-cli -s "$fleet/redis.sock" HSET 'dit:{default}:models' demo 1 demo@1 1 >/dev/null
 
 expect 1 "has no job nope" "$ditfleet" show nope
@@ -92,6 +96,11 @@ expect 1 "is DEAD: not_found" "$ditfleet" submit "${job[@]}" --model unicorn --w
 entry=$(sed -n 's/^entry *//p' "$fleet/out")
 expect 0 "state    DEAD" "$ditfleet" show "@$entry"
 expect 1 "is DEAD: conflict" "$ditfleet" submit "${job[@]}" --id first --seed 5 --wait
+expect 1 "is DEAD: overloaded: tenant acme has 10.000 GPU-seconds of work waiting and running, its limit is 12.000" \
+  "$ditfleet" submit "${job[@]}" --tenant acme --wait
+expect 0 "weight 2.5" "$ditfleet" tenant set acme --max-queued 0
+expect 1 "its limit is 1000.000, and this job would add 9142.857; ask for less" \
+  "$ditfleet" submit "${job[@]}" --width 16384 --height 16384 --num-inference-steps 100 --wait
 expect 1 "is EXPIRED" "$ditfleet" submit "${job[@]}" --deadline-ms 1 --wait
 
 # Waiting goes on until the job ends, or Ctrl-C.
