@@ -58,6 +58,10 @@ static const struct key keys[] = {
      .doc = "attempts that a job's own errors may use up, where the job names none; 0: as the queue has it"},
     {"queue", "retention", SECONDS, AT(queue.retention_s), 0, 90 * 86400, "0",
      .doc = "how long a finished job's record and events stay; 0: as the queue has it"},
+    {"queue", "max_speed", INT, AT(queue.max_speed), 0, 1e6, "0",
+     .doc =
+         "GPU-seconds of price that the fastest group does in a second: a job that cannot meet its deadline even so is "
+         "refused; 0: as the queue has it, which at first is 64"},
     {"queue", "max_backlog", INT, AT(queue.max_backlog_s), 0, 1e9, "0",
      .doc =
          "GPU-seconds of work that the queue takes, all tenants together; what is more is refused (overloaded); 0: as "

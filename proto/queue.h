@@ -132,7 +132,7 @@ struct queue_admitted {
     unsigned read;      // entries taken from the doors
     unsigned admitted;  // now QUEUED, DELAYED or (deadline passed) EXPIRED
     unsigned duplicate; // same id, same bytes: nothing to do
-    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes, no room
+    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes, no room, no time
     bool no_models;     // nothing was read: the registry of models is empty, so no model can be called unknown
 };
 

@@ -14,7 +14,7 @@ local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5,
 -- Settings that `conf` may override; PROTOCOL.md explains them.
 local SETTINGS = {
   retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
-  check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0,
+  check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0, max_speed = 64,
 }
 local EVENT_MAX = 1000 -- of one job's stream
 local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
@@ -400,6 +400,16 @@ local function no_room(tenant, gpu_ms)
   end
 end
 
+-- The reason why a job cannot meet its deadline with the whole fleet to itself; nil: it can. Of the queue before it this says
+-- nothing.
+local function no_time(r)
+  local start, speed = max(now(), r.due_ms), conf('max_speed')
+  if r.deadline_ms <= now() or speed <= 0 or start + r.gpu_ms / speed <= r.deadline_ms then return end
+  return { code = 'expired', message = string.format('deadline_ms leaves %.3f s from the earliest start, and a job of %.3f '
+    .. 'GPU-seconds takes at least %.3f s (max_speed is %g); give it longer or ask for less',
+    (r.deadline_ms - start) / 1000, r.gpu_ms / 1000, r.gpu_ms / speed / 1000, speed) }
+end
+
 -- The same id again: the same job, or one that is refused.
 local function admit_again(tenant, a, there, hash)
   if there.hash ~= hash then
@@ -420,18 +430,18 @@ local function admit_one(tenant, a)
   if a.code ~= '' then
     return refuse(tenant, a, { code = a.code, message = a.message })
   end
-  local hash, k, gpu_ms = redis.sha1hex(a.payload), record_key(tenant, a.id), tonumber(a.gpu_ms)
+  local hash, k = redis.sha1hex(a.payload), record_key(tenant, a.id)
   if call('EXISTS', k) == 1 then
     local there = load(tenant, a.id)
     read_fields(there, REST)
     if there.refused ~= '1' then return admit_again(tenant, a, there, hash) end
     call('DEL', k, P .. 'ev:' .. tenant .. ':' .. a.id)
   end
-  local why_not = no_room(tenant, gpu_ms)
-  if why_not then return refuse(tenant, a, why_not) end
-  local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = gpu_ms,
+  local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = tonumber(a.gpu_ms),
               deadline_ms = tonumber(a.deadline_ms), due_ms = tonumber(a.not_before_ms), callback = a.callback,
               rank = next_rank(), epoch = 0, stage = '', step = 0, steps = 0 }
+  local why_not = no_time(r) or no_room(tenant, r.gpu_ms)
+  if why_not then return refuse(tenant, a, why_not) end
   local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
     'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts, 'batch', a.batch,
     'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'created_ms', int(now()) }
@@ -442,7 +452,7 @@ local function admit_one(tenant, a)
     expire(r, set)
     return 'admitted'
   end
-  loads.mine, loads.all = loads.mine + gpu_ms, loads.all + gpu_ms
+  loads.mine, loads.all = loads.mine + r.gpu_ms, loads.all + r.gpu_ms
   move(r, r.due_ms > now() and 'DELAYED' or 'QUEUED', set)
   return 'admitted'
 end

@@ -27,7 +27,7 @@ struct release {
 struct settings {
     bool admit, numbers; // numbers: somebody asks for them
     bool callbacks;      // they are made here: admission takes jobs that ask for one
-    int max_attempts, max_backlog_s;
+    int max_attempts, max_backlog_s, max_speed;
     double retention_s;
     struct log log;
 };
@@ -98,6 +98,8 @@ static int apply_settings(struct queue_thread *t, struct err *err)
         TRY(queue_set(t->queue, "retention_ms", (uint64_t)(t->used.retention_s * 1000), err));
     if (t->used.max_backlog_s > 0)
         TRY(queue_set(t->queue, "max_backlog_ms", (uint64_t)t->used.max_backlog_s * 1000, err));
+    if (t->used.max_speed > 0)
+        TRY(queue_set(t->queue, "max_speed", (uint64_t)t->used.max_speed, err));
     t->applied = true;
     return 0;
 }
@@ -217,6 +219,7 @@ static struct settings settings_of(const struct conf *conf, const struct log *lo
                              .numbers = *conf->metrics.listen != 0,
                              .callbacks = *conf->callback.secret_file != 0,
                              .max_attempts = conf->queue.max_attempts,
+                             .max_speed = conf->queue.max_speed,
                              .max_backlog_s = conf->queue.max_backlog_s,
                              .retention_s = conf->queue.retention_s,
                              .log = *log};

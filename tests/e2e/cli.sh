@@ -62,7 +62,7 @@ expect 1 "there is no tenant nobody" "$ditfleet" tenant set nobody --rate 1
 expect 0 "acme                     weight 2.5    waiting 0, ready 0, 0.000 GPU-seconds of at most 12, rate 0.5, burst 60" \
   "$ditfleet" tenant set acme --rate 0.5 --burst 60 --max-queued 12
 expect 0 '"rate":0.5,"burst":60.0,"max_queued":12.0' "$ditfleet" tenant list --json
-fleet_supervisor $'[queue]\nmax_backlog = 1000'
+fleet_supervisor $'[queue]\nmax_backlog = 1000\nmax_speed = 8'
 redis-cli -s "$fleet/redis.sock" HSET 'dit:{default}:models' demo 1 demo@1 1 >/dev/null
 
 expect 1 "has no job nope" "$ditfleet" show nope
@@ -101,6 +101,8 @@ expect 1 "is DEAD: overloaded: tenant acme has 10.000 GPU-seconds of work waitin
 expect 0 "weight 2.5" "$ditfleet" tenant set acme --max-queued 0
 expect 1 "its limit is 1000.000, and this job would add 9142.857; ask for less" \
   "$ditfleet" submit "${job[@]}" --width 16384 --height 16384 --num-inference-steps 100 --wait
+expect 1 "a job of 10.000 GPU-seconds takes at least 1.250 s (max_speed is 8)" \
+  "$ditfleet" submit "${job[@]}" --deadline-ms "$(($(date +%s%3N) + 1000))" --wait
 expect 1 "is EXPIRED" "$ditfleet" submit "${job[@]}" --deadline-ms 1 --wait
 
 # Waiting goes on until the job ends, or Ctrl-C.

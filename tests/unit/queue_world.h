@@ -83,6 +83,14 @@ static inline long long number(struct world *w, const char *format, ...)
     return n;
 }
 
+static inline uint64_t server_ms(struct world *w)
+{
+    redisReply *t = command(w, "TIME");
+    uint64_t ms = strtoull(t->element[0]->str, NULL, 10) * 1000 + strtoull(t->element[1]->str, NULL, 10) / 1000;
+    freeReplyObject(t);
+    return ms;
+}
+
 static inline Ditfleet__V1__Job *new_job(const char *id)
 {
     Ditfleet__V1__Job *job = job_new();

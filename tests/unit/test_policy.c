@@ -213,11 +213,42 @@ static void test_limits_are_checked(void **state)
     free(list);
 }
 
+static struct err offer_until(struct world *w, const char *id, uint64_t not_before_ms, uint64_t deadline_ms,
+                              uint64_t gpu_ms)
+{
+    Ditfleet__V1__Job *job = new_job(id);
+    job->not_before_ms = not_before_ms;
+    job->deadline_ms = deadline_ms;
+    return offer(w, "default", job, gpu_ms);
+}
+
+static void test_deadlines_that_cannot_be_met(void **state)
+{
+    struct world *w = *state;
+    const uint64_t now = server_ms(w), hour = 3600000;
+    OK(queue_set(w->q, "max_speed", 4, e));
+    // Eight hours of one GPU are two at least; whether others wait does not count.
+    struct err why = offer_until(w, "a", 0, now + hour, 8 * hour);
+    assert_int_equal(why.code, ERR_EXPIRED);
+    assert_non_null(strstr(why.text, "a job of 28800.000 GPU-seconds takes at least 7200.000 s (max_speed is 4)"));
+    assert_int_equal(offer_until(w, "a", 0, now + 3 * hour, 8 * hour).code, ERR_NONE);
+    assert_int_equal(offer_until(w, "b", 0, now + 3 * hour, 8 * hour).code, ERR_NONE);
+    // It starts no sooner than it may.
+    assert_int_equal(offer_until(w, "c", now + 2 * hour, now + 3 * hour, 8 * hour).code, ERR_EXPIRED);
+    assert_int_equal(offer_until(w, "e", now + hour / 2, now + 3 * hour, 8 * hour).code, ERR_NONE);
+    // What has passed is no refusal, but a job that expired.
+    assert_int_equal(offer_until(w, "f", 0, 1, 1).code, ERR_NONE);
+    assert_string_equal(state_of(w, "f"), "EXPIRED");
+    OK(queue_set(w->q, "max_speed", 0, e));
+    assert_int_equal(offer_until(w, "c", 0, now + hour, 8 * hour).code, ERR_NONE);
+    check_invariants(w);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_rate_delays),        TEST(test_rate_is_no_credit),  TEST(test_quota_refuses),
-        TEST(test_backlog_is_bounded), TEST(test_limits_are_checked),
+        TEST(test_backlog_is_bounded), TEST(test_limits_are_checked), TEST(test_deadlines_that_cannot_be_met),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }
