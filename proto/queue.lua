@@ -15,6 +15,7 @@ local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5,
 local SETTINGS = {
   retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
   check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0, max_speed = 64,
+  turn_normal = 4, turn_low = 16,
 }
 local EVENT_MAX = 1000 -- of one job's stream
 local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
@@ -508,6 +509,44 @@ local function lease(r, c, nonce)
   return claimed(r, nonce)
 end
 
+-- Higher classes come first, but for turns: while a class waits, each GPU-second that goes to a higher one in its pool brings its
+-- turn nearer, and each of its own by a turn puts the next one off by turn_<class>. turns holds, for <pool>:<class>, what is
+-- missing, below nothing; from 0 on it is its turn. What does not wait saves up nothing.
+local TURNED = { 'normal', 'low' }
+local function read_turns(pools)
+  local names, turns = {}, {}
+  for _, pool in ipairs(pools) do
+    for _, class in ipairs(TURNED) do names[#names + 1] = pool .. ':' .. class end
+  end
+  local values = #names > 0 and call('HMGET', P .. 'turns', unpack(names))
+  for i, name in ipairs(names) do turns[name] = values[i] and tonumber(values[i]) end
+  return turns
+end
+local function pass_turns(turns, pool, class, gpu_ms)
+  local name, lower = pool .. ':' .. class, false
+  if (turns[name] or -1) >= 0 then call('HSET', P .. 'turns', name, turns[name] - conf('turn_' .. class) * gpu_ms) end
+  for _, other in ipairs(CLASSES) do
+    name = pool .. ':' .. other
+    if lower and call('EXISTS', ring_key(pool, other)) == 1 then
+      -- The first time as if it had just had a turn.
+      call('HSET', P .. 'turns', name, (turns[name] or -conf('turn_' .. other) * gpu_ms) + gpu_ms)
+    end
+    lower = lower or other == class
+  end
+end
+
+-- In which order to look for a job: {pools, class}, ...
+local function order(pools, turns)
+  local out = {}
+  for _, pool in ipairs(pools) do
+    for _, class in ipairs(TURNED) do
+      if (turns[pool .. ':' .. class] or -1) >= 0 then out[#out + 1] = { { pool }, class } end
+    end
+  end
+  for _, class in ipairs(CLASSES) do out[#out + 1] = { pools, class } end
+  return out
+end
+
 -- The tenant pays in advance, and the clock moves on to where it stood.
 local function charge(best, gpu_ms)
   local weight = tonumber(call('HGET', P .. 'tenants', best.tenant) or 1)
@@ -536,7 +575,10 @@ local function claim_from(c, best, class, out)
       out[#out + 1] = lease(r, c, c.nonces[#out + 1])
     end
   end
-  if #out > 0 then charge(best, gpu_ms) end
+  if #out > 0 then
+    charge(best, gpu_ms)
+    pass_turns(c.turns, best.pool, class, gpu_ms)
+  end
 end
 
 -- The same claim sent again after a lost reply gets what it got.
@@ -562,11 +604,12 @@ function ops.claim()
   for i = 1, c.most do c.nonces[i] = ARGV[5 + i] end
   for i = 6 + c.most, #ARGV do pools[#pools + 1] = ARGV[i] end
   claimed_before(c, out)
-  for _, class in ipairs(CLASSES) do
+  c.turns = read_turns(pools)
+  for _, try in ipairs(order(pools, c.turns)) do
     for _ = 1, K do
-      local best = #out == 0 and choose(pools, class)
+      local best = #out == 0 and choose(unpack(try))
       if not best then break end
-      claim_from(c, best, class, out)
+      claim_from(c, best, try[2], out)
     end
   end
   local last = call('XREVRANGE', P .. 'wake', '+', '-', 'COUNT', 1)

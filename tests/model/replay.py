@@ -22,7 +22,7 @@ class Walk:
         self.entries, self.late, self.copy, self.submitted = {}, set(), {}, 0
         for name in "max_attempts", "max_attempts_infra":  # MAX_APP, MAX_INFRA
             self.run("set", name, 2)
-        for name in "backoff_ms", "backoff_cap_ms", "check_ms":
+        for name in "backoff_ms", "backoff_cap_ms", "check_ms", "turn_normal":
             self.run("set", name, FAR)
         self.run("doors")
 

@@ -213,6 +213,37 @@ static void test_limits_are_checked(void **state)
     free(list);
 }
 
+// A flood of one class does not keep a lower one from its share, nor does that come before its time.
+static void test_no_class_is_starved(void **state)
+{
+    struct world *w = *state;
+    int last[128] = {0}, n[128] = {0};
+    offer_many(w, "default", "h", DITFLEET__V1__PRIORITY__PRIORITY_HIGH, 150, 1000);
+    offer_many(w, "default", "n", DITFLEET__V1__PRIORITY__PRIORITY_NORMAL, 10, 1000);
+    offer_many(w, "default", "l", DITFLEET__V1__PRIORITY__PRIORITY_LOW, 5, 1000);
+    for (int i = 0; i < 100; i++) {
+        char c = next_job(w);
+        n[(int)c]++;
+        last[(int)c] = i;
+        assert_true(c == 'h' || i >= (c == 'n' ? 4 : 16));
+    }
+    assert_int_equal(n['n'], 10);
+    assert_int_equal(n['l'], 5);
+    assert_in_range(last['n'], 48, 56); // one of five, and some low ones between
+    assert_in_range(last['l'], 80, 88); // one of seventeen
+    // A turn is of GPU-seconds, not of jobs.
+    offer_many(w, "default", "L", DITFLEET__V1__PRIORITY__PRIORITY_LOW, 2, 3000);
+    offer_many(w, "default", "H", DITFLEET__V1__PRIORITY__PRIORITY_HIGH, 20, 1000);
+    int at[2] = {0}, seen = 0;
+    for (int i = 0; seen < 2; i++)
+        if (next_job(w) == 'L')
+            at[seen++] = i;
+    assert_in_range(at[1] - at[0], 48, 50);
+    while (next_job(w) != '-')
+        ;
+    check_invariants(w);
+}
+
 static struct err offer_until(struct world *w, const char *id, uint64_t not_before_ms, uint64_t deadline_ms,
                               uint64_t gpu_ms)
 {
@@ -247,8 +278,9 @@ static void test_deadlines_that_cannot_be_met(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(test_rate_delays),        TEST(test_rate_is_no_credit),  TEST(test_quota_refuses),
-        TEST(test_backlog_is_bounded), TEST(test_limits_are_checked), TEST(test_deadlines_that_cannot_be_met),
+        TEST(test_rate_delays),         TEST(test_rate_is_no_credit),  TEST(test_quota_refuses),
+        TEST(test_backlog_is_bounded),  TEST(test_limits_are_checked), TEST(test_deadlines_that_cannot_be_met),
+        TEST(test_no_class_is_starved),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }
