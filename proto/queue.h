@@ -259,6 +259,36 @@ int queue_callback_retry(struct queue *q, const struct queue_callback *c, uint64
 int queue_callback_dead(struct queue *q, const struct queue_callback *c, const struct err *why, const char *shown,
                         struct err *e);
 
+// ---- dead letters: what ended badly and waits for somebody to look at it
+
+enum queue_letter_kind {
+    QUEUE_LETTER_JOB,      // a DEAD job
+    QUEUE_LETTER_REFUSED,  // a submission that made no job
+    QUEUE_LETTER_CALLBACK, // a callback that was given up
+};
+
+struct queue_letter {
+    char letter[QUEUE_ENTRY_SIZE]; // its name
+    enum queue_letter_kind kind;
+    uint64_t time_ms;
+    char tenant[JOB_MAX_TENANT + 1];
+    char id[JOB_NAME_SIZE]; // "" where a submission had none that could be read
+    char code[32], error[512];
+    char entry[QUEUE_ENTRY_SIZE]; // REFUSED: the submission
+    char callback[256];           // CALLBACK: the URL without its query, its beginning
+};
+
+// Fills list[] (QUEUE_BATCH) with the letters that follow `after` ("": from the oldest), *count of them; 0: no more.
+int queue_dead(struct queue *q, const char *after, struct queue_letter *list, size_t *count, struct err *e);
+
+// Once more, and the letter is gone: a DEAD job lives again under its id, with all its attempts; the bytes of a refused
+// submission go to the door again, under the new receipt entry ("" for the others); a callback is due again.
+// ERR_NOT_FOUND: there is no such letter, or no such job; ERR_EXPIRED: its deadline has passed; ERR_CORRUPT: not all of
+// the submission was kept. Not safe to repeat: after a lost reply ERR_NOT_FOUND may mean that it was done.
+int queue_dead_retry(struct queue *q, const char *letter, char entry[QUEUE_ENTRY_SIZE], struct err *e);
+// The letter is gone; so is a DEAD job's payload, but not its record.
+int queue_dead_drop(struct queue *q, const char *letter, struct err *e);
+
 // ---- upkeep
 
 struct queue_reaped {

@@ -223,8 +223,9 @@ local function post_callback(r, k)
     local shown = r.callback:match('^[^?#]*')
     return give_up_callback(r, 'no_memory', 'the callback was not tried: its tenant has too many waiting (outbox_max)', shown)
   end
-  local entry = call('XADD', P .. 'outbox', '*', 'tenant', r.tenant, 'id', r.id, 'entry', call('HGET', k, 'entry') or '',
-    'state', r.state, 'url', r.callback)
+  local of = call('HMGET', k, 'entry', 'life')
+  local entry = call('XADD', P .. 'outbox', '*', 'tenant', r.tenant, 'id', r.id, 'entry', of[1] or '', 'state', r.state,
+    'url', r.callback, 'life', of[2] or '')
   put_callback(r.tenant, entry, now())
   keep_record(k, 0)
 end
@@ -295,6 +296,12 @@ end
 local function next_check(r)
   local at = now() + conf('check_ms')
   return r.deadline_ms > 0 and min(at, r.deadline_ms) or at
+end
+
+local function begin(r) -- a record that is not final from now on
+  call('ZADD', P .. 'live', next_check(r), member(r))
+  count('gpu_ms:' .. r.pool, r.gpu_ms)
+  call('HINCRBY', P .. 'tenant:' .. r.tenant, 'gpu_ms', int(r.gpu_ms))
 end
 
 -- ---- operations
@@ -446,9 +453,7 @@ local function admit_one(tenant, a)
   local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
     'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts, 'batch', a.batch,
     'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'created_ms', int(now()) }
-  call('ZADD', P .. 'live', next_check(r), member(r))
-  count('gpu_ms:' .. r.pool, r.gpu_ms)
-  call('HINCRBY', P .. 'tenant:' .. tenant, 'gpu_ms', a.gpu_ms)
+  begin(r)
   if r.deadline_ms > 0 and r.deadline_ms <= now() then
     expire(r, set)
     return 'admitted'
@@ -798,14 +803,16 @@ local function read_callback(tenant, entry)
   local fields = found[1][2]
   for i = 1, #fields, 2 do c[fields[i]] = fields[i + 1] end
   c.key = record_key(c.tenant, c.id)
-  local record = call('HMGET', c.key, 'entry', 'updated_ms', 'result')
+  local record = call('HMGET', c.key, 'entry', 'updated_ms', 'result', 'life')
   if record[1] ~= c.entry then
     give_up_callback(c, 'not_found', 'the callback was not made: the record is gone (retention_ms)', c.url:match('^[^?#]*'))
     return drop_callback(tenant, nil, entry)
   end
+  c.life = c.life or ''
+  if (record[4] or '') ~= c.life then return drop_callback(tenant, nil, entry) end -- it lives again: there is nothing to tell yet
   c.updated_ms, c.result = record[2], record[3] or ''
-  -- The same for each try, and also where a failover let a job be finished twice.
-  c.message = 'msg_' .. redis.sha1hex(P .. c.tenant .. ':' .. c.id .. ' ' .. c.entry .. ' ' .. c.state)
+  -- The same for each try, and also where a failover let a job be finished twice; another in another life.
+  c.message = 'msg_' .. redis.sha1hex(P .. c.tenant .. ':' .. c.id .. ' ' .. c.entry .. ' ' .. c.state .. c.life)
   return c
 end
 
@@ -892,6 +899,82 @@ function ops.callback_dead()
   if not c then return 'STALE' end
   give_up_callback(c, ARGV[4], ARGV[5], ARGV[6])
   drop_callback(c.tenant, c.id, ARGV[2])
+  return 'ok'
+end
+
+-- ---- dead letters
+
+local function letter(fields)
+  local l = {}
+  for i = 1, #fields, 2 do l[fields[i]] = fields[i + 1] end
+  l.kind = l.callback and 'callback' or l.entry and 'refused' or 'job'
+  return l
+end
+local function find_letter()
+  local found = call('XRANGE', P .. 'dlq', ARGV[2], ARGV[2])
+  return found[1] and letter(found[1][2])
+end
+
+-- dead <letter or ''>: the dead letters after it; {letter, kind, tenant, id, code, error, entry, callback}, ...
+function ops.dead()
+  local out = {}
+  for i, found in ipairs(call('XRANGE', P .. 'dlq', ARGV[2] == '' and '-' or '(' .. ARGV[2], '+', 'COUNT', K)) do
+    local l = letter(found[2])
+    out[i] = { found[1], l.kind, l.tenant, l.id, l.code, l.error, l.entry or '', l.callback or '' }
+  end
+  return out
+end
+
+-- What is to be done with a letter of each kind; {word, new entry}, or {'', code, message}.
+local retry = {}
+
+-- A DEAD job lives again under its id: with all its attempts, behind those that wait, and under another life, so that whoever
+-- is to be called back is told of its new end. The epoch goes on: no fence is ever used twice.
+function retry.job(l)
+  local r, k = load(l.tenant, l.id), record_key(l.tenant, l.id)
+  if not r or r.state ~= 'DEAD' or call('HSTRLEN', k, 'payload') == 0 then
+    return { '', 'not_found', 'the job is there no more, or lives again' }
+  end
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then return { '', 'expired', 'the deadline of the job has passed' } end
+  r.rank, r.stage, r.step, r.steps = next_rank(), '', 0, 0
+  call('PERSIST', k)
+  call('HDEL', k, 'result', 'due_ms')
+  call('HINCRBY', k, 'life', 1)
+  begin(r)
+  move(r, 'QUEUED', { 'attempts_app', 0, 'attempts_infra', 0, 'left', '', 'stage', '', 'step', 0, 'steps', 0,
+    'error_code', '', 'error', '', 'rank', int(r.rank), 'created_ms', int(now()) })
+  return { 'queued', '' }
+end
+
+-- The bytes go to the door once more: admission may think otherwise by now.
+function retry.refused(l)
+  if #l.payload ~= tonumber(l.size) then return { '', 'corrupt', 'only the beginning of the submission was kept' } end
+  return { 'submitted', call('XADD', P .. 'in:' .. l.tenant, '*', 'job', l.payload) }
+end
+
+function retry.callback(l)
+  local r = load(l.tenant, l.id)
+  if not r or not FINAL[r.state] or r.callback == '' then return { '', 'not_found', 'the job is there no more, or lives again' } end
+  post_callback(r, record_key(l.tenant, l.id))
+  return { 'callback', '' }
+end
+
+-- dead_retry <letter>: nil where there is none
+function ops.dead_retry()
+  local l = find_letter()
+  if not l then return false end
+  local done = retry[l.kind](l)
+  if done[1] ~= '' then call('XDEL', P .. 'dlq', ARGV[2]) end
+  return done
+end
+
+-- dead_drop <letter>: nil where there is none. A DEAD job's record stays, but for its payload.
+function ops.dead_drop()
+  local l = find_letter()
+  if not l then return false end
+  local r = l.kind == 'job' and load(l.tenant, l.id)
+  if r and r.state == 'DEAD' then call('HSET', record_key(l.tenant, l.id), 'payload', '') end
+  call('XDEL', P .. 'dlq', ARGV[2])
   return 'ok'
 end
 

@@ -1,4 +1,4 @@
-// queue_internal.h: what queue.c, queue_admit.c and queue_callback.c share; nobody else includes it.
+// queue_internal.h: what queue.c, queue_admit.c, queue_callback.c and queue_dead.c share; nobody else includes it.
 #ifndef DITFLEET_QUEUE_INTERNAL_H
 #define DITFLEET_QUEUE_INTERNAL_H
 

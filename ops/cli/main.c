@@ -6,7 +6,7 @@
 
 static const struct cli_command *const commands[] = {&cli_generate, &cli_submit, &cli_show,  &cli_cancel, &cli_status,
                                                      &cli_tenant,   &cli_bench,  &cli_plan,  &cli_tune,   &cli_doctor,
-                                                     &cli_backlog,  &cli_config, &cli_model, NULL};
+                                                     &cli_backlog,  &cli_config, &cli_model, &cli_dead,   NULL};
 
 int main(int argc, char **argv)
 {

@@ -14,7 +14,7 @@ job=(--model demo --prompt "a secret cat" --output-url "http://127.0.0.1:9/{id}.
 expect 2 "usage: ditfleet COMMAND" "$ditfleet"
 expect 0 "usage: ditfleet COMMAND" "$ditfleet" --help
 expect 2 "unknown command frobnicate" "$ditfleet" frobnicate
-for command in generate submit show cancel status tenant bench backlog; do
+for command in generate submit show cancel status tenant bench backlog dead; do
   expect 0 "usage: ditfleet $command" "$ditfleet" $command --help
   expect 2 "unknown flag --nonsense" "$ditfleet" $command --nonsense
 done
@@ -95,6 +95,17 @@ expect 0 "state    CANCELLED" "$ditfleet" show first
 expect 1 "is DEAD: not_found" "$ditfleet" submit "${job[@]}" --model unicorn --wait
 entry=$(sed -n 's/^entry *//p' "$fleet/out")
 expect 0 "state    DEAD" "$ditfleet" show "@$entry"
+expect 0 "refused  default " "$ditfleet" dead list --code not_found
+letter=$(cut -d ' ' -f 1 "$fleet/out")
+expect 0 "$letter retried as " "$ditfleet" dead retry "$letter"
+again=$(sed 's/.* as //' "$fleet/out")
+fleet_wait supervisor 10 admitted "@$again" # and refused: there still is no unicorn
+expect 1 "there is no dead letter $letter" "$ditfleet" dead drop "$letter"
+expect 0 "\"entry\":\"$again\"" "$ditfleet" dead list --json
+expect 0 '"done":true' "$ditfleet" dead drop all --tenant default --json
+expect 0 "[]" "$ditfleet" dead list --json
+expect 2 "names no dead letter" "$ditfleet" dead retry first
+expect 2 "missing argument: list | retry" "$ditfleet" dead retry
 expect 1 "is DEAD: conflict" "$ditfleet" submit "${job[@]}" --id first --seed 5 --wait
 expect 1 "is DEAD: overloaded: tenant acme has 10.000 GPU-seconds of work waiting and running, its limit is 12.000" \
   "$ditfleet" submit "${job[@]}" --tenant acme --wait
