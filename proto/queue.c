@@ -136,6 +136,17 @@ int queue_eval(struct queue *q, const struct args *a, redisReply **reply, struct
     return rc;
 }
 
+// An operation that only reads, for users who may do no more.
+static int eval_figures(struct queue *q, const char *op, redisReply **reply, struct err *e)
+{
+    struct args a;
+    ARGS(&a, op);
+    q->script.reads = true;
+    int rc = queue_eval(q, &a, reply, e);
+    q->script.reads = false;
+    return rc;
+}
+
 int queue_command(struct queue *q, const struct args *a, int block_ms, redisReply **reply, struct err *e)
 {
     int rc = redis_command_blocking(q->redis, reply, e, block_ms, a->n, (const char **)a->value, a->length);
@@ -164,6 +175,8 @@ static int check_server(struct queue *q, enum queue_role role, struct err *e)
     char version[32], policy[32];
     info_value(reply_text(server), "redis_version:", version, sizeof version);
     info_value(reply_text(memory), "maxmemory_policy:", policy, sizeof policy);
+    const char *minor = strchr(version, '.');
+    q->version = 100 * (int)strtol(version, NULL, 10) + (minor ? (int)strtol(minor + 1, NULL, 10) : 0);
     if (strtol(version, NULL, 10) < 7)
         return err_set(e, ERR_UNSUPPORTED, "Redis at %s is version %s; needed: 7.0 or newer", redis_address(q->redis),
                        version);
@@ -281,17 +294,6 @@ int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, st
     *list = t;
     *count = n;
     return 0;
-}
-
-const char *queue_tenant_acl(const struct queue *q, const char *tenant, char *buffer, size_t size)
-{
-    // Write to its own door, read its own records and events; nothing else.
-    snprintf(
-        buffer, size,
-        "ACL SETUSER %s on '>PASSWORD' resetkeys '%%W~%sin:%s' '%%R~%sjob:%s:*' '%%R~%sev:%s:*' -@all +xadd +xread "
-        "+hmget +hgetall +auth +ping +select +time",
-        tenant, q->prefix, tenant, q->prefix, tenant, q->prefix, tenant);
-    return buffer;
 }
 
 static int model_op(struct queue *q, const char *op, const char *name, const char *version, struct err *e)
@@ -789,7 +791,6 @@ int queue_reap(struct queue *q, struct queue_reaped *out, struct err *e)
 
 int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
 {
-    struct args a;
     AUTO_REPLY reply = NULL;
     const struct {
         const char *field;
@@ -804,8 +805,7 @@ int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
         {"waiting", &s->waiting},     {"dead_letter", &s->dead_letter},
         {"gpu_ms", &s->backlog_ms},
     };
-    ARGS(&a, "stats");
-    TRY(queue_eval(q, &a, &reply, e));
+    TRY(eval_figures(q, "stats", &reply, e));
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         *rows[i].out = reply_number(pair_value(reply, rows[i].field));
     return 0;
@@ -814,12 +814,10 @@ int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
 int queue_pools(struct queue *q, struct queue_pool **list, size_t *count, struct err *e)
 {
     enum { FIELDS = 8 }; // of a pool in the answer
-    struct args a;
     AUTO_REPLY reply = NULL;
     *list = NULL;
     *count = 0;
-    ARGS(&a, "pools");
-    TRY(queue_eval(q, &a, &reply, e));
+    TRY(eval_figures(q, "pools", &reply, e));
     const size_t n = reply_count(reply) / FIELDS;
     struct queue_pool *pools = calloc(n + 1, sizeof *pools);
     if (!pools)

@@ -63,8 +63,22 @@ int queue_tenant_add(struct queue *q, const char *tenant, double weight, struct 
 int queue_tenant_limit(struct queue *q, const char *tenant, const struct queue_limits *limits, struct err *e);
 // *list is the caller's to free().
 int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, struct err *e);
-// The redis-cli line that gives a tenant's user its rights; the password stands as a placeholder. Returns buffer.
-const char *queue_tenant_acl(const struct queue *q, const char *tenant, char *buffer, size_t size);
+
+// Who does what in Redis, each with no more rights than that takes.
+enum queue_user {
+    QUEUE_USER_PRODUCER, // submits as one tenant, reads that tenant's records and events
+    QUEUE_USER_WORKER,   // supervisors and workers: admit, claim, finish, reap
+    QUEUE_USER_SCALER,   // reads the figures: `ditfleet backlog`
+    QUEUE_USER_OPERATOR, // the command line
+    QUEUE_USERS,
+};
+extern const char *const queue_user_names[QUEUE_USERS]; // "producer", ...
+
+// The redis-cli line that makes the user; the password stands as a placeholder. tenant: a producer's. Both names are
+// [A-Za-z0-9._-].
+enum { QUEUE_ACL_SIZE = 2048 };
+int queue_acl(const struct queue *q, enum queue_user kind, const char *user, const char *tenant,
+              char line[QUEUE_ACL_SIZE], struct err *e);
 
 struct queue_model {
     char name[JOB_MAX_NAME + 1];

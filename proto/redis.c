@@ -586,6 +586,10 @@ static int refuse(struct redis *r, const char *text, struct err *e)
             r->problem = refusals[i].problem;
         }
     }
+    if (strncmp(text, "ERR The user executing the script can't", 39) == 0) { // NOPERM, as scripts of 7.0 say it
+        code = ERR_REFUSED;
+        r->problem = REDIS_PROBLEM_NOPERM;
+    }
     // Redis echoes the arguments of commands it does not know; they may be secrets.
     const char *echo = strstr(text, ", with args");
     int length = echo ? (int)(echo - text) : (int)strnlen(text, 200);
@@ -674,6 +678,7 @@ void redis_script(struct redis_script *script, const char *text, size_t length)
     SHA1((const unsigned char *)text, length, digest);
     script->text = text;
     script->length = length;
+    script->reads = false;
     for (size_t i = 0; i < sizeof digest; i++)
         snprintf(script->sha1 + 2 * i, 3, "%02x", digest[i]);
 }
@@ -683,8 +688,10 @@ enum { EVAL_MAX_ARGS = 1024 };
 int redis_eval(struct redis *r, const struct redis_script *script, redisReply **reply, struct err *e, const char *key,
                int argc, const char **argv, const size_t *lengths)
 {
-    const char *all[EVAL_MAX_ARGS + 4] = {"EVALSHA", script->sha1, "1", key};
-    size_t sizes[EVAL_MAX_ARGS + 4] = {7, 40, 1, strlen(key)};
+    const char *const by_sha = script->reads ? "EVALSHA_RO" : "EVALSHA", *const by_text =
+                                                                             script->reads ? "EVAL_RO" : "EVAL";
+    const char *all[EVAL_MAX_ARGS + 4] = {by_sha, script->sha1, "1", key};
+    size_t sizes[EVAL_MAX_ARGS + 4] = {strlen(by_sha), 40, 1, strlen(key)};
     if (argc > EVAL_MAX_ARGS)
         return err_set(e, ERR_INTERNAL, "a script call has %d arguments; at most %d", argc, EVAL_MAX_ARGS);
     for (int i = 0; i < argc; i++) {
@@ -694,8 +701,8 @@ int redis_eval(struct redis *r, const struct redis_script *script, redisReply **
     int rc = redis_command_argv(r, reply, e, argc + 4, all, sizes);
     if (rc == 0 || r->problem != REDIS_PROBLEM_NOSCRIPT)
         return rc;
-    all[0] = "EVAL";
-    sizes[0] = 4;
+    all[0] = by_text;
+    sizes[0] = strlen(by_text);
     all[1] = script->text;
     sizes[1] = script->length;
     return redis_command_argv(r, reply, e, argc + 4, all, sizes);

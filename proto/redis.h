@@ -10,6 +10,7 @@
 #include "proto/err.h"
 
 #include <hiredis/hiredis.h>
+#include <stdbool.h>
 #include <stddef.h>
 
 struct redis;
@@ -68,6 +69,7 @@ struct redis_script {
     const char *text;
     size_t length;
     char sha1[41];
+    bool reads; // it writes nothing: EVALSHA_RO, for users who may not write, and replicas
 };
 void redis_script(struct redis_script *script, const char *text, size_t length);
 

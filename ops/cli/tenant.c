@@ -54,10 +54,10 @@ static int list(const struct tenant *t, struct queue *q, const char *name, struc
 
 static int add(struct tenant *t, struct queue *q, const char *name, struct err *err)
 {
-    char acl[1024];
+    char acl[QUEUE_ACL_SIZE];
     t->limits.weight = t->limits.weight < 0 ? 1 : t->limits.weight;
     TRY(queue_tenant_limit(q, name, &t->limits, err));
-    queue_tenant_acl(q, name, acl, sizeof acl);
+    TRY(queue_acl(q, QUEUE_USER_PRODUCER, name, name, acl, err));
     if (t->json)
         json_print(json_pack("{s:s,s:f,s:s}", "name", name, "weight", t->limits.weight, "acl", acl));
     else

@@ -14,7 +14,7 @@ job=(--model demo --prompt "a secret cat" --output-url "http://127.0.0.1:9/{id}.
 expect 2 "usage: ditfleet COMMAND" "$ditfleet"
 expect 0 "usage: ditfleet COMMAND" "$ditfleet" --help
 expect 2 "unknown command frobnicate" "$ditfleet" frobnicate
-for command in generate submit show cancel status tenant bench backlog dead; do
+for command in generate submit show cancel status tenant bench backlog dead acl; do
   expect 0 "usage: ditfleet $command" "$ditfleet" $command --help
   expect 2 "unknown flag --nonsense" "$ditfleet" $command --nonsense
 done
