@@ -1,4 +1,4 @@
-// queue_internal.h: what queue.c, queue_admit.c, queue_callback.c, queue_dead.c and queue_acl.c share; nobody else includes it.
+// queue_internal.h: what queue.c and the queue_*.c share; nobody else includes it.
 #ifndef DITFLEET_QUEUE_INTERNAL_H
 #define DITFLEET_QUEUE_INTERNAL_H
 

@@ -55,7 +55,7 @@ expect 1 "on 6 ranks cfg=1 ulysses=2 ring=3 would do" "$ditfleet" generate "${pi
 fleet_redis
 export DITFLEET_REDIS=$fleet_redis_url
 expect 3 "no supervisor answers there" "$ditfleet" status
-expect 0 "ACL SETUSER acme on" "$ditfleet" tenant add acme --weight 2.5
+expect 0 "ACL SETUSER acme reset on" "$ditfleet" tenant add acme --weight 2.5
 expect 0 '"name":"acme","weight":2.5' "$ditfleet" tenant list --json
 expect 2 "not a name" "$ditfleet" tenant add "a b"
 expect 1 "there is no tenant nobody" "$ditfleet" tenant set nobody --rate 1
