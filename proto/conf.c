@@ -43,7 +43,9 @@ static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 #define IN(field) offsetof(struct conf_group, field)
 static const struct key keys[] = {
     {"redis", "url", SECRET, AT(redis.url), 1, 180, "redis://127.0.0.1:6379", check_redis,
-     .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS) or unix:///path"},
+     .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path, or by its "
+            "sentinels "
+            "sentinel://[user:password@]host[:port][,host[:port]...]/master"},
     {"redis", "queue", STRING, AT(redis.queue), 1, 64, "default", check_name,
      .doc = "name of the queue, the tag in its keys dit:{queue}:..."},
     {"fleet", "node", STRING, AT(fleet.node), 0, 64, "", check_name,
@@ -171,8 +173,11 @@ static const char *check_name(const char *v)
 static const char *check_redis(const char *v)
 {
     const char *rest = strstr(v, "://");
-    bool known = strncmp(v, "redis://", 8) == 0 || strncmp(v, "rediss://", 9) == 0 || strncmp(v, "unix:///", 8) == 0;
-    return known && rest[3] ? NULL : "redis://host[:port][/db], rediss://host[:port][/db] or unix:///path";
+    bool known = strncmp(v, "redis://", 8) == 0 || strncmp(v, "rediss://", 9) == 0 || strncmp(v, "unix:///", 8) == 0 ||
+                 strncmp(v, "sentinel://", 11) == 0;
+    return known && rest[3] ? NULL
+                            : "redis://host[:port][/db], rediss://host[:port][/db], unix:///path or "
+                              "sentinel://host[:port],.../master";
 }
 
 static const char *check_absolute(const char *v)

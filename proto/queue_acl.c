@@ -9,7 +9,7 @@ const char *const queue_user_names[QUEUE_USERS] = {[QUEUE_USER_PRODUCER] = "prod
                                                    [QUEUE_USER_OPERATOR] = "operator"};
 
 // Of every connection.
-#define CONNECTION "+auth +ping +select"
+#define CONNECTION "+auth +ping +select +role"
 // What queue.lua calls, and how it is called. Access control sees through a script, but not which operation it runs.
 #define SCRIPT                                                                                                         \
     "+evalsha +eval +evalsha_ro +eval_ro +time +exists +del +get +set +persist +pexpire +pttl +hget +hset +hsetnx "    \

@@ -34,12 +34,15 @@ enum redis_problem {
     REDIS_PROBLEM_OTHER,
 };
 
-// Parses url: redis://[user[:password]@]host[:port][/db], rediss://... (TLS), unix:///path[?db=N]. Percent-encoding is
-// decoded in user, password and path. Does not connect. ERR_INVALID says what is wrong without echoing the password.
+// Parses url: redis://[user[:password]@]host[:port][/db], rediss://... (TLS), unix:///path[?db=N], or
+// sentinel://[user[:password]@]host[:port][,host[:port]...]/master[/db]: whenever it connects, it asks these sentinels
+// where the master of this name is, and takes it only if it is one. Percent-encoding is decoded in user, password, path
+// and master. Does not connect. ERR_INVALID says what is wrong without echoing the password.
 int redis_open(struct redis **redis, const char *url, const struct redis_options *options, struct err *e);
 void redis_close(struct redis *redis); // NULL is fine
 
-// Where it connects to, without user and password: "unix:/run/redis.sock", "rediss://host:6379".
+// Where it connects to, without user and password: "unix:/run/redis.sock", "rediss://host:6379"; with sentinels
+// "redis://host:6379 (master)", before the first connection the URL.
 const char *redis_address(const struct redis *redis);
 
 // Drops the connection; the next command connects anew.

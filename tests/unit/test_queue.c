@@ -1053,6 +1053,114 @@ static void test_server_checks(void **state)
     check_invariants(w);
 }
 
+static void wait_for_failed_save(struct world *w)
+{
+    bool failed = false;
+    for (int i = 0; i < 1000 && !failed; i++) {
+        redisReply *info = command(w, "INFO persistence");
+        failed = strstr(info->str, "rdb_last_bgsave_status:err") != NULL;
+        freeReplyObject(info);
+        usleep(failed ? 0 : 10000);
+    }
+    assert_true(failed);
+}
+
+// Each way in which a server refuses to write, in the middle of work: the reason is told, nothing is half-written, a
+// job in hand is not lost, and all goes on when it is over.
+static void refuses_to_write(struct world *w, enum err_code code, const char *trouble)
+{
+    struct queue_admission admission = {.consumer = "node1"};
+    struct queue_admitted out;
+    struct queue_reaped reaped;
+    struct queue_job job;
+    struct err why;
+    char entry[QUEUE_ENTRY_SIZE];
+    size_t n;
+    static const char *const pools[] = {POOL};
+    const struct queue_claim want = {"w1", "i1", pools, 1, 60000, 1};
+    Ditfleet__V1__Result result = DITFLEET__V1__RESULT__INIT;
+    void *bytes;
+    size_t length;
+    OK(result_pack(&result, &bytes, &length, e));
+    struct queue_fence f = claim(w, 60000);
+    freeReplyObject(command(w, "%s", trouble));
+    if (code == ERR_IO)
+        wait_for_failed_save(w);
+    FAILS(code, queue_submit(w->q, "default", "x", 1, entry, e));
+    if (code == ERR_NO_MEMORY) { // a script that begins by taking something away may write
+        OK(queue_finish(w->q, &f, bytes, length, e));
+    } else {
+        FAILS(code, queue_finish(w->q, &f, bytes, length, e));
+        FAILS(code, queue_beat(w->q, &f, 60000, e));
+        FAILS(code, queue_claim(w->q, &want, &job, &n, entry, e));
+        FAILS(code, queue_fail(w->q, &f, QUEUE_CAUSE_APP, &app_error, NULL, e));
+        int rc = queue_admit(w->q, &admission, 0, &out, &why);
+        assert_true(rc == (int)code || (rc == 0 && out.admitted == 0));
+    }
+    OK(queue_reap(w->q, &reaped, e)); // with nothing due it writes nothing
+    free(bytes);
+}
+
+static void goes_on(struct world *w)
+{
+    check_invariants(w);
+    reopen(w);
+    admit(w);
+    for (struct queue_job job; claim_as(w, "w1", "i2", 1, 60000, &job) == 1; queue_job_free(&job))
+        finish(w, &job.fence);
+    OK(queue_release_all(w->q, "w1", "i1", &gpu_fault, NULL, e));
+    for (struct queue_job job; claim_as(w, "w1", "i2", 1, 60000, &job) == 1; queue_job_free(&job))
+        finish(w, &job.fence);
+    assert_string_equal(state_of(w, "a"), "SUCCEEDED");
+    assert_string_equal(state_of(w, "b"), "SUCCEEDED");
+    check_invariants(w);
+}
+
+static void two_jobs(struct world *w)
+{
+    submit(w, "a");
+    submit(w, "b");
+    admit(w);
+}
+
+static void test_replica_in_between(void **state)
+{
+    struct world *w = *state;
+    struct queue_stats stats;
+    two_jobs(w);
+    freeReplyObject(command(w, "REPLICAOF 127.0.0.1 1"));
+    OK(queue_stats(w->q, &stats, e)); // figures can be read all the same
+    assert_int_equal(stats.queued, 2);
+    freeReplyObject(command(w, "REPLICAOF NO ONE"));
+    refuses_to_write(w, ERR_UNAVAILABLE, "REPLICAOF 127.0.0.1 1");
+    freeReplyObject(command(w, "REPLICAOF NO ONE"));
+    goes_on(w);
+}
+
+static void test_no_memory_in_between(void **state)
+{
+    struct world *w = *state;
+    two_jobs(w);
+    refuses_to_write(w, ERR_NO_MEMORY, "CONFIG SET maxmemory 1");
+    freeReplyObject(command(w, "CONFIG SET maxmemory 0"));
+    goes_on(w);
+}
+
+// Redis could not save, and takes no writes until it can.
+static void test_no_disk_in_between(void **state)
+{
+    struct world *w = *state;
+    char in_the_way[120];
+    two_jobs(w);
+    snprintf(in_the_way, sizeof in_the_way, "%s/dump.rdb", w->server.folder);
+    assert_int_equal(mkdir(in_the_way, 0700), 0);
+    OK(redis_command(queue_redis(w->q), NULL, e, "CONFIG SET save %s", "3600 1000000"));
+    refuses_to_write(w, ERR_IO, "BGSAVE");
+    assert_int_equal(rmdir(in_the_way), 0);
+    OK(redis_command(queue_redis(w->q), NULL, e, "CONFIG SET save %s", ""));
+    goes_on(w);
+}
+
 static void test_await_waits(void **state)
 {
     struct world *w = *state;
@@ -1352,6 +1460,9 @@ int main(void)
         TEST(test_callbacks_are_off),
         TEST(test_access_of_a_tenant),
         TEST(test_server_checks),
+        TEST(test_replica_in_between),
+        TEST(test_no_memory_in_between),
+        TEST(test_no_disk_in_between),
         TEST(test_await_waits),
         TEST(test_pools_follow_every_move),
         TEST(test_pools_of_uncounted_jobs),
