@@ -367,6 +367,52 @@ int queue_submit(struct queue *q, const char *tenant, const void *job, size_t le
     args_bytes(&a, job, length);
     TRY(queue_command(q, &a, 0, &reply, e));
     copy_text(entry, QUEUE_ENTRY_SIZE, reply);
+    q->submitted_by = redis_connections(q->redis);
+    return 0;
+}
+
+// Over the connection that submitted, and no other.
+static int ask_receipt(struct queue *q, const char *command, const char *local, unsigned replicas, int timeout_ms,
+                       redisReply **reply, struct err *e)
+{
+    struct args a;
+    struct digits n = digits(replicas), timeout = digits((uint64_t)timeout_ms);
+    ARGS(&a, command);
+    if (local)
+        args_text(&a, local);
+    args_text(&a, n.text);
+    args_text(&a, timeout.text);
+    int rc = redis_command_blocking(q->redis, reply, e, timeout_ms, a.n, (const char **)a.value, a.length);
+    if (redis_connections(q->redis) == q->submitted_by)
+        return rc;
+    if (*reply)
+        freeReplyObject(*reply);
+    *reply = NULL;
+    return err_set(e, ERR_UNAVAILABLE, "the connection to Redis broke: whether the submission is safe is not known");
+}
+
+int queue_receipt(struct queue *q, unsigned replicas, int timeout_ms, struct queue_receipt *receipt, bool *confirmed,
+                  struct err *e)
+{
+    AUTO_REPLY reply = NULL;
+    int rc = ERR_UNSUPPORTED;
+    *receipt = (struct queue_receipt){.on_disk = true};
+    *confirmed = false;
+    if (q->version == 0 || q->version >= 702)
+        rc = ask_receipt(q, "WAITAOF", "1", replicas, timeout_ms, &reply, e);
+    if (rc == ERR_INTERNAL && strstr(e->text, "appendonly")) // the server keeps no such file; its replicas may
+        rc = ask_receipt(q, "WAITAOF", "0", replicas, timeout_ms, &reply, e);
+    if (rc == 0) {
+        receipt->local = (unsigned)reply_number(reply_at(reply, 0));
+        receipt->replicas = (unsigned)reply_number(reply_at(reply, 1));
+    } else if (rc == ERR_UNSUPPORTED || redis_problem(q->redis) == REDIS_PROBLEM_NOPERM ||
+               strstr(e->text, "unknown command")) {
+        TRY(ask_receipt(q, "WAIT", NULL, replicas, timeout_ms, &reply, e));
+        *receipt = (struct queue_receipt){.replicas = (unsigned)reply_number(reply)};
+    } else {
+        return rc;
+    }
+    *confirmed = receipt->replicas >= replicas && (receipt->on_disk ? receipt->local > 0 : replicas > 0);
     return 0;
 }
 

@@ -100,6 +100,19 @@ int queue_models(struct queue *q, struct queue_model **list, size_t *count, stru
 int queue_submit(struct queue *q, const char *tenant, const void *job, size_t length, char entry[QUEUE_ENTRY_SIZE],
                  struct err *e);
 
+// How safe the last submission is, by what Redis confirms.
+struct queue_receipt {
+    bool on_disk;   // counts are of disks (WAITAOF, Redis 7.2); else of memory (WAIT)
+    unsigned local; // 1: it is on the disk of the server that took it. 0 where Redis cannot tell, or has no such file
+    unsigned replicas; // so many replicas have it
+};
+
+// Waits until the server's own disk (where it can tell) and so many replicas have what queue_submit sent last, or for
+// timeout_ms (1 or more). *confirmed: they have. ERR_UNAVAILABLE: the connection broke, and nothing is known; submit
+// again by the same id.
+int queue_receipt(struct queue *q, unsigned replicas, int timeout_ms, struct queue_receipt *receipt, bool *confirmed,
+                  struct err *e);
+
 // Calls back for every event until the job of this submission is final, then hands out its Result (the caller frees by
 // result_free). entry NULL: whichever submission has the id. A refused submission is a Result in state DEAD with the
 // reason. timeout_ms < 0: no limit; ERR_TIMEOUT: not final yet. on_event may be NULL; a nonzero return of it ends the

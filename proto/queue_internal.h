@@ -10,7 +10,8 @@ struct queue {
     struct redis_script script;
     char name[KEY_MAX_QUEUE + 1];
     char prefix[KEY_MAX_QUEUE + 16];
-    int version; // of Redis: 702 for 7.2; 0 where access control hides it
+    unsigned submitted_by; // the connection that submitted last
+    int version;           // of Redis: 702 for 7.2; 0 where access control hides it
     // admission's view of the registries, read again every second
     struct queue_tenant *tenants;
     struct queue_model *models;

@@ -43,6 +43,7 @@ struct redis {
     BIO_METHOD *tls_bio;
     // the connection; fd -1: none
     int fd;
+    unsigned connections;
     SSL *ssl;
     redisReader *reader;
     redisReplyObjectFunctions functions; // the reader's, and what it had for arrays
@@ -357,6 +358,11 @@ const char *redis_address(const struct redis *r)
     return r->address;
 }
 
+unsigned redis_connections(const struct redis *r)
+{
+    return r->connections;
+}
+
 enum redis_problem redis_problem(const struct redis *r)
 {
     return r->problem;
@@ -645,6 +651,7 @@ static int ensure_connected(struct redis *r, struct err *e)
         rc = log_in(r, deadline, e);
     if (rc == 0 && r->n_sentinels > 0)
         rc = check_master(r, deadline, e);
+    r->connections++;
     if (rc != 0)
         redis_disconnect(r);
     return rc;

@@ -45,6 +45,9 @@ void redis_close(struct redis *redis); // NULL is fine
 // "redis://host:6379 (master)", before the first connection the URL.
 const char *redis_address(const struct redis *redis);
 
+// Counts connections: what was said over one means nothing to the next.
+unsigned redis_connections(const struct redis *redis);
+
 // Drops the connection; the next command connects anew.
 void redis_disconnect(struct redis *redis);
 

@@ -75,6 +75,10 @@ admitted() {
 }
 fleet_wait supervisor 10 admitted first
 fleet_wait supervisor 10 admitted second --tenant acme
+expect 1 "not as safe as asked for" "$ditfleet" submit "${job[@]}" --id unsafe --receipt 1 --receipt-timeout 0.05
+expect 1 '"replicas":0,"confirmed":false' "$ditfleet" submit "${job[@]}" --id unsafe --receipt 1 --receipt-timeout 0.05 --json
+fleet_wait supervisor 10 admitted unsafe
+expect 0 "unsafe CANCELLED" "$ditfleet" cancel unsafe
 expect 0 "state    QUEUED" "$ditfleet" show first
 expect 0 "pool     demo@1" "$ditfleet" show first
 expect 0 '"state":"QUEUED"' "$ditfleet" show first --json

@@ -24,7 +24,7 @@ server() {
   shift 2
   mkdir "$fleet/$name"
   fleet_start "$name" "$fleet/redis-server" --port "$port" --bind 127.0.0.1 --dir "$fleet/$name" --save '' \
-    --maxmemory-policy noeviction --repl-diskless-sync-delay 0 "$@"
+    --maxmemory-policy noeviction --repl-diskless-sync-delay 0 --appendonly yes "$@"
   fleet_wait "$name" 20 answers "$port"
 }
 server master "$master"
@@ -44,7 +44,7 @@ model = demo@1=$DITFLEET_SOURCE/ops/demo/model"
 fleet_wait_ready 1
 picture=(--model demo --max-sequence-length 64 --output-url "$fleet_sink_url/{id}.png" --redis "$fleet_redis_url")
 expect 0 "id       runs" "$ditfleet" submit "${picture[@]}" --id runs --width 64 --height 64 --num-inference-steps 300
-expect 0 "id       waits" "$ditfleet" submit "${picture[@]}" --id waits --width 64 --height 48 --num-inference-steps 2
+expect 0 "of 1 replicas" "$ditfleet" submit "${picture[@]}" --id waits --width 64 --height 48 --num-inference-steps 2 --receipt 1
 state_at() { redis-cli -p "$1" HGET "dit:{default}:job:default:$2" state; }
 both_there() { [[ $(state_at "$replica" runs) == RUNNING && $(state_at "$replica" waits) == QUEUED ]]; }
 fleet_wait supervisor 20 both_there

@@ -1,5 +1,6 @@
 // test_queue.c: the queue against a private Redis: each promise of PROTOCOL.md, and each way it was broken elsewhere.
 #include "queue_world.h"
+#include "scripted_redis.h"
 
 static int on_event(void *arg, const Ditfleet__V1__Event *event)
 {
@@ -1161,6 +1162,62 @@ static void test_no_disk_in_between(void **state)
     goes_on(w);
 }
 
+// One submission to a server that says these lines, and its receipt.
+static int receipt_of(const char *const *lines, size_t n, unsigned replicas, struct queue_receipt *r, bool *confirmed)
+{
+    char url[64], entry[QUEUE_ENTRY_SIZE];
+    const char *all[8] = {"-NOPERM this user has no permissions\r\n", "$15\r\n1700000000000-0\r\n"};
+    struct queue *q;
+    struct err why;
+    memcpy(all + 2, lines, n * sizeof *lines);
+    pid_t peer = serve_lines(all, n + 2, url);
+    OK(queue_open(&q, url, "test", QUEUE_PRODUCER, NULL, e));
+    OK(queue_submit(q, "default", "x", 1, entry, e));
+    int rc = queue_receipt(q, replicas, 100, r, confirmed, &why);
+    queue_close(q);
+    kill(peer, SIGKILL);
+    waitpid(peer, NULL, 0);
+    return rc;
+}
+#define RECEIPT(replicas, r, confirmed, ...)                                                                           \
+    receipt_of((const char *const[]){__VA_ARGS__}, sizeof((const char *const[]){__VA_ARGS__}) / sizeof(char *),        \
+               replicas, r, confirmed)
+
+static void test_receipts(void **state)
+{
+    struct world *w = *state;
+    static const char unknown[] = "-ERR unknown command 'WAITAOF', with args beginning with: '1'\r\n",
+                      no_file[] = "-ERR WAITAOF cannot be used when numlocal is set but appendonly is disabled.\r\n",
+                      both[] = "*2\r\n:1\r\n:2\r\n", none[] = "*2\r\n:0\r\n:0\r\n";
+    struct queue_receipt r;
+    bool confirmed;
+    assert_int_equal(RECEIPT(2, &r, &confirmed, both), 0);
+    assert_true(confirmed && r.on_disk && r.local == 1 && r.replicas == 2);
+    assert_int_equal(RECEIPT(3, &r, &confirmed, both), 0);
+    assert_true(!confirmed && r.replicas == 2);
+    assert_int_equal(RECEIPT(0, &r, &confirmed, none), 0);
+    assert_true(!confirmed && r.on_disk && r.local == 0);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, no_file, "*2\r\n:0\r\n:1\r\n"), 0);
+    assert_true(!confirmed && r.on_disk && r.local == 0 && r.replicas == 1);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, unknown, ":1\r\n"), 0);
+    assert_true(confirmed && !r.on_disk && r.local == 0 && r.replicas == 1);
+    assert_int_equal(RECEIPT(0, &r, &confirmed, unknown, ":0\r\n"), 0);
+    assert_false(confirmed); // in one server's memory
+    assert_int_equal(RECEIPT(1, &r, &confirmed, "-NOPERM no\r\n", ":0\r\n"), 0);
+    assert_false(confirmed || r.on_disk);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, "-READONLY no\r\n", both), ERR_UNAVAILABLE);
+    // Another connection knows nothing of the submission, whatever it answers.
+    assert_int_equal(RECEIPT(1, &r, &confirmed, "", both), ERR_UNAVAILABLE);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, unknown, "", ":5\r\n"), ERR_UNAVAILABLE);
+    assert_false(confirmed);
+    // This server has no replicas.
+    submit(w, "a");
+    OK(queue_receipt(w->q, 1, 50, &r, &confirmed, e));
+    assert_false(confirmed || r.replicas);
+    redis_disconnect(queue_redis(w->q));
+    FAILS(ERR_UNAVAILABLE, queue_receipt(w->q, 0, 50, &r, &confirmed, e));
+}
+
 static void test_await_waits(void **state)
 {
     struct world *w = *state;
@@ -1463,6 +1520,7 @@ int main(void)
         TEST(test_replica_in_between),
         TEST(test_no_memory_in_between),
         TEST(test_no_disk_in_between),
+        TEST(test_receipts),
         TEST(test_await_waits),
         TEST(test_pools_follow_every_move),
         TEST(test_pools_of_uncounted_jobs),

@@ -1,6 +1,7 @@
 // test_redis.c: the connection: URLs, deadlines, reconnection, refusals, TLS.
 #include "private_redis.h"
 #include "proto/redis.h"
+#include "scripted_redis.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -304,35 +305,6 @@ static void test_odd_peers(void **state)
     redis_close(r);
     waitpid(child, NULL, 0);
     close(fd);
-}
-
-// A peer that answers whatever it is asked by the next of these lines, over any number of connections.
-static pid_t serve_lines(const char *const *lines, size_t n, char url[64])
-{
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof a;
-    assert_int_equal(bind(fd, (struct sockaddr *)&a, sizeof a), 0);
-    assert_int_equal(listen(fd, 8), 0);
-    assert_int_equal(getsockname(fd, (struct sockaddr *)&a, &size), 0);
-    snprintf(url, 64, "redis://127.0.0.1:%d", ntohs(a.sin_port));
-    pid_t child = fork();
-    if (child == 0) {
-        char command[1000];
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        for (size_t i = 0; i < n;) {
-            int peer = accept(fd, NULL, NULL);
-            while (i < n && read(peer, command, sizeof command) > 0) {
-                if (write(peer, lines[i], strlen(lines[i])) < 0)
-                    _exit(1);
-                i++;
-            }
-            close(peer);
-        }
-        _exit(0);
-    }
-    close(fd);
-    return child;
 }
 
 // What a server says that cannot do it now, or will not: each is told apart, and none but READONLY costs the
