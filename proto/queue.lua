@@ -47,6 +47,11 @@ local function next_rank() -- microseconds, growing: order of admission
   return ticks
 end
 
+-- All of this text runs with each operation, and what costs is to make functions: each looks for the locals that it uses among
+-- those of the function around it, one by one. So there are functions around functions; their bodies stand at the left
+-- margin. queue() has what all operations need; each group of operations is made only if those before it have not the one that is asked for.
+local function queue()
+
 -- ---- protobuf, as far as events and failed results need it
 
 local function varint(n)
@@ -83,6 +88,14 @@ local REST = { 'attempts_app', 'attempts_infra', 'max_attempts', 'created_ms', '
 local NUMBER = { epoch = true, step = true, steps = true, gpu_ms = true, deadline_ms = true, rank = true,
                  attempts_app = true, attempts_infra = true, max_attempts = true, due_ms = true, created_ms = true }
 
+-- What a claim reads in one call. (Made only then: what stands outside of functions runs with every operation.)
+local function all_fields()
+  local names = { 'payload' }
+  for _, n in ipairs(BASE) do names[#names + 1] = n end
+  for _, n in ipairs(REST) do names[#names + 1] = n end
+  return names
+end
+
 local function record_key(tenant, id) return P .. 'job:' .. tenant .. ':' .. id end
 local function member(r) return r.tenant .. ':' .. r.id end
 
@@ -93,14 +106,14 @@ local function read_fields(r, names)
     if NUMBER[f] then r[f] = tonumber(v or 0) or 0 else r[f] = v or '' end
   end
 end
-local function load(tenant, id) -- nil: no such job
+local function load(tenant, id, names) -- nil: no such job
   local r = { tenant = tenant, id = id }
-  read_fields(r, BASE)
+  read_fields(r, names or BASE)
   return r.state ~= '' and r or nil
 end
-local function load_member(m)
+local function load_member(m, names)
   local tenant, id = m:match('^([^:]*):(.*)$')
-  return load(tenant or '', id or '')
+  return load(tenant or '', id or '', names)
 end
 
 -- `stats` counts what the sizes of the indexes do not tell: see ops.stats and ops.pools.
@@ -239,7 +252,6 @@ local function settle(r, k) -- a record that became final
   call('ZREM', P .. 'live', member(r))
   call('PEXPIRE', k, retention)
   count(r.state, 1)
-  count('gpu_ms:' .. r.pool, 0 - r.gpu_ms)
   count_amount(P .. 'tenant:' .. r.tenant, 'gpu_ms', 0 - r.gpu_ms)
   if r.callback ~= '' then post_callback(r, k) end
 end
@@ -297,6 +309,7 @@ local function fail_attempt(r, cause, e, random, left)
   move(r, 'RETRY_WAIT', set, e)
 end
 
+local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, n or K) end
 local function next_check(r)
   local at = now() + conf('check_ms')
   return r.deadline_ms > 0 and min(at, r.deadline_ms) or at
@@ -304,13 +317,14 @@ end
 
 local function begin(r) -- a record that is not final from now on
   call('ZADD', P .. 'live', next_check(r), member(r))
-  count('gpu_ms:' .. r.pool, r.gpu_ms)
   call('HINCRBY', P .. 'tenant:' .. r.tenant, 'gpu_ms', int(r.gpu_ms))
 end
 
 -- ---- operations
 
 local ops = {}
+
+local function registry()
 
 -- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, gpu_ms, rate, burst_ms,
 -- max_queued_ms, ...}
@@ -360,6 +374,16 @@ function ops.withdraw()
   if best then call('HSET', k, name, best) else call('HDEL', k, name) end
 end
 
+-- set <name> <value>
+function ops.set()
+  if not SETTINGS[ARGV[2]] then return false end
+  call('HSET', P .. 'conf', ARGV[2], ARGV[3])
+  return 'ok'
+end
+
+end
+local function admission()
+
 -- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it. One too many is no dead letter: it
 -- would push out those that need somebody's eyes.
 local function refuse(tenant, a, e)
@@ -391,7 +415,7 @@ local function read_loads(tenant)
   if loads.limit == 0 then return end
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
-    if counted[i]:sub(1, 7) == 'gpu_ms:' then loads.all = loads.all + counted[i + 1] end
+    if counted[i]:find('_ms:', 1, true) then loads.all = loads.all + max(0, counted[i + 1]) end
   end
 end
 
@@ -484,6 +508,9 @@ function ops.admit()
   return out
 end
 
+end
+local function holders()
+
 -- The tenant to serve next in a class: its purse, with the pool; or nil.
 local function choose(pools, class)
   local best
@@ -509,7 +536,7 @@ end
 
 local function claimed(r, nonce) -- a job as claim answers it
   return { r.tenant, r.id, int(r.epoch), nonce, r.pool, int(r.attempts_app), int(r.attempts_infra), int(r.created_ms),
-           int(r.lease_ms), int(r.deadline_ms), call('HGET', record_key(r.tenant, r.id), 'payload') or '' }
+           int(r.lease_ms), int(r.deadline_ms), r.payload }
 end
 
 local function lease(r, c, nonce)
@@ -573,8 +600,7 @@ local function claim_from(c, best, class, out)
   if #members == 0 then call('ZREM', ring_key(best.pool, class), best.tenant) end
   for _, m in ipairs(members) do
     if #out == c.most then break end
-    local r = load_member(m)
-    if r then read_fields(r, REST) end
+    local r = load_member(m, c.fields)
     if not r or r.state ~= 'QUEUED' then
       call('ZREM', ready, m)
       call('HDEL', P .. 'due', m)
@@ -597,9 +623,8 @@ local function claimed_before(c, out)
   for i = 1, #held, 2 do
     local nonce = held[i + 1]:match('%S+$')
     for n = 1, c.most do
-      local r = c.nonces[n] == nonce and load_member(held[i])
+      local r = c.nonces[n] == nonce and load_member(held[i], c.fields)
       if r then
-        read_fields(r, REST)
         r.lease_ms = tonumber(call('ZSCORE', P .. 'lease', held[i]) or now())
         out[#out + 1] = claimed(r, nonce)
       end
@@ -609,7 +634,8 @@ end
 
 -- claim <worker> <incarnation> <lease_ms> <n> <nonce>*n <pool>...; {cursor of wake, job, ...}
 function ops.claim()
-  local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {} }
+  local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {},
+    fields = all_fields() }
   local out, pools = {}, {}
   for i = 1, c.most do c.nonces[i] = ARGV[5 + i] end
   for i = 6 + c.most, #ARGV do pools[#pools + 1] = ARGV[i] end
@@ -708,9 +734,8 @@ function ops.cancel()
   return r.state
 end
 
--- ---- upkeep
-
-local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, n or K) end
+end
+local function upkeep()
 
 local function reap_lease(m, random)
   local r = load_member(m)
@@ -788,7 +813,8 @@ function ops.reap()
   return { n.lost, n.due, n.expired, n.orphans, wait }
 end
 
--- ---- callbacks
+end
+local function callbacks()
 
 local function drop_callback(tenant, id, entry)
   call('XDEL', P .. 'outbox', entry)
@@ -907,7 +933,8 @@ function ops.callback_dead()
   return 'ok'
 end
 
--- ---- dead letters
+end
+local function dead_letters()
 
 local function letter(fields)
   local l = {}
@@ -983,12 +1010,8 @@ function ops.dead_drop()
   return 'ok'
 end
 
--- set <name> <value>
-function ops.set()
-  if not SETTINGS[ARGV[2]] then return false end
-  call('HSET', P .. 'conf', ARGV[2], ARGV[3])
-  return 'ok'
 end
+local function figures()
 
 -- stats: {field, value, ...}: jobs now in each state, totals of the final ones, what waits in the doors and in dlq, and the
 -- backlog in GPU-milliseconds. The sizes of the indexes say most; the rest is counted in move().
@@ -996,7 +1019,7 @@ function ops.stats()
   local n, out = { QUEUED = 0, waiting = 0, gpu_ms = 0 }, {}
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
-    if counted[i]:sub(1, 7) == 'gpu_ms:' then n.gpu_ms = n.gpu_ms + counted[i + 1]
+    if counted[i]:find('_ms:', 1, true) then n.gpu_ms = n.gpu_ms + counted[i + 1]
     elseif not counted[i]:find(':', 1, true) then n[counted[i]] = tonumber(counted[i + 1]) end -- a pool's: see ops.pools
   end
   for _, tenant in ipairs(call('HKEYS', P .. 'tenants')) do
@@ -1041,7 +1064,7 @@ function ops.pools()
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
     local field, pool = counted[i]:match('^([^:]*):(.*)$')
-    if field and field ~= 'gpu_ms' and counted[i + 1] ~= '0' then seen(pool)[field] = tonumber(counted[i + 1]) end
+    if field and counted[i + 1] ~= '0' then seen(pool)[field] = tonumber(counted[i + 1]) end
   end
   table.sort(names)
   for _, pool in ipairs(names) do
@@ -1055,6 +1078,13 @@ function ops.pools()
   return out
 end
 
-local op = ops[ARGV[1]]
-if not op then return redis.error_reply('ERR queue.lua has no operation of this name') end
-return op()
+end
+
+for _, group in ipairs({ holders, admission, upkeep, callbacks, figures, registry, dead_letters }) do
+  group()
+  if ops[ARGV[1]] then return ops[ARGV[1]]() end
+end
+return redis.error_reply('ERR queue.lua has no operation of this name')
+
+end
+return queue()
