@@ -47,9 +47,9 @@ local function next_rank() -- microseconds, growing: order of admission
   return ticks
 end
 
--- All of this text runs with each operation, and what costs is to make functions: each looks for the locals that it uses among
--- those of the function around it, one by one. So there are functions around functions; their bodies stand at the left
--- margin. queue() has what all operations need; each group of operations is made only if those before it have not the one that is asked for.
+-- All of this text runs with each operation, and what costs is making functions: each looks for the locals that it uses among
+-- those of the function around it, one by one. So there are functions around functions, whose bodies stand at the left margin:
+-- queue() has what all operations need, and the groups of operations in it are made in turn until one has what is asked for.
 local function queue()
 
 -- ---- protobuf, as far as events and failed results need it
@@ -348,7 +348,8 @@ function ops.tenant()
   local name = ARGV[2]
   if ARGV[3] ~= '' then call('HSET', P .. 'tenants', name, ARGV[3]) else call('HSETNX', P .. 'tenants', name, 1) end
   for i, field in ipairs(LIMITS) do
-    if ARGV[3 + i] ~= '' then call('HSET', P .. 'tenant:' .. name, field, ARGV[3 + i]) end
+    local value = ARGV[3 + i] or ''
+    if value ~= '' then call('HSET', P .. 'tenant:' .. name, field, value) end
   end
   for _, pool in ipairs(call('HKEYS', P .. 'models')) do -- what held it up may hold no more
     for _, class in ipairs(CLASSES) do end_limit(pool, class, name) end
@@ -1050,8 +1051,8 @@ local function oldest(pool)
 end
 
 -- pools: {pool, queued, delayed, working, queued_ms, delayed_ms, working_ms, oldest_ms, ...}: jobs, their GPU-milliseconds,
--- and how long the oldest QUEUED one has been claimable. Pools that are published or have jobs; no record is
--- read, and nothing written: it runs by EVALSHA_RO, as stats does.
+-- and how long the oldest QUEUED one has been claimable. Pools that are published or have jobs; no record is read
+-- and nothing written: like stats it runs by EVALSHA_RO.
 function ops.pools()
   local pools, names, out = {}, {}, {}
   local function seen(pool)

@@ -88,7 +88,8 @@ static void test_rate_delays(void **state)
     OK(queue_set(w->q, "check_ms", 1, e));
     struct queue_reaped reaped = reap(w);
     assert_int_equal(reaped.orphans, 0);
-    assert_in_range(reaped.next_ms, 0, 60);
+    if (number(w, "ZCARD " PREFIX "limited") > 0) // it is not over already
+        assert_in_range(reaped.next_ms, 0, 60);
     while (acme < 20) {
         assert_true(seconds() - began < 20); // which at this rate takes 0.7 s
         reap(w);
