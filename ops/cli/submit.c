@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "ops/cli/connect.h"
@@ -11,8 +12,10 @@
 #include "ops/cli/json.h"
 #include "ops/cli/progress.h"
 #include "ops/cli/report.h"
+#include "proto/clock.h"
 
-enum { LOOK_MS = 250 }; // how often a waiting client looks for Ctrl-C
+enum { LOOK_MS = 250 };   // how often a waiting client looks for Ctrl-C
+#define AWAY_SECONDS 30.0 // so long may Redis be away, restarting or failing over, before it gives up
 
 struct submit {
     struct connection connection;
@@ -114,12 +117,20 @@ static int on_event(void *arg, const Ditfleet__V1__Event *event)
 static int await_result(struct submit *s, struct queue *q, Ditfleet__V1__Result **result, struct err *err)
 {
     int rc;
+    double away_at = 0;
+    bool away = false, go_on;
     do {
         *err = (struct err){.code = ERR_NONE};
         rc = queue_await(q, connection_tenant(&s->connection), s->job->id, s->entry, LOOK_MS, on_event, s, result, err);
-    } while (rc == ERR_TIMEOUT && !interrupted());
+        if (rc == ERR_UNAVAILABLE && !away)
+            away_at = monotonic_seconds();
+        away = rc == ERR_UNAVAILABLE;
+        if (away)
+            nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
+        go_on = rc == ERR_TIMEOUT || (away && monotonic_seconds() - away_at < AWAY_SECONDS);
+    } while (go_on && !interrupted());
     progress_clear(&s->progress);
-    return rc == ERR_TIMEOUT ? ERR_CANCELLED : rc;
+    return go_on ? ERR_CANCELLED : rc;
 }
 
 static void tell_how_to_go_on(const struct submit *s, const char *why)
