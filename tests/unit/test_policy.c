@@ -75,6 +75,7 @@ static void test_rate_delays(void **state)
     struct world *w = *state;
     const Ditfleet__V1__Priority normal = DITFLEET__V1__PRIORITY__PRIORITY_NORMAL;
     limit(w, "acme", 20, 5, 0);
+    OK(queue_set(w->q, "check_ms", 1, e));
     offer_many(w, "acme", "a", normal, 60, 1000);
     offer_many(w, "default", "d", normal, 20, 1000);
     int acme = 0, others = 0;
@@ -85,7 +86,6 @@ static void test_rate_delays(void **state)
     assert_in_range(acme, 5, 7 + (int)(20 * (seconds() - began)));
     check_invariants(w);
     // What waits for its rate is no orphan, and the reaper comes when it is over.
-    OK(queue_set(w->q, "check_ms", 1, e));
     struct queue_reaped reaped = reap(w);
     assert_int_equal(reaped.orphans, 0);
     if (number(w, "ZCARD " PREFIX "limited") > 0) // it is not over already
