@@ -43,9 +43,8 @@ static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 #define IN(field) offsetof(struct conf_group, field)
 static const struct key keys[] = {
     {"redis", "url", SECRET, AT(redis.url), 1, 180, "redis://127.0.0.1:6379", check_redis,
-     .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path, or by its "
-            "sentinels "
-            "sentinel://[user:password@]host[:port][,host[:port]...]/master"},
+     .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path, or found by "
+            "sentinels, which are asked without password: sentinel://host[:port],.../master"},
     {"redis", "queue", STRING, AT(redis.queue), 1, 64, "default", check_name,
      .doc = "name of the queue, the tag in its keys dit:{queue}:..."},
     {"fleet", "node", STRING, AT(fleet.node), 0, 64, "", check_name,

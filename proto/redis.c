@@ -817,8 +817,8 @@ enum { EVAL_MAX_ARGS = 1024 };
 int redis_eval(struct redis *r, const struct redis_script *script, redisReply **reply, struct err *e, const char *key,
                int argc, const char **argv, const size_t *lengths)
 {
-    const char *const by_sha = script->reads ? "EVALSHA_RO" : "EVALSHA", *const by_text =
-                                                                             script->reads ? "EVAL_RO" : "EVAL";
+    const char *const by_sha = script->reads ? "EVALSHA_RO" : "EVALSHA";
+    const char *const by_text = script->reads ? "EVAL_RO" : "EVAL";
     const char *all[EVAL_MAX_ARGS + 4] = {by_sha, script->sha1, "1", key};
     size_t sizes[EVAL_MAX_ARGS + 4] = {strlen(by_sha), 40, 1, strlen(key)};
     if (argc > EVAL_MAX_ARGS)

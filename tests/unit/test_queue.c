@@ -2,6 +2,8 @@
 #include "queue_world.h"
 #include "scripted_redis.h"
 
+#include <ctype.h>
+
 static int on_event(void *arg, const Ditfleet__V1__Event *event)
 {
     char *trail = arg;
@@ -1036,6 +1038,31 @@ static void test_access_of_a_tenant(void **state)
     freeReplyObject(command(w, "ACL DELUSER acme"));
 }
 
+// What the script calls, those who run it may call.
+static void test_access_of_the_script(void **state)
+{
+    struct world *w = *state;
+    char worker[QUEUE_ACL_SIZE], operator[QUEUE_ACL_SIZE], *text = NULL;
+    size_t size = 0, calls = 0;
+    FILE *file = fopen("proto/queue.lua", "r");
+    assert_non_null(file);
+    assert_true(getdelim(&text, &size, 0, file) > 0);
+    fclose(file);
+    OK(queue_acl(w->q, QUEUE_USER_WORKER, "worker", NULL, worker, e));
+    OK(queue_acl(w->q, QUEUE_USER_OPERATOR, "operator", NULL, operator, e));
+    for (const char *at = text; (at = strstr(at, "call('")) != NULL; calls++) {
+        at += 6;
+        char right[40];
+        int n = snprintf(right, sizeof right, "+%.*s", (int)strcspn(at, "'"), at);
+        for (int i = 0; i < n; i++)
+            right[i] = (char)tolower((unsigned char)right[i]);
+        if (!strstr(worker, right) || !strstr(operator, right))
+            fail_msg("queue.lua calls %s, which no line of access control grants", right + 1);
+    }
+    assert_true(calls > 100);
+    free(text);
+}
+
 static void test_server_checks(void **state)
 {
     struct world *w = *state;
@@ -1516,6 +1543,7 @@ int main(void)
         TEST(test_callbacks_that_cannot_be_made),
         TEST(test_callbacks_are_off),
         TEST(test_access_of_a_tenant),
+        TEST(test_access_of_the_script),
         TEST(test_server_checks),
         TEST(test_replica_in_between),
         TEST(test_no_memory_in_between),
