@@ -11,7 +11,7 @@ export XDG_CACHE_HOME=$fleet/cache
 ditfleet=$fleet_build/ditfleet printed=$fleet/out
 fleet_redis
 admin() { redis-cli -s "$fleet/redis.sock" "$@"; }
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$(free_port)
 admin CONFIG SET port "$port" >/dev/null
 as() { echo "redis://$1:pw@127.0.0.1:$port"; }
 

@@ -11,11 +11,7 @@ export XDG_CACHE_HOME=$fleet/cache
 ditfleet=$fleet_build/ditfleet printed=$fleet/out
 
 # ---- a master, its replica and who watches them: the program acts by its name
-read -r master replica sentinel < <(python3 -c '
-import socket
-s = [socket.socket() for _ in range(3)]
-for x in s: x.bind(("127.0.0.1", 0))
-print(*(x.getsockname()[1] for x in s))')
+master=$(free_port) replica=$(free_port) sentinel=$(free_port)
 program=$(fleet_has_redis)
 for name in redis-server redis-sentinel; do ln -s "$program" "$fleet/$name"; done
 answers() { redis-cli -p "$1" PING >/dev/null 2>&1; }
