@@ -46,7 +46,8 @@ static const char *const levels[] = {"debug", "info", "warn", "error", NULL};
 #define IN(field) offsetof(struct conf_group, field)
 static const struct key keys[] = {
     {"redis", "url", SECRET, AT(redis.url), 1, 180, "redis://127.0.0.1:6379", check_redis,
-     .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS) or unix:///path"},
+     .doc = "the Redis server: redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path, or found by "
+            "sentinels, which are asked without password: sentinel://host[:port],.../master"},
     {"redis", "queue", STRING, AT(redis.queue), 1, 64, "default", check_name,
      .doc = "name of the queue, the tag in its keys dit:{queue}:..."},
     {"fleet", "node", STRING, AT(fleet.node), 0, 64, "", check_name,
@@ -65,6 +66,14 @@ static const struct key keys[] = {
      .doc = "attempts that a job's own errors may use up, where the job names none; 0: as the queue has it"},
     {"queue", "retention", SECONDS, AT(queue.retention_s), 0, 90 * 86400, "0",
      .doc = "how long a finished job's record and events stay; 0: as the queue has it"},
+    {"queue", "max_speed", INT, AT(queue.max_speed), 0, 1e6, "0",
+     .doc =
+         "GPU-seconds of price that the fastest group does in a second: a job that cannot meet its deadline even so is "
+         "refused; 0: as the queue has it, which at first is 64"},
+    {"queue", "max_backlog", INT, AT(queue.max_backlog_s), 0, 1e9, "0",
+     .doc =
+         "GPU-seconds of work that the queue takes, all tenants together; what is more is refused (overloaded); 0: as "
+         "the queue has it, which at first is any number"},
     {"upload", "allow", LIST, AT(upload.allow), 1, 180, NULL, check_host_port,
      .doc = "host:port to which uploads may go although its address is loopback, private or link-local"},
     {"upload", "file_roots", LIST, AT(upload.file_roots), 1, 180, NULL, check_absolute,
@@ -189,8 +198,11 @@ static const char *check_name(const char *v)
 static const char *check_redis(const char *v)
 {
     const char *rest = strstr(v, "://");
-    bool known = strncmp(v, "redis://", 8) == 0 || strncmp(v, "rediss://", 9) == 0 || strncmp(v, "unix:///", 8) == 0;
-    return known && rest[3] ? NULL : "redis://host[:port][/db], rediss://host[:port][/db] or unix:///path";
+    bool known = strncmp(v, "redis://", 8) == 0 || strncmp(v, "rediss://", 9) == 0 || strncmp(v, "unix:///", 8) == 0 ||
+                 strncmp(v, "sentinel://", 11) == 0;
+    return known && rest[3] ? NULL
+                            : "redis://host[:port][/db], rediss://host[:port][/db], unix:///path or "
+                              "sentinel://host[:port],.../master";
 }
 
 static const char *check_absolute(const char *v)

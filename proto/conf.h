@@ -74,6 +74,8 @@ struct conf {
         double lease_s;
         int max_attempts;   // of a job's own errors, where the job names none; 0: as the queue has it
         double retention_s; // of finished jobs; 0: as the queue has it
+        int max_speed;      // GPU-seconds that the fastest group does in a second; 0: as the queue has it
+        int max_backlog_s;  // GPU-seconds of jobs that are not final; 0: as the queue has it
     } queue;
     struct {
         struct conf_list allow;      // host:port taken although private or loopback

@@ -21,6 +21,7 @@ static const struct {
     [ERR_EXPIRED] = {"expired", false},
     [ERR_STALE] = {"stale", false},
     [ERR_UPLOAD] = {"upload", false},
+    [ERR_OVERLOADED] = {"overloaded", true},
     [ERR_NO_MEMORY] = {"no_memory", true},
     [ERR_IO] = {"io", true},
     [ERR_TIMEOUT] = {"timeout", true},
@@ -69,6 +70,14 @@ int err_context(struct err *e, const char *format, ...)
 const char *err_name(enum err_code code)
 {
     return (unsigned)code < ERR_CODES ? codes[code].name : "unknown";
+}
+
+enum err_code err_parse(const char *name)
+{
+    for (int code = ERR_NONE; code < ERR_CODES; code++)
+        if (strcmp(codes[code].name, name) == 0)
+            return (enum err_code)code;
+    return ERR_INTERNAL;
 }
 
 bool err_code_retryable(enum err_code code)

@@ -20,6 +20,7 @@ enum err_code {
     ERR_EXPIRED,     // the job's own deadline passed                                      final
     ERR_STALE,       // the fence (epoch, nonce) is somebody else's by now                 final for this holder
     ERR_UPLOAD,      // the upload host answered with a status no retry mends (403, 404)   final
+    ERR_OVERLOADED,  // a limit of the queue or of the tenant is reached                   retryable, by its sender
     ERR_NO_MEMORY,   // memory or space ran out                                            retryable
     ERR_IO,          // a read, write or system call failed                                retryable
     ERR_TIMEOUT,     // a deadline of ours passed                                          retryable
@@ -43,6 +44,7 @@ int err_context(struct err *e, const char *format, ...) __attribute__((format(pr
 
 // The stable name that results, logs and PROTOCOL.md use: "invalid", "not_found", ...
 const char *err_name(enum err_code code);
+enum err_code err_parse(const char *name); // ERR_INTERNAL: none has this name
 bool err_code_retryable(enum err_code code);
 
 // Unwinds: returns from the calling function when call fails. Resources are freed by __attribute__((cleanup)) or by

@@ -32,6 +32,11 @@ uint64_t reply_number(const redisReply *r)
     return *text == '-' ? 0 : strtoull(text, NULL, 10);
 }
 
+static double reply_real(const redisReply *r)
+{
+    return strtod(reply_text(r), NULL);
+}
+
 size_t reply_count(const redisReply *r)
 {
     return r && r->type == REDIS_REPLY_ARRAY ? r->elements : 0;
@@ -131,6 +136,17 @@ int queue_eval(struct queue *q, const struct args *a, redisReply **reply, struct
     return rc;
 }
 
+// An operation that only reads, for users who may do no more.
+static int eval_figures(struct queue *q, const char *op, redisReply **reply, struct err *e)
+{
+    struct args a;
+    ARGS(&a, op);
+    q->script.reads = true;
+    int rc = queue_eval(q, &a, reply, e);
+    q->script.reads = false;
+    return rc;
+}
+
 int queue_command(struct queue *q, const struct args *a, int block_ms, redisReply **reply, struct err *e)
 {
     int rc = redis_command_blocking(q->redis, reply, e, block_ms, a->n, (const char **)a->value, a->length);
@@ -159,6 +175,8 @@ static int check_server(struct queue *q, enum queue_role role, struct err *e)
     char version[32], policy[32];
     info_value(reply_text(server), "redis_version:", version, sizeof version);
     info_value(reply_text(memory), "maxmemory_policy:", policy, sizeof policy);
+    const char *minor = strchr(version, '.');
+    q->version = 100 * (int)strtol(version, NULL, 10) + (minor ? (int)strtol(minor + 1, NULL, 10) : 0);
     if (strtol(version, NULL, 10) < 7)
         return err_set(e, ERR_UNSUPPORTED, "Redis at %s is version %s; needed: 7.0 or newer", redis_address(q->redis),
                        version);
@@ -222,48 +240,61 @@ int queue_set(struct queue *q, const char *name, uint64_t value, struct err *e)
 
 int queue_tenant_add(struct queue *q, const char *tenant, double weight, struct err *e)
 {
+    return queue_tenant_limit(q, tenant, &(struct queue_limits){weight, -1, -1, -1}, e);
+}
+
+int queue_tenant_limit(struct queue *q, const char *tenant, const struct queue_limits *limits, struct err *e)
+{
+    // The order is that of ops.tenant in queue.lua.
+    const struct {
+        const char *what;
+        double value, min, max, scale; // scale: of a unit in the script's
+    } rows[] = {{"weight", limits->weight, 0.001, 1000, 1},
+                {"rate", limits->rate, 0, QUEUE_LIMIT_MAX, 1},
+                {"burst", limits->burst_s, 0, QUEUE_LIMIT_MAX, 1000},
+                {"limit of work in the queue", limits->max_queued_s, 0, QUEUE_LIMIT_MAX, 1000}};
     struct args a;
-    char text[32];
+    char text[sizeof rows / sizeof *rows][32];
     TRY(job_check_name("the tenant's name", tenant, JOB_MAX_TENANT, e));
-    if (!(weight >= 0.001 && weight <= 1000))
-        return err_set(e, ERR_INVALID, "the weight of tenant %s is %g; allowed: 0.001 to 1000", tenant, weight);
-    snprintf(text, sizeof text, "%.6g", weight);
-    ARGS(&a, "tenant", tenant, text);
+    ARGS(&a, "tenant", tenant);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const double v = rows[i].value;
+        if (!(v < 0) && !(v >= rows[i].min && v <= rows[i].max))
+            return err_set(e, ERR_INVALID, "the %s of tenant %s is %g; allowed: %g to %g", rows[i].what, tenant, v,
+                           rows[i].min, rows[i].max);
+        snprintf(text[i], sizeof text[i], "%.*g", rows[i].scale > 1 ? 12 : 6, v * rows[i].scale);
+        args_text(&a, v < 0 ? "" : text[i]);
+    }
     return queue_eval(q, &a, NULL, e);
 }
 
 int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, struct err *e)
 {
+    enum { FIELDS = 8 }; // of a tenant in the answer
     struct args a;
     AUTO_REPLY reply = NULL;
     *list = NULL;
     *count = 0;
     ARGS(&a, "doors");
     TRY(queue_eval(q, &a, &reply, e));
-    size_t n = reply_count(reply) / 4;
+    size_t n = reply_count(reply) / FIELDS;
     struct queue_tenant *t = calloc(n ? n : 1, sizeof *t);
     if (!t)
         return no_memory(e);
     for (size_t i = 0; i < n; i++) {
-        copy_text(t[i].name, sizeof t[i].name, reply_at(reply, 4 * i));
-        t[i].weight = strtod(reply_text(reply_at(reply, 4 * i + 1)), NULL);
-        t[i].waiting = reply_number(reply_at(reply, 4 * i + 2));
-        t[i].ready = reply_number(reply_at(reply, 4 * i + 3));
+        const size_t at = FIELDS * i;
+        copy_text(t[i].name, sizeof t[i].name, reply_at(reply, at));
+        t[i].waiting = reply_number(reply_at(reply, at + 2));
+        t[i].ready = reply_number(reply_at(reply, at + 3));
+        t[i].gpu_ms = reply_number(reply_at(reply, at + 4));
+        t[i].limits = (struct queue_limits){.weight = reply_real(reply_at(reply, at + 1)),
+                                            .rate = reply_real(reply_at(reply, at + 5)),
+                                            .burst_s = 1e-3 * reply_real(reply_at(reply, at + 6)),
+                                            .max_queued_s = 1e-3 * reply_real(reply_at(reply, at + 7))};
     }
     *list = t;
     *count = n;
     return 0;
-}
-
-const char *queue_tenant_acl(const struct queue *q, const char *tenant, char *buffer, size_t size)
-{
-    // Write to its own door, read its own records and events; nothing else.
-    snprintf(
-        buffer, size,
-        "ACL SETUSER %s on '>PASSWORD' resetkeys '%%W~%sin:%s' '%%R~%sjob:%s:*' '%%R~%sev:%s:*' -@all +xadd +xread "
-        "+hmget +hgetall +auth +ping +select +time",
-        tenant, q->prefix, tenant, q->prefix, tenant, q->prefix, tenant);
-    return buffer;
 }
 
 static int model_op(struct queue *q, const char *op, const char *name, const char *version, struct err *e)
@@ -347,6 +378,52 @@ int queue_submit(struct queue *q, const char *tenant, const void *job, size_t le
     args_bytes(&a, job, length);
     TRY(queue_command(q, &a, 0, &reply, e));
     copy_text(entry, QUEUE_ENTRY_SIZE, reply);
+    q->submitted_by = redis_connections(q->redis);
+    return 0;
+}
+
+// Over the connection that submitted, and no other.
+static int ask_receipt(struct queue *q, const char *command, const char *local, unsigned replicas, int timeout_ms,
+                       redisReply **reply, struct err *e)
+{
+    struct args a;
+    struct digits n = digits(replicas), timeout = digits((uint64_t)timeout_ms);
+    ARGS(&a, command);
+    if (local)
+        args_text(&a, local);
+    args_text(&a, n.text);
+    args_text(&a, timeout.text);
+    int rc = redis_command_blocking(q->redis, reply, e, timeout_ms, a.n, (const char **)a.value, a.length);
+    if (redis_connections(q->redis) == q->submitted_by)
+        return rc;
+    if (*reply)
+        freeReplyObject(*reply);
+    *reply = NULL;
+    return err_set(e, ERR_UNAVAILABLE, "the connection to Redis broke: whether the submission is safe is not known");
+}
+
+int queue_receipt(struct queue *q, unsigned replicas, int timeout_ms, struct queue_receipt *receipt, bool *confirmed,
+                  struct err *e)
+{
+    AUTO_REPLY reply = NULL;
+    int rc = ERR_UNSUPPORTED;
+    *receipt = (struct queue_receipt){.on_disk = true};
+    *confirmed = false;
+    if (q->version == 0 || q->version >= 702)
+        rc = ask_receipt(q, "WAITAOF", "1", replicas, timeout_ms, &reply, e);
+    if (rc == ERR_INTERNAL && strstr(e->text, "appendonly")) // the server keeps no such file; its replicas may
+        rc = ask_receipt(q, "WAITAOF", "0", replicas, timeout_ms, &reply, e);
+    if (rc == 0) {
+        receipt->local = (unsigned)reply_number(reply_at(reply, 0));
+        receipt->replicas = (unsigned)reply_number(reply_at(reply, 1));
+    } else if (rc == ERR_UNSUPPORTED || redis_problem(q->redis) == REDIS_PROBLEM_NOPERM ||
+               strstr(e->text, "unknown command")) {
+        TRY(ask_receipt(q, "WAIT", NULL, replicas, timeout_ms, &reply, e));
+        *receipt = (struct queue_receipt){.replicas = (unsigned)reply_number(reply)};
+    } else {
+        return rc;
+    }
+    *confirmed = receipt->replicas >= replicas && (receipt->on_disk ? receipt->local > 0 : replicas > 0);
     return 0;
 }
 
@@ -771,7 +848,6 @@ int queue_reap(struct queue *q, struct queue_reaped *out, struct err *e)
 
 int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
 {
-    struct args a;
     AUTO_REPLY reply = NULL;
     const struct {
         const char *field;
@@ -786,8 +862,7 @@ int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
         {"waiting", &s->waiting},     {"dead_letter", &s->dead_letter},
         {"gpu_ms", &s->backlog_ms},
     };
-    ARGS(&a, "stats");
-    TRY(queue_eval(q, &a, &reply, e));
+    TRY(eval_figures(q, "stats", &reply, e));
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         *rows[i].out = reply_number(pair_value(reply, rows[i].field));
     return 0;
@@ -796,12 +871,10 @@ int queue_stats(struct queue *q, struct queue_stats *s, struct err *e)
 int queue_pools(struct queue *q, struct queue_pool **list, size_t *count, struct err *e)
 {
     enum { FIELDS = 8 }; // of a pool in the answer
-    struct args a;
     AUTO_REPLY reply = NULL;
     *list = NULL;
     *count = 0;
-    ARGS(&a, "pools");
-    TRY(queue_eval(q, &a, &reply, e));
+    TRY(eval_figures(q, "pools", &reply, e));
     const size_t n = reply_count(reply) / FIELDS;
     struct queue_pool *pools = calloc(n + 1, sizeof *pools);
     if (!pools)

@@ -40,19 +40,45 @@ int queue_set(struct queue *q, const char *name, uint64_t value, struct err *e);
 
 // ---- tenants and models
 
+// What a tenant may have. Where it is set, a negative value leaves what is there.
+struct queue_limits {
+    double weight;       // share of the GPUs relative to other tenants: 0.001 to 1000; 1 is usual
+    double rate;         // GPU-seconds that may be claimed in a second, over time; 0: any number
+    double burst_s;      // GPU-seconds that may be claimed above that, after a pause
+    double max_queued_s; // GPU-seconds of jobs that are not final; what is more is refused; 0: any number
+};
+#define QUEUE_LIMIT_MAX 1e9 // of a rate, and of GPU-seconds
+
 struct queue_tenant {
     char name[JOB_MAX_TENANT + 1];
-    double weight;    // share of the GPUs relative to other tenants
+    struct queue_limits limits;
     uint64_t waiting; // entries in its door, not yet admitted
-    uint64_t ready;   // admitted and claimable
+    uint64_t ready;   // admitted, and claimable but for its rate
+    uint64_t gpu_ms;  // GPU-milliseconds of its jobs that are not final
 };
 
-// Registers a tenant and opens its door, or changes its weight. weight > 0; 1 is usual.
+// Registers a tenant and opens its door, or changes its weight.
 int queue_tenant_add(struct queue *q, const char *tenant, double weight, struct err *e);
+// The same with all its limits; they hold from the next claim and the next admission on.
+int queue_tenant_limit(struct queue *q, const char *tenant, const struct queue_limits *limits, struct err *e);
 // *list is the caller's to free().
 int queue_tenants(struct queue *q, struct queue_tenant **list, size_t *count, struct err *e);
-// The redis-cli line that gives a tenant's user its rights; the password stands as a placeholder. Returns buffer.
-const char *queue_tenant_acl(const struct queue *q, const char *tenant, char *buffer, size_t size);
+
+// Who does what in Redis, each with no more rights than that takes.
+enum queue_user {
+    QUEUE_USER_PRODUCER, // submits as one tenant, reads that tenant's records and events
+    QUEUE_USER_WORKER,   // supervisors and workers: admit, claim, finish, reap
+    QUEUE_USER_SCALER,   // reads the figures: `ditfleet backlog`
+    QUEUE_USER_OPERATOR, // the command line
+    QUEUE_USERS,
+};
+extern const char *const queue_user_names[QUEUE_USERS]; // "producer", ...
+
+// The redis-cli line that makes the user; the password stands as a placeholder. tenant: a producer's. Both names are
+// [A-Za-z0-9._-].
+enum { QUEUE_ACL_SIZE = 2048 };
+int queue_acl(const struct queue *q, enum queue_user kind, const char *user, const char *tenant,
+              char line[QUEUE_ACL_SIZE], struct err *e);
 
 struct queue_model {
     char name[JOB_MAX_NAME + 1];
@@ -75,6 +101,19 @@ int queue_models(struct queue *q, struct queue_model **list, size_t *count, stru
 // XADD of the packed job; entry receives the stream id, the receipt by which the outcome is found.
 int queue_submit(struct queue *q, const char *tenant, const void *job, size_t length, char entry[QUEUE_ENTRY_SIZE],
                  struct err *e);
+
+// How safe the last submission is, by what Redis confirms.
+struct queue_receipt {
+    bool on_disk;   // counts are of disks (WAITAOF, Redis 7.2); else of memory (WAIT)
+    unsigned local; // 1: it is on the disk of the server that took it. 0 where Redis cannot tell, or has no such file
+    unsigned replicas; // so many replicas have it
+};
+
+// Waits until the server's own disk (where it can tell) and so many replicas have what queue_submit sent last, or for
+// timeout_ms (1 or more). *confirmed: they have. ERR_UNAVAILABLE: the connection broke, and nothing is known; submit
+// again by the same id.
+int queue_receipt(struct queue *q, unsigned replicas, int timeout_ms, struct queue_receipt *receipt, bool *confirmed,
+                  struct err *e);
 
 // Calls back for every event until the job of this submission is final, then hands out its Result (the caller frees by
 // result_free). entry NULL: whichever submission has the id. A refused submission is a Result in state DEAD with the
@@ -122,7 +161,7 @@ struct queue_admitted {
     unsigned read;      // entries taken from the doors
     unsigned admitted;  // now QUEUED, DELAYED or (deadline passed) EXPIRED
     unsigned duplicate; // same id, same bytes: nothing to do
-    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes
+    unsigned refused;   // bad bytes, out of bounds, unknown model, same id with other bytes, no room, no time
     bool no_models;     // nothing was read: the registry of models is empty, so no model can be called unknown
     unsigned judging;   // jobs in hand whose verdict is still to come: call again soon
 };
@@ -262,6 +301,36 @@ int queue_callback_retry(struct queue *q, const struct queue_callback *c, uint64
 // A dead letter that says why; shown is the URL without what is secret.
 int queue_callback_dead(struct queue *q, const struct queue_callback *c, const struct err *why, const char *shown,
                         struct err *e);
+
+// ---- dead letters: what ended badly and waits for somebody to look at it
+
+enum queue_letter_kind {
+    QUEUE_LETTER_JOB,      // a DEAD job
+    QUEUE_LETTER_REFUSED,  // a submission that made no job
+    QUEUE_LETTER_CALLBACK, // a callback that was given up
+};
+
+struct queue_letter {
+    char letter[QUEUE_ENTRY_SIZE]; // its name
+    enum queue_letter_kind kind;
+    uint64_t time_ms;
+    char tenant[JOB_MAX_TENANT + 1];
+    char id[JOB_NAME_SIZE]; // "" where a submission had none that could be read
+    char code[32], error[512];
+    char entry[QUEUE_ENTRY_SIZE]; // REFUSED: the submission
+    char callback[256];           // CALLBACK: the URL without its query, its beginning
+};
+
+// Fills list[] (QUEUE_BATCH) with the letters that follow `after` ("": from the oldest), *count of them; 0: no more.
+int queue_dead(struct queue *q, const char *after, struct queue_letter *list, size_t *count, struct err *e);
+
+// Once more, and the letter is gone: a DEAD job lives again under its id, with all its attempts; the bytes of a refused
+// submission go to the door again, under the new receipt entry ("" for the others); a callback is due again.
+// ERR_NOT_FOUND: there is no such letter, or no such job; ERR_EXPIRED: its deadline has passed; ERR_CORRUPT: not all of
+// the submission was kept. Not safe to repeat: after a lost reply ERR_NOT_FOUND may mean that it was done.
+int queue_dead_retry(struct queue *q, const char *letter, char entry[QUEUE_ENTRY_SIZE], struct err *e);
+// The letter is gone; so is a DEAD job's payload, but not its record.
+int queue_dead_drop(struct queue *q, const char *letter, struct err *e);
 
 // ---- upkeep
 

@@ -14,11 +14,13 @@ local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5,
 -- Settings that `conf` may override; PROTOCOL.md explains them.
 local SETTINGS = {
   retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
-  check_ms = 60000, dlq_max = 10000, outbox_max = 10000,
+  check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0, max_speed = 64,
+  turn_normal = 4, turn_low = 16,
 }
 local EVENT_MAX = 1000 -- of one job's stream
 local SERVES_MS = 60000 -- how long a worker counts as serving a pool after it last said so
 local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
+local OVERLOADED_KEEP_MS = 600000 -- how long it is told that a submission was one too many: they may come by the thousand
 
 local function int(n) return string.format('%.0f', n) end
 
@@ -45,6 +47,11 @@ local function next_rank() -- microseconds, growing: order of admission
   ticks = ticks + 1
   return ticks
 end
+
+-- All of this text runs with each operation, and what costs is making functions: each looks for the locals that it uses among
+-- those of the function around it, one by one. So there are functions around functions, whose bodies stand at the left margin:
+-- queue() has what all operations need, and the groups of operations in it are made in turn until one has what is asked for.
+local function queue()
 
 -- ---- protobuf, as far as events and failed results need it
 
@@ -77,10 +84,18 @@ end
 
 -- What every operation needs, and what only some do: those call read_fields(r, REST) first.
 local BASE = { 'state', 'epoch', 'nonce', 'pool', 'class', 'worker', 'stage', 'step', 'steps', 'gpu_ms', 'deadline_ms',
-               'rank', 'callback' }
-local REST = { 'attempts_app', 'attempts_infra', 'max_attempts', 'due_ms', 'created_ms', 'batch', 'left', 'hash', 'refused' }
+               'rank', 'due_ms', 'callback' }
+local REST = { 'attempts_app', 'attempts_infra', 'max_attempts', 'created_ms', 'batch', 'left', 'hash', 'refused' }
 local NUMBER = { epoch = true, step = true, steps = true, gpu_ms = true, deadline_ms = true, rank = true,
                  attempts_app = true, attempts_infra = true, max_attempts = true, due_ms = true, created_ms = true }
+
+-- What a claim reads in one call. (Made only then: what stands outside of functions runs with every operation.)
+local function all_fields()
+  local names = { 'payload' }
+  for _, n in ipairs(BASE) do names[#names + 1] = n end
+  for _, n in ipairs(REST) do names[#names + 1] = n end
+  return names
+end
 
 local function record_key(tenant, id) return P .. 'job:' .. tenant .. ':' .. id end
 local function member(r) return r.tenant .. ':' .. r.id end
@@ -92,14 +107,14 @@ local function read_fields(r, names)
     if NUMBER[f] then r[f] = tonumber(v or 0) or 0 else r[f] = v or '' end
   end
 end
-local function load(tenant, id) -- nil: no such job
+local function load(tenant, id, names) -- nil: no such job
   local r = { tenant = tenant, id = id }
-  read_fields(r, BASE)
+  read_fields(r, names or BASE)
   return r.state ~= '' and r or nil
 end
-local function load_member(m)
+local function load_member(m, names)
   local tenant, id = m:match('^([^:]*):(.*)$')
-  return load(tenant or '', id or '')
+  return load(tenant or '', id or '', names)
 end
 
 -- `stats` counts what the sizes of the indexes do not tell: see ops.stats and ops.pools.
@@ -107,21 +122,22 @@ local COUNTED = { RUNNING = true, UPLOADING = true, RETRY_WAIT = true }
 local PLACE = { QUEUED = 'queued', DELAYED = 'delayed', RETRY_WAIT = 'delayed',
                 LEASED = 'working', RUNNING = 'working', UPLOADING = 'working' }
 local function count(field, by) call('HINCRBY', P .. 'stats', field, by) end
+-- Never below nothing: jobs that an older script let in leave without having been counted.
+local function count_amount(k, field, by)
+  if call('HINCRBY', k, field, by) < 0 then call('HSET', k, field, 0) end
+end
 local function count_place(place, r, by) -- jobs of a pool, and what they cost
   if not place then return end
+  count_amount(P .. 'stats', place .. ':' .. r.pool, by)
   -- 0 +: of a free job it would be -0, which is no integer to Redis.
-  for _, f in ipairs({ { '', by }, { '_ms', 0 + by * r.gpu_ms } }) do
-    local name = place .. f[1] .. ':' .. r.pool
-    -- Never below nothing: jobs that an older script let in leave without having been counted.
-    if call('HINCRBY', P .. 'stats', name, f[2]) < 0 then call('HSET', P .. 'stats', name, 0) end
-  end
+  count_amount(P .. 'stats', place .. '_ms:' .. r.pool, 0 + by * r.gpu_ms)
 end
 
 local function tell(r, e, eta) -- an event for whoever watches this job
   local k = P .. 'ev:' .. r.tenant .. ':' .. r.id
   call('XADD', k, 'MAXLEN', '~', EVENT_MAX, '*', 'event', pb_event(r, e, eta))
   -- Set where a life begins, ends or turns; the steps in between need not.
-  if not HELD[r.state] then call('PEXPIRE', k, conf('retention_ms')) end
+  if not HELD[r.state] then call('PEXPIRE', k, r.keep_ms or conf('retention_ms')) end
 end
 
 local woken = {}
@@ -135,21 +151,50 @@ end
 -- ring:<pool>:<class> orders the tenants that have ready jobs there by virtual time: GPU-milliseconds charged / weight.
 -- A tenant that comes back from idling starts at the clock of the last claim, so it cannot save up a claim on the fleet.
 -- Scores in a ring may lag behind, and a tenant may stay in one that has nothing ready: claim mends both when it meets them.
+-- A tenant above its rate leaves the rings in which claim meets it for limited, until it may claim again: it is in no one's way.
 
 local function ready_key(r) return P .. 'ready:' .. r.pool .. ':' .. r.class .. ':' .. r.tenant end
 local function ring_key(pool, class) return P .. 'ring:' .. pool .. ':' .. class end
 local function vtime(tenant) return tonumber(call('HGET', P .. 'tenant:' .. tenant, 'vtime') or 0) end
+local function vclock() return tonumber(call('GET', P .. 'vclock') or 0) end
 
+-- What a tenant has left: its place in the rings and, with a rate, what it spent of its bucket, which holds burst_ms
+-- GPU-milliseconds and fills at the rate. One claim may overdraw it, so that a job may cost more than a burst; then
+-- `again` is when it may claim next.
+local function read_purse(tenant)
+  local v = call('HMGET', P .. 'tenant:' .. tenant, 'vtime', 'rate', 'burst_ms', 'spent_ms', 'spent_at')
+  local p = { tenant = tenant, vtime = tonumber(v[1] or 0), rate = tonumber(v[2] or 0) }
+  if p.rate > 0 then
+    local burst = tonumber(v[3] or 0)
+    p.spent = max(0, tonumber(v[4] or 0) - p.rate * max(0, now() - tonumber(v[5] or 0)))
+    if p.spent > 0 and p.spent >= burst then p.again = floor(now() + (p.spent - burst) / p.rate) + 1 end
+  end
+  return p
+end
+
+-- Back into the ring; the time it was kept from claiming counts as idling.
+local function end_limit(pool, class, tenant)
+  if call('ZREM', P .. 'limited', pool .. ':' .. class .. ':' .. tenant) == 0 then return end
+  local at = max(vtime(tenant), vclock())
+  call('HSET', P .. 'tenant:' .. tenant, 'vtime', at)
+  call('ZADD', ring_key(pool, class), at, tenant)
+  wake(pool)
+end
+
+-- due tells since when a job that had to wait could be claimed, for ops.pools, which reads no record: whoever looks at the
+-- figures need not be let near jobs.
 local function join_ready(r)
   local ready, tenant, at = ready_key(r), P .. 'tenant:' .. r.tenant, nil
   if call('ZADD', ready, r.rank, member(r)) == 0 then return end
+  if r.due_ms > 0 then call('HSET', P .. 'due', member(r), int(r.due_ms)) end
   if call('HINCRBY', tenant, 'ready', 1) == 1 then
-    at = max(vtime(r.tenant), tonumber(call('GET', P .. 'vclock') or 0))
+    at = max(vtime(r.tenant), vclock())
     call('HSET', tenant, 'vtime', at)
   end
   if call('ZCARD', ready) == 1 then call('ZADD', ring_key(r.pool, r.class), at or vtime(r.tenant), r.tenant) end
 end
 local function leave_ready(r)
+  if r.due_ms > 0 then call('HDEL', P .. 'due', member(r)) end
   if call('ZREM', ready_key(r), member(r)) == 1 then call('HINCRBY', P .. 'tenant:' .. r.tenant, 'ready', -1) end
 end
 
@@ -196,8 +241,9 @@ local function post_callback(r, k)
     local shown = r.callback:match('^[^?#]*')
     return give_up_callback(r, 'no_memory', 'the callback was not tried: its tenant has too many waiting (outbox_max)', shown)
   end
-  local entry = call('XADD', P .. 'outbox', '*', 'tenant', r.tenant, 'id', r.id, 'entry', call('HGET', k, 'entry') or '',
-    'state', r.state, 'url', r.callback)
+  local of = call('HMGET', k, 'entry', 'life')
+  local entry = call('XADD', P .. 'outbox', '*', 'tenant', r.tenant, 'id', r.id, 'entry', of[1] or '', 'state', r.state,
+    'url', r.callback, 'life', of[2] or '')
   put_callback(r.tenant, entry, now())
   keep_record(k, 0)
 end
@@ -207,7 +253,7 @@ local function settle(r, k) -- a record that became final
   call('ZREM', P .. 'live', member(r))
   call('PEXPIRE', k, retention)
   count(r.state, 1)
-  count('gpu_ms:' .. r.pool, 0 - r.gpu_ms)
+  count_amount(P .. 'tenant:' .. r.tenant, 'gpu_ms', 0 - r.gpu_ms)
   if r.callback ~= '' then post_callback(r, k) end
 end
 local function move(r, state, set, e, eta)
@@ -265,16 +311,25 @@ local function fail_attempt(r, cause, e, random, left, poison)
   move(r, 'RETRY_WAIT', set, e)
 end
 
+local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, n or K) end
 local function next_check(r)
   local at = now() + conf('check_ms')
   return r.deadline_ms > 0 and min(at, r.deadline_ms) or at
+end
+
+local function begin(r) -- a record that is not final from now on
+  call('ZADD', P .. 'live', next_check(r), member(r))
+  call('HINCRBY', P .. 'tenant:' .. r.tenant, 'gpu_ms', int(r.gpu_ms))
 end
 
 -- ---- operations
 
 local ops = {}
 
--- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, ...}
+local function registry()
+
+-- doors: registers the default tenant, opens what door is missing; {name, weight, waiting, ready, gpu_ms, rate, burst_ms,
+-- max_queued_ms, ...}
 function ops.doors()
   call('HSETNX', P .. 'tenants', 'default', 1)
   local all, out = call('HGETALL', P .. 'tenants'), {}
@@ -282,14 +337,25 @@ function ops.doors()
     redis.pcall('XGROUP', 'CREATE', P .. 'in:' .. all[i], 'admit', '0', 'MKSTREAM')
     out[#out + 1], out[#out + 2] = all[i], all[i + 1]
     out[#out + 1] = call('XLEN', P .. 'in:' .. all[i])
-    out[#out + 1] = max(0, tonumber(call('HGET', P .. 'tenant:' .. all[i], 'ready')) or 0)
+    local t = call('HMGET', P .. 'tenant:' .. all[i], 'ready', 'gpu_ms', 'rate', 'burst_ms', 'max_queued_ms')
+    out[#out + 1] = max(0, tonumber(t[1]) or 0)
+    for f = 2, 5 do out[#out + 1] = t[f] or '0' end
   end
   return out
 end
 
--- tenant <name> <weight>
+-- tenant <name> <weight> <rate> <burst_ms> <max_queued_ms>: registers it; '' leaves a value as it is
+local LIMITS = { 'rate', 'burst_ms', 'max_queued_ms' }
 function ops.tenant()
-  call('HSET', P .. 'tenants', ARGV[2], ARGV[3])
+  local name = ARGV[2]
+  if ARGV[3] ~= '' then call('HSET', P .. 'tenants', name, ARGV[3]) else call('HSETNX', P .. 'tenants', name, 1) end
+  for i, field in ipairs(LIMITS) do
+    local value = ARGV[3 + i] or ''
+    if value ~= '' then call('HSET', P .. 'tenant:' .. name, field, value) end
+  end
+  for _, pool in ipairs(call('HKEYS', P .. 'models')) do -- what held it up may hold no more
+    for _, class in ipairs(CLASSES) do end_limit(pool, class, name) end
+  end
   return ops.doors()
 end
 
@@ -315,28 +381,82 @@ function ops.withdraw()
   if best then call('HSET', k, name, best) else call('HDEL', k, name) end
 end
 
--- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it.
-local function refuse(tenant, entry, id, payload, size, e)
-  call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', id, 'entry', entry,
-    'code', e.code, 'error', e.message, 'size', size, 'payload', payload)
+-- set <name> <value>
+function ops.set()
+  if not SETTINGS[ARGV[2]] then return false end
+  call('HSET', P .. 'conf', ARGV[2], ARGV[3])
+  return 'ok'
+end
+
+end
+local function admission()
+
+-- A refused entry: dlq, and a result under "@<entry>"; under the id too when no job has it. One too many is no dead letter: it
+-- would push out those that need somebody's eyes.
+local function refuse(tenant, a, e)
+  local keep_ms = conf('retention_ms')
+  if e.code == 'overloaded' then keep_ms = min(keep_ms, OVERLOADED_KEEP_MS)
+  else
+    call('XADD', P .. 'dlq', 'MAXLEN', '~', conf('dlq_max'), '*', 'tenant', tenant, 'id', a.id, 'entry', a.entry,
+      'code', e.code, 'error', e.message, 'size', a.size, 'payload', a.payload)
+  end
   count('refused', 1)
-  for _, name in ipairs({ '@' .. entry, id }) do
+  for _, name in ipairs({ '@' .. a.entry, a.id }) do
     local k = record_key(tenant, name)
     if name ~= '' and (call('EXISTS', k) == 0 or call('HGET', k, 'refused') == '1') then
       call('DEL', k)
-      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', entry, 'created_ms', int(now()), 'updated_ms', int(now()),
-        'error_code', e.code, 'error', e.message, 'result', pb_result(id, 'DEAD', e, 0))
-      call('PEXPIRE', k, conf('retention_ms'))
-      tell({ tenant = tenant, id = name, state = 'DEAD', stage = '', step = 0, steps = 0, epoch = 0 }, e)
+      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', a.entry, 'created_ms', int(now()), 'updated_ms', int(now()),
+        'error_code', e.code, 'error', e.message, 'result', pb_result(a.id, 'DEAD', e, 0))
+      call('PEXPIRE', k, keep_ms)
+      tell({ tenant = tenant, id = name, state = 'DEAD', stage = '', step = 0, steps = 0, epoch = 0, keep_ms = keep_ms }, e)
     end
   end
-  return 'refused'
+  return { 'refused', e.code, e.message }
+end
+
+-- What the queue has of work, and one tenant of it, GPU-milliseconds; read once a run, then kept up.
+local loads
+local function read_loads(tenant)
+  local t = call('HMGET', P .. 'tenant:' .. tenant, 'gpu_ms', 'max_queued_ms')
+  loads = { mine = tonumber(t[1] or 0), my_limit = tonumber(t[2] or 0), all = 0, limit = conf('max_backlog_ms') }
+  if loads.limit == 0 then return end
+  local counted = call('HGETALL', P .. 'stats')
+  for i = 1, #counted, 2 do
+    if counted[i]:find('_ms:', 1, true) then loads.all = loads.all + max(0, counted[i + 1]) end
+  end
+end
+
+-- The reason why there is no room for a job; nil: there is. When there will be is a guess: as if each job in work did one
+-- GPU-second in a second.
+local function no_room(tenant, gpu_ms)
+  for _, l in ipairs({ { 'tenant ' .. tenant, loads.mine, loads.my_limit }, { 'the queue', loads.all, loads.limit } }) do
+    local who, has, limit = unpack(l)
+    if limit > 0 and has + gpu_ms > limit then
+      local text = string.format('%s has %.3f GPU-seconds of work waiting and running, its limit is %.3f, and this job would add %.3f; ',
+        who, has / 1000, limit / 1000, gpu_ms / 1000)
+      local working = call('ZCARD', P .. 'lease')
+      if gpu_ms > limit then text = text .. 'ask for less: it is above the limit by itself'
+      elseif working == 0 then text = text .. 'submit it again when some of that is done'
+      else text = text .. string.format('submit it again in about %d s', math.ceil((has + gpu_ms - limit) / 1000 / working)) end
+      return { code = 'overloaded', message = text, retryable = true }
+    end
+  end
+end
+
+-- The reason why a job cannot meet its deadline with the whole fleet to itself; nil: it can. Of the queue before it this says
+-- nothing.
+local function no_time(r)
+  local start, speed = max(now(), r.due_ms), conf('max_speed')
+  if r.deadline_ms <= now() or speed <= 0 or start + r.gpu_ms / speed <= r.deadline_ms then return end
+  return { code = 'expired', message = string.format('deadline_ms leaves %.3f s from the earliest start, and a job of %.3f '
+    .. 'GPU-seconds takes at least %.3f s (max_speed is %g); give it longer or ask for less',
+    (r.deadline_ms - start) / 1000, r.gpu_ms / 1000, r.gpu_ms / speed / 1000, speed) }
 end
 
 -- The same id again: the same job, or one that is refused.
 local function admit_again(tenant, a, there, hash)
   if there.hash ~= hash then
-    return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = 'conflict',
+    return refuse(tenant, a, { code = 'conflict',
       message = 'id is taken by a job with other bytes, which is untouched; choose another id' })
   end
   local receipt = record_key(tenant, '@' .. a.entry)
@@ -351,7 +471,7 @@ local function admit_one(tenant, a)
   -- An entry that is not pending was admitted by another, or its delivery is lost.
   if call('XACK', P .. 'in:' .. tenant, 'admit', a.entry) == 0 then return 'gone' end
   if a.code ~= '' then
-    return refuse(tenant, a.entry, a.id, a.payload, a.size, { code = a.code, message = a.message })
+    return refuse(tenant, a, { code = a.code, message = a.message })
   end
   local hash, k = redis.sha1hex(a.payload), record_key(tenant, a.id)
   if call('EXISTS', k) == 1 then
@@ -363,14 +483,18 @@ local function admit_one(tenant, a)
   local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = tonumber(a.gpu_ms),
               deadline_ms = tonumber(a.deadline_ms), due_ms = tonumber(a.not_before_ms), callback = a.callback,
               rank = next_rank(), epoch = 0, stage = '', step = 0, steps = 0 }
+  local why_not = no_time(r) or no_room(tenant, r.gpu_ms)
+  if why_not then return refuse(tenant, a, why_not) end
   local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
     'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts, 'batch', a.batch,
     'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'created_ms', int(now()) }
-  call('ZADD', P .. 'live', next_check(r), member(r))
-  count('gpu_ms:' .. r.pool, r.gpu_ms)
-  if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r, set)
-  elseif r.due_ms > now() then move(r, 'DELAYED', set)
-  else move(r, 'QUEUED', set) end
+  begin(r)
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then
+    expire(r, set)
+    return 'admitted'
+  end
+  loads.mine, loads.all = loads.mine + r.gpu_ms, loads.all + r.gpu_ms
+  move(r, r.due_ms > now() and 'DELAYED' or 'QUEUED', set)
   return 'admitted'
 end
 
@@ -379,6 +503,7 @@ local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'de
                 'max_attempts', 'batch', 'callback', 'code', 'message' }
 function ops.admit()
   local out, done = {}, {}
+  read_loads(ARGV[2])
   for at = 3, #ARGV, #ADMIT do
     local a = {}
     for i, name in ipairs(ADMIT) do a[name] = ARGV[at + i - 1] end
@@ -390,7 +515,10 @@ function ops.admit()
   return out
 end
 
--- The tenant to serve next in a class: {pool, tenant, vtime}, or nil.
+end
+local function holders()
+
+-- The tenant to serve next in a class: its purse, with the pool; or nil.
 local function choose(pools, class)
   local best
   for _, pool in ipairs(pools) do
@@ -398,10 +526,14 @@ local function choose(pools, class)
     for _ = 1, K do
       local head = call('ZRANGE', ring, 0, 0, 'WITHSCORES')
       if #head == 0 then break end
-      local at = vtime(head[1])
-      if at > tonumber(head[2]) then call('ZADD', ring, at, head[1]) -- the score lagged: look again
+      local p = read_purse(head[1])
+      if p.again then
+        call('ZREM', ring, p.tenant)
+        call('ZADD', P .. 'limited', int(p.again), pool .. ':' .. class .. ':' .. p.tenant)
+      elseif p.vtime > tonumber(head[2]) then call('ZADD', ring, p.vtime, p.tenant) -- the score lagged: look again
       else
-        if not best or at < best.vtime then best = { pool = pool, tenant = head[1], vtime = at } end
+        p.pool = pool
+        if not best or p.vtime < best.vtime then best = p end
         break
       end
     end
@@ -411,7 +543,7 @@ end
 
 local function claimed(r, nonce) -- a job as claim answers it
   return { r.tenant, r.id, int(r.epoch), nonce, r.pool, int(r.attempts_app), int(r.attempts_infra), int(r.created_ms),
-           int(r.lease_ms), int(r.deadline_ms), call('HGET', record_key(r.tenant, r.id), 'payload') or '' }
+           int(r.lease_ms), int(r.deadline_ms), r.payload }
 end
 
 local function lease(r, c, nonce)
@@ -420,11 +552,51 @@ local function lease(r, c, nonce)
   return claimed(r, nonce)
 end
 
+-- Higher classes come first, but for turns: while a class waits, each GPU-second that goes to a higher one in its pool brings its
+-- turn nearer, and each of its own by a turn puts the next one off by turn_<class>. turns holds, for <pool>:<class>, what is
+-- missing, below nothing; from 0 on it is its turn. What does not wait saves up nothing.
+local TURNED = { 'normal', 'low' }
+local function read_turns(pools)
+  local names, turns = {}, {}
+  for _, pool in ipairs(pools) do
+    for _, class in ipairs(TURNED) do names[#names + 1] = pool .. ':' .. class end
+  end
+  local values = #names > 0 and call('HMGET', P .. 'turns', unpack(names))
+  for i, name in ipairs(names) do turns[name] = values[i] and tonumber(values[i]) end
+  return turns
+end
+local function pass_turns(turns, pool, class, gpu_ms)
+  local name, lower = pool .. ':' .. class, false
+  if (turns[name] or -1) >= 0 then call('HSET', P .. 'turns', name, turns[name] - conf('turn_' .. class) * gpu_ms) end
+  for _, other in ipairs(CLASSES) do
+    name = pool .. ':' .. other
+    if lower and call('EXISTS', ring_key(pool, other)) == 1 then
+      -- The first time as if it had just had a turn.
+      call('HSET', P .. 'turns', name, (turns[name] or -conf('turn_' .. other) * gpu_ms) + gpu_ms)
+    end
+    lower = lower or other == class
+  end
+end
+
+-- In which order to look for a job: {pools, class}, ...
+local function order(pools, turns)
+  local out = {}
+  for _, pool in ipairs(pools) do
+    for _, class in ipairs(TURNED) do
+      if (turns[pool .. ':' .. class] or -1) >= 0 then out[#out + 1] = { { pool }, class } end
+    end
+  end
+  for _, class in ipairs(CLASSES) do out[#out + 1] = { pools, class } end
+  return out
+end
+
 -- The tenant pays in advance, and the clock moves on to where it stood.
 local function charge(best, gpu_ms)
   local weight = tonumber(call('HGET', P .. 'tenants', best.tenant) or 1)
-  call('HSET', P .. 'tenant:' .. best.tenant, 'vtime', best.vtime + gpu_ms / weight)
-  if best.vtime > tonumber(call('GET', P .. 'vclock') or 0) then call('SET', P .. 'vclock', best.vtime) end
+  local set = { 'vtime', best.vtime + gpu_ms / weight }
+  if best.rate > 0 then set = { 'vtime', set[2], 'spent_ms', best.spent + gpu_ms, 'spent_at', int(now()) } end
+  call('HSET', P .. 'tenant:' .. best.tenant, unpack(set))
+  if best.vtime > vclock() then call('SET', P .. 'vclock', best.vtime) end
 end
 
 -- Claims from one tenant: its oldest job, and up to c.most of the same batch key. Members that are no claimable job
@@ -435,10 +607,10 @@ local function claim_from(c, best, class, out)
   if #members == 0 then call('ZREM', ring_key(best.pool, class), best.tenant) end
   for _, m in ipairs(members) do
     if #out == c.most then break end
-    local r = load_member(m)
-    if r then read_fields(r, REST) end
+    local r = load_member(m, c.fields)
     if not r or r.state ~= 'QUEUED' then
       call('ZREM', ready, m)
+      call('HDEL', P .. 'due', m)
       call('HINCRBY', P .. 'tenant:' .. best.tenant, 'ready', -1)
     elseif r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
     elseif not batch or r.batch == batch then
@@ -446,7 +618,10 @@ local function claim_from(c, best, class, out)
       out[#out + 1] = lease(r, c, c.nonces[#out + 1])
     end
   end
-  if #out > 0 then charge(best, gpu_ms) end
+  if #out > 0 then
+    charge(best, gpu_ms)
+    pass_turns(c.turns, best.pool, class, gpu_ms)
+  end
 end
 
 -- The same claim sent again after a lost reply gets what it got.
@@ -455,9 +630,8 @@ local function claimed_before(c, out)
   for i = 1, #held, 2 do
     local nonce = held[i + 1]:match('%S+$')
     for n = 1, c.most do
-      local r = c.nonces[n] == nonce and load_member(held[i])
+      local r = c.nonces[n] == nonce and load_member(held[i], c.fields)
       if r then
-        read_fields(r, REST)
         r.lease_ms = tonumber(call('ZSCORE', P .. 'lease', held[i]) or now())
         out[#out + 1] = claimed(r, nonce)
       end
@@ -467,16 +641,18 @@ end
 
 -- claim <worker> <incarnation> <lease_ms> <n> <nonce>*n <pool>...; {cursor of wake, job, ...}
 function ops.claim()
-  local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {} }
+  local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {},
+    fields = all_fields() }
   local out, pools = {}, {}
   for i = 1, c.most do c.nonces[i] = ARGV[5 + i] end
   for i = 6 + c.most, #ARGV do pools[#pools + 1] = ARGV[i] end
   claimed_before(c, out)
-  for _, class in ipairs(CLASSES) do
+  c.turns = read_turns(pools)
+  for _, try in ipairs(order(pools, c.turns)) do
     for _ = 1, K do
-      local best = #out == 0 and choose(pools, class)
+      local best = #out == 0 and choose(unpack(try))
       if not best then break end
-      claim_from(c, best, class, out)
+      claim_from(c, best, try[2], out)
     end
   end
   local last = call('XREVRANGE', P .. 'wake', '+', '-', 'COUNT', 1)
@@ -590,9 +766,8 @@ function ops.cancel()
   return r.state
 end
 
--- ---- upkeep
-
-local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, n or K) end
+end
+local function upkeep()
 
 local function reap_lease(m, random)
   local r = load_member(m)
@@ -616,7 +791,8 @@ local function mend(r, random)
   local m = member(r)
   if r.state == 'QUEUED' then
     local ring = ring_key(r.pool, r.class)
-    if call('ZSCORE', ready_key(r), m) and call('ZSCORE', ring, r.tenant) then return false end
+    if call('ZSCORE', ready_key(r), m) and (call('ZSCORE', ring, r.tenant)
+      or call('ZSCORE', P .. 'limited', r.pool .. ':' .. r.class .. ':' .. r.tenant)) then return false end
     call('ZADD', ring, vtime(r.tenant), r.tenant)
     if call('ZADD', ready_key(r), r.rank, m) == 1 and (tonumber(call('HGET', P .. 'tenant:' .. r.tenant, 'ready')) or 0) < 1 then
       call('HSET', P .. 'tenant:' .. r.tenant, 'ready', 1)
@@ -644,11 +820,17 @@ local function reap_live(m, random)
   return orphan and 'orphans' or 'stray'
 end
 
+local function reap_limited(m)
+  end_limit(m:match('^([^:]*):([^:]*):(.*)$'))
+  return 'stray'
+end
+
 -- reap <random>; {lost, due, expired, orphans, milliseconds until the next}
 function ops.reap()
   local n = { lost = 0, due = 0, expired = 0, orphans = 0, stray = 0 }
   local random, i = tonumber(ARGV[2]), 0
-  for _, step in ipairs({ { 'lease', reap_lease }, { 'delayed', reap_delayed }, { 'live', reap_live } }) do
+  for _, step in ipairs({ { 'lease', reap_lease }, { 'delayed', reap_delayed }, { 'live', reap_live },
+    { 'limited', reap_limited } }) do
     for _, m in ipairs(due(step[1])) do
       i = i + 1
       local what = step[2](m, (random + i * 0.618) % 1)
@@ -656,14 +838,15 @@ function ops.reap()
     end
   end
   local wait = 1000
-  for _, index in ipairs({ 'lease', 'delayed', 'live' }) do
+  for _, index in ipairs({ 'lease', 'delayed', 'live', 'limited' }) do
     local first = call('ZRANGE', P .. index, 0, 0, 'WITHSCORES')
     if first[2] then wait = max(0, min(wait, tonumber(first[2]) - now())) end
   end
   return { n.lost, n.due, n.expired, n.orphans, wait }
 end
 
--- ---- callbacks
+end
+local function callbacks()
 
 local function drop_callback(tenant, id, entry)
   call('XDEL', P .. 'outbox', entry)
@@ -683,14 +866,16 @@ local function read_callback(tenant, entry)
   local fields = found[1][2]
   for i = 1, #fields, 2 do c[fields[i]] = fields[i + 1] end
   c.key = record_key(c.tenant, c.id)
-  local record = call('HMGET', c.key, 'entry', 'updated_ms', 'result')
+  local record = call('HMGET', c.key, 'entry', 'updated_ms', 'result', 'life')
   if record[1] ~= c.entry then
     give_up_callback(c, 'not_found', 'the callback was not made: the record is gone (retention_ms)', c.url:match('^[^?#]*'))
     return drop_callback(tenant, nil, entry)
   end
+  c.life = c.life or ''
+  if (record[4] or '') ~= c.life then return drop_callback(tenant, nil, entry) end -- it lives again: there is nothing to tell yet
   c.updated_ms, c.result = record[2], record[3] or ''
-  -- The same for each try, and also where a failover let a job be finished twice.
-  c.message = 'msg_' .. redis.sha1hex(P .. c.tenant .. ':' .. c.id .. ' ' .. c.entry .. ' ' .. c.state)
+  -- The same for each try, and also where a failover let a job be finished twice; another in another life.
+  c.message = 'msg_' .. redis.sha1hex(P .. c.tenant .. ':' .. c.id .. ' ' .. c.entry .. ' ' .. c.state .. c.life)
   return c
 end
 
@@ -780,12 +965,85 @@ function ops.callback_dead()
   return 'ok'
 end
 
--- set <name> <value>
-function ops.set()
-  if not SETTINGS[ARGV[2]] then return false end
-  call('HSET', P .. 'conf', ARGV[2], ARGV[3])
+end
+local function dead_letters()
+
+local function letter(fields)
+  local l = {}
+  for i = 1, #fields, 2 do l[fields[i]] = fields[i + 1] end
+  l.kind = l.callback and 'callback' or l.entry and 'refused' or 'job'
+  return l
+end
+local function find_letter()
+  local found = call('XRANGE', P .. 'dlq', ARGV[2], ARGV[2])
+  return found[1] and letter(found[1][2])
+end
+
+-- dead <letter or ''>: the dead letters after it; {letter, kind, tenant, id, code, error, entry, callback}, ...
+function ops.dead()
+  local out = {}
+  for i, found in ipairs(call('XRANGE', P .. 'dlq', ARGV[2] == '' and '-' or '(' .. ARGV[2], '+', 'COUNT', K)) do
+    local l = letter(found[2])
+    out[i] = { found[1], l.kind, l.tenant, l.id, l.code, l.error, l.entry or '', l.callback or '' }
+  end
+  return out
+end
+
+-- What is to be done with a letter of each kind; {word, new entry}, or {'', code, message}.
+local retry = {}
+
+-- A DEAD job lives again under its id: with all its attempts, behind those that wait, and under another life, so that whoever
+-- is to be called back is told of its new end. The epoch goes on: no fence is ever used twice.
+function retry.job(l)
+  local r, k = load(l.tenant, l.id), record_key(l.tenant, l.id)
+  if not r or r.state ~= 'DEAD' or call('HSTRLEN', k, 'payload') == 0 then
+    return { '', 'not_found', 'the job is there no more, or lives again' }
+  end
+  if r.deadline_ms > 0 and r.deadline_ms <= now() then return { '', 'expired', 'the deadline of the job has passed' } end
+  r.rank, r.stage, r.step, r.steps, r.due_ms = next_rank(), '', 0, 0, 0
+  call('PERSIST', k)
+  call('HDEL', k, 'result', 'due_ms', 'died_at')
+  call('HINCRBY', k, 'life', 1)
+  begin(r)
+  move(r, 'QUEUED', { 'attempts_app', 0, 'attempts_infra', 0, 'left', '', 'stage', '', 'step', 0, 'steps', 0,
+    'error_code', '', 'error', '', 'rank', int(r.rank), 'created_ms', int(now()) })
+  return { 'queued', '' }
+end
+
+-- The bytes go to the door once more: admission may think otherwise by now.
+function retry.refused(l)
+  if #l.payload ~= tonumber(l.size) then return { '', 'corrupt', 'only the beginning of the submission was kept' } end
+  return { 'submitted', call('XADD', P .. 'in:' .. l.tenant, '*', 'job', l.payload) }
+end
+
+function retry.callback(l)
+  local r = load(l.tenant, l.id)
+  if not r or not FINAL[r.state] or r.callback == '' then return { '', 'not_found', 'the job is there no more, or lives again' } end
+  post_callback(r, record_key(l.tenant, l.id))
+  return { 'callback', '' }
+end
+
+-- dead_retry <letter>: nil where there is none
+function ops.dead_retry()
+  local l = find_letter()
+  if not l then return false end
+  local done = retry[l.kind](l)
+  if done[1] ~= '' then call('XDEL', P .. 'dlq', ARGV[2]) end
+  return done
+end
+
+-- dead_drop <letter>: nil where there is none. A DEAD job's record stays, but for its payload.
+function ops.dead_drop()
+  local l = find_letter()
+  if not l then return false end
+  local r = l.kind == 'job' and load(l.tenant, l.id)
+  if r and r.state == 'DEAD' then call('HSET', record_key(l.tenant, l.id), 'payload', '') end
+  call('XDEL', P .. 'dlq', ARGV[2])
   return 'ok'
 end
+
+end
+local function figures()
 
 -- stats: {field, value, ...}: jobs now in each state, totals of the final ones, what waits in the doors and in dlq, and the
 -- backlog in GPU-milliseconds. The sizes of the indexes say most; the rest is counted in move().
@@ -793,7 +1051,7 @@ function ops.stats()
   local n, out = { QUEUED = 0, waiting = 0, gpu_ms = 0 }, {}
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
-    if counted[i]:sub(1, 7) == 'gpu_ms:' then n.gpu_ms = n.gpu_ms + counted[i + 1]
+    if counted[i]:find('_ms:', 1, true) then n.gpu_ms = n.gpu_ms + counted[i + 1]
     elseif not counted[i]:find(':', 1, true) then n[counted[i]] = tonumber(counted[i + 1]) end -- a pool's: see ops.pools
   end
   for _, tenant in ipairs(call('HKEYS', P .. 'tenants')) do
@@ -815,7 +1073,7 @@ local function oldest(pool)
     for _, tenant in ipairs(call('ZRANGE', ring_key(pool, class), 0, K - 1)) do
       local first = call('ZRANGE', P .. 'ready:' .. pool .. ':' .. class .. ':' .. tenant, 0, 0, 'WITHSCORES')
       if first[1] then
-        local due_ms = tonumber(call('HGET', record_key(first[1]:match('^([^:]*):(.*)$')), 'due_ms') or 0) or 0
+        local due_ms = tonumber(call('HGET', P .. 'due', first[1]) or 0)
         since = min(since or now(), max(first[2] / 1000, due_ms))
       end
     end
@@ -824,8 +1082,8 @@ local function oldest(pool)
 end
 
 -- pools: {pool, queued, delayed, working, queued_ms, delayed_ms, working_ms, oldest_ms, ...}: jobs, their GPU-milliseconds,
--- and how long the oldest QUEUED one has been claimable. Pools that are published or have jobs; no job is read but the first of
--- each ready set.
+-- and how long the oldest QUEUED one has been claimable. Pools that are published or have jobs; no record is read
+-- and nothing written: like stats it runs by EVALSHA_RO.
 function ops.pools()
   local pools, names, out = {}, {}, {}
   local function seen(pool)
@@ -838,7 +1096,7 @@ function ops.pools()
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
     local field, pool = counted[i]:match('^([^:]*):(.*)$')
-    if field and field ~= 'gpu_ms' and counted[i + 1] ~= '0' then seen(pool)[field] = tonumber(counted[i + 1]) end
+    if field and counted[i + 1] ~= '0' then seen(pool)[field] = tonumber(counted[i + 1]) end
   end
   table.sort(names)
   for _, pool in ipairs(names) do
@@ -852,6 +1110,13 @@ function ops.pools()
   return out
 end
 
-local op = ops[ARGV[1]]
-if not op then return redis.error_reply('ERR queue.lua has no operation of this name') end
-return op()
+end
+
+for _, group in ipairs({ holders, admission, upkeep, callbacks, figures, registry, dead_letters }) do
+  group()
+  if ops[ARGV[1]] then return ops[ARGV[1]]() end
+end
+return redis.error_reply('ERR queue.lua has no operation of this name')
+
+end
+return queue()

@@ -256,17 +256,17 @@ static int keep(struct queue *q, const char *tenant, struct slot *s, struct err 
 
 // ---- one batch of one tenant
 
-static void tally(const struct queue_admission *admission, const char *tenant, const struct slot *s, const char *what,
-                  struct queue_admitted *out)
+// answer: a word, or {"refused", code, message}.
+static void tally(const struct queue_admission *admission, const char *tenant, const struct slot *s,
+                  const redisReply *answer, struct queue_admitted *out)
 {
-    struct err why = s->why;
-    out->admitted += strcmp(what, "admitted") == 0;
-    out->duplicate += strcmp(what, "duplicate") == 0;
-    if (strcmp(what, "refused") != 0)
+    struct err why = {.code = ERR_NONE};
+    out->admitted += strcmp(reply_text(answer), "admitted") == 0;
+    out->duplicate += strcmp(reply_text(answer), "duplicate") == 0;
+    if (reply_count(answer) == 0)
         return;
     out->refused++;
-    if (s->job)
-        err_set(&why, ERR_CONFLICT, "id is taken by a job with other bytes, which is untouched; choose another id");
+    err_set(&why, err_parse(reply_text(reply_at(answer, 1))), "%s", reply_text(reply_at(answer, 2)));
     if (admission->on_refusal)
         admission->on_refusal(admission->arg, tenant, s->id, s->entry, &why);
 }
@@ -284,7 +284,7 @@ static int admit_slots(struct queue *q, const struct queue_admission *admission,
         slot_args(&a, &slots[i]);
     TRY(queue_eval(q, &a, &reply, e));
     for (size_t i = 0; i < n; i++)
-        tally(admission, tenant, &slots[i], reply_text(reply_at(reply, i)), out);
+        tally(admission, tenant, &slots[i], reply_at(reply, i), out);
     freeReplyObject(reply);
     return 0;
 }

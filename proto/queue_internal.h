@@ -1,4 +1,4 @@
-// queue_internal.h: what queue.c, queue_admit.c and queue_callback.c share; nobody else includes it.
+// queue_internal.h: what queue.c and the queue_*.c share; nobody else includes it.
 #ifndef DITFLEET_QUEUE_INTERNAL_H
 #define DITFLEET_QUEUE_INTERNAL_H
 
@@ -10,6 +10,8 @@ struct queue {
     struct redis_script script;
     char name[KEY_MAX_QUEUE + 1];
     char prefix[KEY_MAX_QUEUE + 16];
+    unsigned submitted_by; // the connection that submitted last
+    int version;           // of Redis: 702 for 7.2; 0 where access control hides it
     // admission's view of the registries, read again every second
     struct queue_tenant *tenants;
     struct queue_model *models;

@@ -1,4 +1,4 @@
-// redis.c: socket, deadlines, TLS and reconnection around hiredis' formatter and reader.
+// redis.c: socket, deadlines, TLS, Sentinel and reconnection around hiredis' formatter and reader.
 #include "proto/redis.h"
 
 #include <errno.h>
@@ -25,6 +25,8 @@ typedef size_t reply_elements; // as hiredis counts them
 typedef int reply_elements;
 #endif
 
+enum { MAX_SENTINELS = 8, SENTINEL_MS = 1000 }; // SENTINEL_MS: each is given so long to answer
+
 struct redis {
     // from the URL
     char *user, *password, *host, *path; // path: Unix socket; else host and port
@@ -33,10 +35,15 @@ struct redis {
     bool tls;
     char address[300];
     int connect_ms, command_ms;
+    // sentinel://: who knows where the master of this name is; host and port are the last answer
+    struct redis *sentinels[MAX_SENTINELS];
+    int n_sentinels, next_sentinel;
+    char *master;
     SSL_CTX *tls_context; // NULL without TLS
     BIO_METHOD *tls_bio;
     // the connection; fd -1: none
     int fd;
+    unsigned connections;
     SSL *ssl;
     redisReader *reader;
     redisReplyObjectFunctions functions; // the reader's, and what it had for arrays
@@ -101,7 +108,9 @@ static int bad_url(struct err *e, const char *why)
 {
     return err_set(
         e, ERR_INVALID,
-        "Redis URL: %s; allowed: redis://[user[:password]@]host[:port][/db], rediss://... , unix:///path[?db=N]", why);
+        "Redis URL: %s; allowed: redis://[user[:password]@]host[:port][/db], rediss://... , unix:///path[?db=N], "
+        "sentinel://[user[:password]@]host[:port][,host[:port]...]/master[/db]",
+        why);
 }
 
 static int parse_unix(struct redis *r, const char *rest, struct err *e)
@@ -135,12 +144,9 @@ static int parse_userinfo(struct redis *r, const char *text, size_t length, stru
     return 0;
 }
 
-static int parse_tcp(struct redis *r, const char *rest, struct err *e)
+// host[:port] in host..end.
+static int parse_host(struct redis *r, const char *host, const char *end, const char *default_port, struct err *e)
 {
-    size_t length = strcspn(rest, "/?#");
-    const char *at = memrchr(rest, '@', length), *host = at ? at + 1 : rest, *end = rest + length;
-    if (at)
-        TRY(parse_userinfo(r, rest, (size_t)(at - rest), e));
     const char *host_end = *host == '[' ? memchr(host, ']', (size_t)(end - host)) : NULL;
     if (*host == '[' && !host_end)
         return bad_url(e, "an IPv6 address needs its closing bracket");
@@ -151,18 +157,79 @@ static int parse_tcp(struct redis *r, const char *rest, struct err *e)
         host_end = colon ? colon : end;
     if (host == host_end || host_end - host > 255)
         return bad_url(e, "the host is missing or longer than 255 bytes");
-    long port = colon ? small_number(colon + 1, (size_t)(end - colon - 1), 65535) : 6379;
-    if (port < 1)
+    if (colon && small_number(colon + 1, (size_t)(end - colon - 1), 65535) < 1)
         return bad_url(e, "the port is not a number from 1 to 65535");
-    snprintf(r->port, sizeof r->port, "%d", (int)port);
-    if (*end == '/' && end[1] && (r->db = (int)small_number(end + 1, strlen(end + 1), 65535)) < 0)
-        return bad_url(e, "the database is not a number");
-    if (*end == '?' || *end == '#')
-        return bad_url(e, "a query is not known here");
+    snprintf(r->port, sizeof r->port, "%.*s", colon ? (int)(end - colon - 1) : 5, colon ? colon + 1 : default_port);
     r->host = strndup(host, (size_t)(host_end - host));
     if (!r->host)
         return err_set(e, ERR_NO_MEMORY, "out of memory for a Redis connection");
     snprintf(r->address, sizeof r->address, "%s://%s:%s", r->tls ? "rediss" : "redis", r->host, r->port);
+    return 0;
+}
+
+// What is before the hosts, if anything is. *hosts: where they begin.
+static int parse_user(struct redis *r, const char *rest, size_t length, const char **hosts, struct err *e)
+{
+    const char *at = memrchr(rest, '@', length);
+    *hosts = at ? at + 1 : rest;
+    return at ? parse_userinfo(r, rest, (size_t)(at - rest), e) : 0;
+}
+
+static int parse_tcp(struct redis *r, const char *rest, struct err *e)
+{
+    size_t length = strcspn(rest, "/?#");
+    const char *host, *end = rest + length;
+    TRY(parse_user(r, rest, length, &host, e));
+    TRY(parse_host(r, host, end, "6379", e));
+    if (*end == '/' && end[1] && (r->db = (int)small_number(end + 1, strlen(end + 1), 65535)) < 0)
+        return bad_url(e, "the database is not a number");
+    if (*end == '?' || *end == '#')
+        return bad_url(e, "a query is not known here");
+    return 0;
+}
+
+static struct redis *new_redis(const struct redis_options *options)
+{
+    struct redis *r = calloc(1, sizeof *r);
+    if (!r)
+        return NULL;
+    r->fd = -1;
+    r->connect_ms = options && options->connect_ms ? options->connect_ms : 5000;
+    r->command_ms = options && options->command_ms ? options->command_ms : 5000;
+    return r;
+}
+
+static int add_sentinel(struct redis *r, const char *host, const char *end, struct err *e)
+{
+    if (r->n_sentinels == MAX_SENTINELS)
+        return bad_url(e, "at most 8 sentinels are asked");
+    struct redis *s = new_redis(&(struct redis_options){.connect_ms = SENTINEL_MS, .command_ms = SENTINEL_MS});
+    if (!s)
+        return err_set(e, ERR_NO_MEMORY, "out of memory for a Redis connection");
+    r->sentinels[r->n_sentinels++] = s;
+    return parse_host(s, host, end, "26379", e);
+}
+
+// The user and password are the master's; sentinels are asked without.
+static int parse_sentinels(struct redis *r, const char *rest, struct err *e)
+{
+    size_t length = strcspn(rest, "/?#");
+    const char *hosts, *end = rest + length;
+    TRY(parse_user(r, rest, length, &hosts, e));
+    for (const char *next, *host = hosts; host <= end; host = next + 1) {
+        next = memchr(host, ',', (size_t)(end - host));
+        next = next ? next : end;
+        TRY(add_sentinel(r, host, next, e));
+    }
+    const char *name = *end == '/' ? end + 1 : end, *db = name + strcspn(name, "/");
+    if (db == name || strcspn(name, "?#") != strlen(name))
+        return bad_url(e, "the name of the master is missing, or has a query behind it");
+    if (*db && (r->db = (int)small_number(db + 1, strlen(db + 1), 65535)) < 0)
+        return bad_url(e, "the database is not a number");
+    r->master = percent_decode(name, (size_t)(db - name));
+    if (!r->master)
+        return bad_url(e, "the master's name has a bad percent escape");
+    snprintf(r->address, sizeof r->address, "sentinel://%.*s/%.64s", (int)(end - hosts), hosts, r->master);
     return 0;
 }
 
@@ -173,6 +240,8 @@ static int parse_url(struct redis *r, const char *url, struct err *e)
     r->tls = strncmp(url, "rediss://", 9) == 0;
     if (r->tls || strncmp(url, "redis://", 8) == 0)
         return parse_tcp(r, url + (r->tls ? 9 : 8), e);
+    if (strncmp(url, "sentinel://", 11) == 0)
+        return parse_sentinels(r, url + 11, e);
     return bad_url(e, "unknown scheme");
 }
 
@@ -231,12 +300,9 @@ static int tls_setup(struct redis *r, const struct redis_options *o, struct err 
 int redis_open(struct redis **redis, const char *url, const struct redis_options *options, struct err *e)
 {
     *redis = NULL;
-    struct redis *r = calloc(1, sizeof *r);
+    struct redis *r = new_redis(options);
     if (!r)
         return err_set(e, ERR_NO_MEMORY, "out of memory for a Redis connection");
-    r->fd = -1;
-    r->connect_ms = options && options->connect_ms ? options->connect_ms : 5000;
-    r->command_ms = options && options->command_ms ? options->command_ms : 5000;
     int rc = parse_url(r, url, e);
     if (rc == 0 && r->tls)
         rc = tls_setup(r, options, e);
@@ -274,6 +340,9 @@ void redis_close(struct redis *r)
     if (!r)
         return;
     redis_disconnect(r);
+    for (int i = 0; i < r->n_sentinels; i++)
+        redis_close(r->sentinels[i]);
+    free(r->master);
     SSL_CTX_free(r->tls_context);
     BIO_meth_free(r->tls_bio);
     free_secret(r->password);
@@ -287,6 +356,11 @@ void redis_close(struct redis *r)
 const char *redis_address(const struct redis *r)
 {
     return r->address;
+}
+
+unsigned redis_connections(const struct redis *r)
+{
+    return r->connections;
 }
 
 enum redis_problem redis_problem(const struct redis *r)
@@ -511,10 +585,62 @@ static int open_reader(struct redis *r, struct err *e)
     return 0;
 }
 
+// ---- Sentinel: where the master is now
+
+// Takes over what one sentinel says. ERR_UNAVAILABLE: it cannot be asked, or does not know.
+static int ask_sentinel(struct redis *r, struct redis *sentinel, struct err *e)
+{
+    redisReply *answer = NULL;
+    TRY(redis_command(sentinel, &answer, e, "SENTINEL get-master-addr-by-name %s", r->master));
+    const bool knows = answer->type == REDIS_REPLY_ARRAY && answer->elements == 2 &&
+                       answer->element[0]->type == REDIS_REPLY_STRING && answer->element[1]->type == REDIS_REPLY_STRING;
+    char *host = knows ? strdup(answer->element[0]->str) : NULL;
+    if (host) {
+        free(r->host);
+        r->host = host;
+        snprintf(r->port, sizeof r->port, "%.15s", answer->element[1]->str);
+        snprintf(r->address, sizeof r->address, "redis://%.200s:%s (%.64s)", host, r->port, r->master);
+    }
+    freeReplyObject(answer);
+    if (!knows)
+        return err_set(e, ERR_UNAVAILABLE, "the sentinel at %s knows no master %.64s", sentinel->address, r->master);
+    return host ? 0 : err_set(e, ERR_NO_MEMORY, "out of memory for a Redis connection");
+}
+
+// Asks one after the other, first the one that answered last time.
+static int find_master(struct redis *r, struct err *e)
+{
+    int rc = ERR_UNAVAILABLE;
+    for (int i = 0; i < r->n_sentinels && rc != 0; i++) {
+        rc = ask_sentinel(r, r->sentinels[r->next_sentinel], e);
+        if (rc != 0)
+            r->next_sentinel = (r->next_sentinel + 1) % r->n_sentinels;
+    }
+    return rc;
+}
+
+// A sentinel may still name one that was the master. (Whether a user may ask is access control's; a write would tell.)
+static int check_master(struct redis *r, int64_t deadline, struct err *e)
+{
+    static const char *role[] = {"ROLE"};
+    redisReply *answer = NULL;
+    TRY(redis_append_argv(r, e, 1, role, NULL));
+    int rc = get_reply(r, &answer, deadline, e);
+    if (rc != 0)
+        return r->problem == REDIS_PROBLEM_NOPERM ? 0 : rc;
+    const bool master = answer->type == REDIS_REPLY_ARRAY && answer->elements > 0 &&
+                        answer->element[0]->type == REDIS_REPLY_STRING &&
+                        strcmp(answer->element[0]->str, "master") == 0;
+    freeReplyObject(answer);
+    return master ? 0 : err_set(e, ERR_UNAVAILABLE, "Redis at %s is no master, or not yet", r->address);
+}
+
 static int ensure_connected(struct redis *r, struct err *e)
 {
     if (r->fd >= 0)
         return 0;
+    if (r->n_sentinels > 0)
+        TRY(find_master(r, e));
     int64_t deadline = now_ms() + r->connect_ms;
     int rc = connect_socket(r, deadline, e);
     if (rc == 0 && r->tls)
@@ -523,6 +649,9 @@ static int ensure_connected(struct redis *r, struct err *e)
         rc = open_reader(r, e);
     if (rc == 0)
         rc = log_in(r, deadline, e);
+    if (rc == 0 && r->n_sentinels > 0)
+        rc = check_master(r, deadline, e);
+    r->connections++;
     if (rc != 0)
         redis_disconnect(r);
     return rc;
@@ -585,6 +714,10 @@ static int refuse(struct redis *r, const char *text, struct err *e)
             code = refusals[i].code;
             r->problem = refusals[i].problem;
         }
+    }
+    if (strncmp(text, "ERR The user executing the script can't", 39) == 0) { // NOPERM, as scripts of 7.0 say it
+        code = ERR_REFUSED;
+        r->problem = REDIS_PROBLEM_NOPERM;
     }
     // Redis echoes the arguments of commands it does not know; they may be secrets.
     const char *echo = strstr(text, ", with args");
@@ -674,6 +807,7 @@ void redis_script(struct redis_script *script, const char *text, size_t length)
     SHA1((const unsigned char *)text, length, digest);
     script->text = text;
     script->length = length;
+    script->reads = false;
     for (size_t i = 0; i < sizeof digest; i++)
         snprintf(script->sha1 + 2 * i, 3, "%02x", digest[i]);
 }
@@ -683,8 +817,10 @@ enum { EVAL_MAX_ARGS = 1024 };
 int redis_eval(struct redis *r, const struct redis_script *script, redisReply **reply, struct err *e, const char *key,
                int argc, const char **argv, const size_t *lengths)
 {
-    const char *all[EVAL_MAX_ARGS + 4] = {"EVALSHA", script->sha1, "1", key};
-    size_t sizes[EVAL_MAX_ARGS + 4] = {7, 40, 1, strlen(key)};
+    const char *const by_sha = script->reads ? "EVALSHA_RO" : "EVALSHA";
+    const char *const by_text = script->reads ? "EVAL_RO" : "EVAL";
+    const char *all[EVAL_MAX_ARGS + 4] = {by_sha, script->sha1, "1", key};
+    size_t sizes[EVAL_MAX_ARGS + 4] = {strlen(by_sha), 40, 1, strlen(key)};
     if (argc > EVAL_MAX_ARGS)
         return err_set(e, ERR_INTERNAL, "a script call has %d arguments; at most %d", argc, EVAL_MAX_ARGS);
     for (int i = 0; i < argc; i++) {
@@ -694,8 +830,8 @@ int redis_eval(struct redis *r, const struct redis_script *script, redisReply **
     int rc = redis_command_argv(r, reply, e, argc + 4, all, sizes);
     if (rc == 0 || r->problem != REDIS_PROBLEM_NOSCRIPT)
         return rc;
-    all[0] = "EVAL";
-    sizes[0] = 4;
+    all[0] = by_text;
+    sizes[0] = strlen(by_text);
     all[1] = script->text;
     sizes[1] = script->length;
     return redis_command_argv(r, reply, e, argc + 4, all, sizes);

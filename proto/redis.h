@@ -10,6 +10,7 @@
 #include "proto/err.h"
 
 #include <hiredis/hiredis.h>
+#include <stdbool.h>
 #include <stddef.h>
 
 struct redis;
@@ -33,13 +34,19 @@ enum redis_problem {
     REDIS_PROBLEM_OTHER,
 };
 
-// Parses url: redis://[user[:password]@]host[:port][/db], rediss://... (TLS), unix:///path[?db=N]. Percent-encoding is
-// decoded in user, password and path. Does not connect. ERR_INVALID says what is wrong without echoing the password.
+// Parses url: redis://[user[:password]@]host[:port][/db], rediss://... (TLS), unix:///path[?db=N], or
+// sentinel://[user[:password]@]host[:port][,host[:port]...]/master[/db]: whenever it connects, it asks these sentinels
+// where the master of this name is, and takes it only if it is one. Percent-encoding is decoded in user, password, path
+// and master. Does not connect. ERR_INVALID says what is wrong without echoing the password.
 int redis_open(struct redis **redis, const char *url, const struct redis_options *options, struct err *e);
 void redis_close(struct redis *redis); // NULL is fine
 
-// Where it connects to, without user and password: "unix:/run/redis.sock", "rediss://host:6379".
+// Where it connects to, without user and password: "unix:/run/redis.sock", "rediss://host:6379"; with sentinels
+// "redis://host:6379 (master)", before the first connection the URL.
 const char *redis_address(const struct redis *redis);
+
+// Counts connections: what was said over one means nothing to the next.
+unsigned redis_connections(const struct redis *redis);
 
 // Drops the connection; the next command connects anew.
 void redis_disconnect(struct redis *redis);
@@ -68,6 +75,7 @@ struct redis_script {
     const char *text;
     size_t length;
     char sha1[41];
+    bool reads; // it writes nothing: EVALSHA_RO, for users who may not write, and replicas
 };
 void redis_script(struct redis_script *script, const char *text, size_t length);
 

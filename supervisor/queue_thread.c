@@ -29,7 +29,7 @@ struct settings {
     bool admit, numbers;           // numbers: somebody asks for them
     bool callbacks;                // they are made here: admission takes jobs that ask for one
     struct moderation *moderation; // NULL: admission takes every prompt
-    int max_attempts;
+    int max_attempts, max_backlog_s, max_speed;
     double retention_s;
     struct log log;
 };
@@ -98,6 +98,10 @@ static int apply_settings(struct queue_thread *t, struct err *err)
         TRY(queue_set(t->queue, "max_attempts", (uint64_t)t->used.max_attempts, err));
     if (t->used.retention_s > 0)
         TRY(queue_set(t->queue, "retention_ms", (uint64_t)(t->used.retention_s * 1000), err));
+    if (t->used.max_backlog_s > 0)
+        TRY(queue_set(t->queue, "max_backlog_ms", (uint64_t)t->used.max_backlog_s * 1000, err));
+    if (t->used.max_speed > 0)
+        TRY(queue_set(t->queue, "max_speed", (uint64_t)t->used.max_speed, err));
     t->applied = true;
     return 0;
 }
@@ -225,6 +229,8 @@ static int make_settings(const struct conf *conf, const struct log *log, struct 
                              .numbers = *conf->metrics.listen != 0,
                              .callbacks = *conf->callback.secret_file != 0,
                              .max_attempts = conf->queue.max_attempts,
+                             .max_speed = conf->queue.max_speed,
+                             .max_backlog_s = conf->queue.max_backlog_s,
                              .retention_s = conf->queue.retention_s,
                              .log = *log};
     return out->admit ? moderation_new(conf, log, &out->moderation, err) : 0;

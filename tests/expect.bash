@@ -19,6 +19,20 @@ expect() {
   grep -qF -- "$text" "$printed" || fail "$*: \"$text\" is not in: $(<"$printed")"
 }
 
+# free_port: a port of 127.0.0.1 that nobody has, and that the system gives to nobody who asks for any
+free_port() {
+  python3 -c '
+import random, socket
+while True:
+    port = random.randint(10000, 19999)
+    try:
+        socket.socket().bind(("127.0.0.1", port))
+    except OSError:
+        continue
+    print(port)
+    break'
+}
+
 # check PYTHON: a condition on the object d that was printed last
 check() {
   python3 -c "

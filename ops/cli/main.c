@@ -4,9 +4,9 @@
 #include "ops/cli/cli.h"
 #include "ops/cli/manual.h"
 
-static const struct cli_command *const commands[] = {&cli_generate, &cli_submit, &cli_show,  &cli_cancel, &cli_status,
-                                                     &cli_tenant,   &cli_bench,  &cli_plan,  &cli_tune,   &cli_doctor,
-                                                     &cli_backlog,  &cli_config, &cli_model, NULL};
+static const struct cli_command *const commands[] = {
+    &cli_generate, &cli_submit, &cli_show,    &cli_cancel, &cli_status, &cli_tenant, &cli_bench, &cli_plan,
+    &cli_tune,     &cli_doctor, &cli_backlog, &cli_config, &cli_model,  &cli_dead,   &cli_acl,   NULL};
 
 int main(int argc, char **argv)
 {

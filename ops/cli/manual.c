@@ -17,7 +17,11 @@ static const struct prose {
      "ditfleet generate --model /srv/models/flux.1-dev --device cuda --prompt \"a cat\" --memory-budget 24GiB"},
     {"submit",
      "Puts one job into the queue and prints its id and its entry, the receipt. With --wait it shows the job's "
-     "progress until its end, and with -o it saves the picture. Ctrl-C ends the waiting, not the job.",
+     "progress until its end, and with -o it saves the picture. Ctrl-C ends the waiting, not the job. With --receipt "
+     "it "
+     "asks Redis how safe the submission is: on disks (WAITAOF, from 7.2 on) or in replicas' memory (WAIT); if less "
+     "than "
+     "asked for, the exit status is 1, though the job is in the queue.",
      "ditfleet submit --model demo --prompt \"a cyan heart\" --output-url \"http://127.0.0.1:9000/{id}.png\" --wait -o "
      "a.png\n"
      "ditfleet submit --model demo --prompt \"a ring\" --output-file /srv/pictures/{id}.png --priority low --json"},
@@ -32,9 +36,11 @@ static const struct prose {
      "reached is said on standard error, and the rest is shown.",
      "ditfleet status --config /etc/ditfleet/ditfleet.conf\nditfleet status --json | jq .queue.jobs"},
     {"tenant",
-     "A tenant has a door of its own in Redis, and a share of the GPUs by its weight. add prints the line that gives "
-     "a Redis user the right to its door and to its own records.",
-     "ditfleet tenant add acme --weight 2\nditfleet tenant list"},
+     "A tenant has a door of its own in Redis, a share of the GPUs by its weight, and limits in GPU-seconds: what is "
+     "above --rate waits, what is above --max-queued is refused. set changes what is given and leaves the rest. add "
+     "prints the line that gives a Redis user the right to its door and to its own records.",
+     "ditfleet tenant add acme --weight 2\nditfleet tenant set acme --rate 2 --burst 60 --max-queued 600\n"
+     "ditfleet tenant list"},
     {"bench",
      "Runs a model, or an architecture of its real size with weights made up in memory, through the engine as a job "
      "does, and prints times of its stages and operations beside what this machine reaches at best.",
@@ -69,6 +75,20 @@ static const struct prose {
      "Prints for each pool the jobs that are queued, delayed and in work, and their price in GPU-seconds. Queued and "
      "working together are what to scale on.",
      "ditfleet backlog\nditfleet backlog --json | jq .total.gpu_seconds"},
+    {"dead",
+     "Dead letters are DEAD jobs, submissions that were refused and callbacks that were given up. retry gives a job "
+     "another life under its id with all its attempts, sends a submission to its door again, makes a callback due; "
+     "drop "
+     "throws letters away. LETTER is as list prints it; all are those that list prints.",
+     "ditfleet dead list --tenant acme\nditfleet dead retry 1700000000000-0\nditfleet dead drop all --code not_found"},
+    {"acl",
+     "Prints the line that makes a user in Redis with no more rights than it needs: a producer submits as one tenant, "
+     "a "
+     "worker is what supervisors and workers are, a scaler reads the figures of `ditfleet backlog`, an operator has "
+     "this "
+     "command line. Put a password in the place of PASSWORD.",
+     "ditfleet acl worker\nditfleet acl producer --tenant acme --user acme-web\nditfleet acl scaler | sed "
+     "\"s/PASSWORD/$SECRET/\" | redis-cli"},
 };
 
 static const struct {

@@ -93,9 +93,10 @@ static int ask_queue(struct queue *q, json_t **out, struct err *err)
     if (rc == 0) {
         json_t *tenant_list = json_array(), *model_list = json_array();
         for (size_t i = 0; i < n_tenants; i++)
-            json_array_append_new(tenant_list, json_pack("{s:s,s:f,s:I,s:I}", "name", tenants[i].name, "weight",
-                                                         tenants[i].weight, "waiting", (json_int_t)tenants[i].waiting,
-                                                         "ready", (json_int_t)tenants[i].ready));
+            json_array_append_new(tenant_list,
+                                  json_pack("{s:s,s:f,s:I,s:I}", "name", tenants[i].name, "weight",
+                                            tenants[i].limits.weight, "waiting", (json_int_t)tenants[i].waiting,
+                                            "ready", (json_int_t)tenants[i].ready));
         for (size_t i = 0; i < n_models; i++)
             json_array_append_new(model_list, json_pack("{s:s,s:s,s:b,s:I}", "name", models[i].name, "version",
                                                         models[i].version, "default", (int)models[i].is_default,

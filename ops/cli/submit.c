@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "ops/cli/connect.h"
@@ -11,13 +12,18 @@
 #include "ops/cli/json.h"
 #include "ops/cli/progress.h"
 #include "ops/cli/report.h"
+#include "proto/clock.h"
 
-enum { LOOK_MS = 250 }; // how often a waiting client looks for Ctrl-C
+enum { LOOK_MS = 250 };   // how often a waiting client looks for Ctrl-C
+#define AWAY_SECONDS 30.0 // so long may Redis be away, restarting or failing over, before it gives up
 
 struct submit {
     struct connection connection;
     const char *out;
     bool wait, json;
+    int receipt; // replicas that are to confirm it; negative: nobody is
+    double receipt_s;
+    json_t *received; // what they confirmed; NULL: nothing was asked
     Ditfleet__V1__Job *job;
     char entry[QUEUE_ENTRY_SIZE];
     struct progress progress;
@@ -59,6 +65,30 @@ static int send_job(struct submit *s, struct queue *q, struct err *err)
     return rc;
 }
 
+// Asks how safe the submission is, and tells. An error, too, where it is less safe than was asked for.
+static int take_receipt(struct submit *s, struct queue *q, struct err *err)
+{
+    struct queue_receipt r;
+    bool confirmed;
+    if (s->receipt < 0)
+        return 0;
+    TRY(queue_receipt(q, (unsigned)s->receipt, (int)(1000 * s->receipt_s), &r, &confirmed, err));
+    const char *by = r.on_disk ? "WAITAOF" : "WAIT", *own = r.local     ? "on the server's disk"
+                                                            : r.on_disk ? "not known to be on the server's disk"
+                                                                        : "in the server's memory";
+    if (!s->json)
+        printf("receipt  %s: %s, %s of %u replicas\n", by, own, r.on_disk ? "on the disks" : "in the memory",
+               r.replicas);
+    s->received = json_pack("{s:s,s:b,s:i,s:b}", "by", by, "on_server_disk", r.local > 0, "replicas", (int)r.replicas,
+                            "confirmed", confirmed);
+    if (confirmed)
+        return 0;
+    return err_set(err, ERR_TIMEOUT,
+                   "job %s is submitted, but not as safe as asked for (by %s: %s, %u of %d replicas); "
+                   "submit it again by the same id to ask again",
+                   s->job->id, by, own, r.replicas, s->receipt);
+}
+
 // ---- waiting: SIGINT and SIGTERM are blocked meanwhile, and looked for
 
 static void block_signals(void)
@@ -87,12 +117,20 @@ static int on_event(void *arg, const Ditfleet__V1__Event *event)
 static int await_result(struct submit *s, struct queue *q, Ditfleet__V1__Result **result, struct err *err)
 {
     int rc;
+    double away_at = 0;
+    bool away = false, go_on;
     do {
         *err = (struct err){.code = ERR_NONE};
         rc = queue_await(q, connection_tenant(&s->connection), s->job->id, s->entry, LOOK_MS, on_event, s, result, err);
-    } while (rc == ERR_TIMEOUT && !interrupted());
+        if (rc == ERR_UNAVAILABLE && !away)
+            away_at = monotonic_seconds();
+        away = rc == ERR_UNAVAILABLE;
+        if (away)
+            nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
+        go_on = rc == ERR_TIMEOUT || (away && monotonic_seconds() - away_at < AWAY_SECONDS);
+    } while (go_on && !interrupted());
     progress_clear(&s->progress);
-    return rc == ERR_TIMEOUT ? ERR_CANCELLED : rc;
+    return go_on ? ERR_CANCELLED : rc;
 }
 
 static void tell_how_to_go_on(const struct submit *s, const char *why)
@@ -120,6 +158,8 @@ static void print_json(const struct submit *s, const Ditfleet__V1__Result *resul
 {
     json_t *object =
         json_pack("{s:s,s:s,s:s}", "id", s->job->id, "entry", s->entry, "tenant", connection_tenant(&s->connection));
+    if (s->received)
+        json_object_set(object, "receipt", s->received);
     if (result)
         json_object_set_new(object, "result", json_from_message(&result->base));
     json_print(object);
@@ -161,22 +201,31 @@ static int submit(struct submit *s)
         block_signals();
     rc = rc ? rc : send_job(s, q, &err);
     int code = rc ? cli_fail(&err) : CLI_OK;
+    if (rc == 0 && take_receipt(s, q, &err) != 0) {
+        cli_fail(&err);
+        code = CLI_FAILED;
+    }
     if (rc == 0 && s->wait)
-        code = wait_and_save(s, q);
+        code = wait_and_save(s, q); // the end says more than a receipt
     else if (rc == 0 && s->json)
         print_json(s, NULL);
+    json_decref(s->received);
     connection_close(&s->connection, q);
     return code;
 }
 
 static int run(const struct cli_command *self, int argc, char **argv)
 {
-    struct submit s = {.job = job_new(), .progress = {.to = stderr, .terminal = isatty(2)}};
+    struct submit s = {
+        .job = job_new(), .receipt = -1, .receipt_s = 5, .progress = {.to = stderr, .terminal = isatty(2)}};
     const struct cli_flag flags[] = {
         CONNECTION_FLAGS(s.connection),
         TENANT_FLAG(s.connection),
         {"--wait", NULL, "show the progress and wait for the result", CLI_BOOL, &s.wait, 0, 0},
         {"-o", "FILE", "with --wait: save the picture; of several, FILE-0, FILE-1, ...", CLI_STRING, &s.out, 0, 0},
+        {"--receipt", "N", "wait until it is on Redis' disk (7.2 or newer) and N replicas have it; tell what is known",
+         CLI_INT, &s.receipt, 0, 100},
+        {"--receipt-timeout", "S", "seconds that this may take (default 5)", CLI_DOUBLE, &s.receipt_s, 0.001, 3600},
         {"--json", NULL, "print one JSON object", CLI_BOOL, &s.json, 0, 0},
     };
     int code = s.job ? cli_parse(self, flags, sizeof flags / sizeof *flags, s.job, argc, argv, NULL, NULL) : CLI_FAILED;

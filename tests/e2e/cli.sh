@@ -14,7 +14,7 @@ job=(--model demo --prompt "a secret cat" --output-url "http://127.0.0.1:9/{id}.
 expect 2 "usage: ditfleet COMMAND" "$ditfleet"
 expect 0 "usage: ditfleet COMMAND" "$ditfleet" --help
 expect 2 "unknown command frobnicate" "$ditfleet" frobnicate
-for command in generate submit show cancel status tenant bench backlog; do
+for command in generate submit show cancel status tenant bench backlog dead acl; do
   expect 0 "usage: ditfleet $command" "$ditfleet" $command --help
   expect 2 "unknown flag --nonsense" "$ditfleet" $command --nonsense
 done
@@ -37,7 +37,7 @@ expect 2 "needs {index}" "$ditfleet" submit "${job[@]}" --num-images 2
 expect 2 "prompt" "$ditfleet" submit "${job[@]}" --prompt $'\xff'
 expect 2 "missing argument: ID" "$ditfleet" show
 expect 2 "too many arguments" "$ditfleet" cancel a b
-expect 2 "missing argument: add NAME | list" "$ditfleet" tenant remove x
+expect 2 "missing argument: add NAME | set NAME | list" "$ditfleet" tenant remove x
 expect 2 "--weight takes a number from 0.001 to 1000" "$ditfleet" tenant add x --weight 0
 expect 1 "missing.conf: cannot open" "$ditfleet" status --config "$fleet/missing.conf"
 expect 3 "unix:$fleet/none.sock: No such file or directory; start it, or say by --redis" \
@@ -55,10 +55,14 @@ expect 1 "on 6 ranks cfg=1 ulysses=2 ring=3 would do" "$ditfleet" generate "${pi
 fleet_redis
 export DITFLEET_REDIS=$fleet_redis_url
 expect 3 "no supervisor answers there" "$ditfleet" status
-expect 0 "ACL SETUSER acme on" "$ditfleet" tenant add acme --weight 2.5
+expect 0 "ACL SETUSER acme reset on" "$ditfleet" tenant add acme --weight 2.5
 expect 0 '"name":"acme","weight":2.5' "$ditfleet" tenant list --json
 expect 2 "not a name" "$ditfleet" tenant add "a b"
-fleet_supervisor ""
+expect 1 "there is no tenant nobody" "$ditfleet" tenant set nobody --rate 1
+expect 0 "acme                     weight 2.5    waiting 0, ready 0, 0.000 GPU-seconds of at most 12, rate 0.5, burst 60" \
+  "$ditfleet" tenant set acme --rate 0.5 --burst 60 --max-queued 12
+expect 0 '"rate":0.5,"burst":60.0,"max_queued":12.0' "$ditfleet" tenant list --json
+fleet_supervisor $'[queue]\nmax_backlog = 1000\nmax_speed = 8'
 redis-cli -s "$fleet/redis.sock" HSET 'dit:{default}:models' demo 1 demo@1 1 >/dev/null
 
 expect 1 "has no job nope" "$ditfleet" show nope
@@ -71,6 +75,10 @@ admitted() {
 }
 fleet_wait supervisor 10 admitted first
 fleet_wait supervisor 10 admitted second --tenant acme
+expect 1 "not as safe as asked for" "$ditfleet" submit "${job[@]}" --id unsafe --receipt 1 --receipt-timeout 0.05
+expect 1 '"replicas":0,"confirmed":false' "$ditfleet" submit "${job[@]}" --id unsafe --receipt 1 --receipt-timeout 0.05 --json
+fleet_wait supervisor 10 admitted unsafe
+expect 0 "unsafe CANCELLED" "$ditfleet" cancel unsafe
 expect 0 "state    QUEUED" "$ditfleet" show first
 expect 0 "pool     demo@1" "$ditfleet" show first
 expect 0 '"state":"QUEUED"' "$ditfleet" show first --json
@@ -91,7 +99,25 @@ expect 0 "state    CANCELLED" "$ditfleet" show first
 expect 1 "is DEAD: not_found" "$ditfleet" submit "${job[@]}" --model unicorn --wait
 entry=$(sed -n 's/^entry *//p' "$fleet/out")
 expect 0 "state    DEAD" "$ditfleet" show "@$entry"
+expect 0 "refused  default " "$ditfleet" dead list --code not_found
+letter=$(cut -d ' ' -f 1 "$fleet/out")
+expect 0 "$letter retried as " "$ditfleet" dead retry "$letter"
+again=$(sed 's/.* as //' "$fleet/out")
+fleet_wait supervisor 10 admitted "@$again" # and refused: there still is no unicorn
+expect 1 "there is no dead letter $letter" "$ditfleet" dead drop "$letter"
+expect 0 "\"entry\":\"$again\"" "$ditfleet" dead list --json
+expect 0 '"done":true' "$ditfleet" dead drop all --tenant default --json
+expect 0 "[]" "$ditfleet" dead list --json
+expect 2 "names no dead letter" "$ditfleet" dead retry first
+expect 2 "missing argument: list | retry" "$ditfleet" dead retry
 expect 1 "is DEAD: conflict" "$ditfleet" submit "${job[@]}" --id first --seed 5 --wait
+expect 1 "is DEAD: overloaded: tenant acme has 10.000 GPU-seconds of work waiting and running, its limit is 12.000" \
+  "$ditfleet" submit "${job[@]}" --tenant acme --wait
+expect 0 "weight 2.5" "$ditfleet" tenant set acme --max-queued 0
+expect 1 "its limit is 1000.000, and this job would add 9142.857; ask for less" \
+  "$ditfleet" submit "${job[@]}" --width 16384 --height 16384 --num-inference-steps 100 --wait
+expect 1 "a job of 10.000 GPU-seconds takes at least 1.250 s (max_speed is 8)" \
+  "$ditfleet" submit "${job[@]}" --deadline-ms "$(($(date +%s%3N) + 1000))" --wait
 expect 1 "is EXPIRED" "$ditfleet" submit "${job[@]}" --deadline-ms 1 --wait
 
 # Waiting goes on until the job ends, or Ctrl-C.

@@ -22,7 +22,8 @@
    length and every jump of the clock.
 
    What the queue has but this model not: order, fairness, pools and batches (they choose which job is claimed, not what
-   may become of it); refused entries; retention; counters; the job's events. tests/unit/test_queue.c has those.
+   may become of it); limits; refused entries; another life for the dead; retention; counters; the job's events.
+   tests/unit/test_queue.c, test_policy.c and test_dead.c have those.
 
    -DBUG_... plants a defect that must be found; each stands beside the right line. */
 

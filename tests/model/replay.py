@@ -22,7 +22,7 @@ class Walk:
         self.entries, self.late, self.copy, self.submitted = {}, set(), {}, 0
         for name, n in ("max_attempts", 2), ("max_attempts_infra", 3):  # MAX_APP, MAX_INFRA
             self.run("set", name, n)
-        for name in "backoff_ms", "backoff_cap_ms", "check_ms":
+        for name in "backoff_ms", "backoff_cap_ms", "check_ms", "turn_normal":
             self.run("set", name, FAR)
         self.run("doors")
         for worker in "w0", "w1":

@@ -1,281 +1,8 @@
 // test_queue.c: the queue against a private Redis: each promise of PROTOCOL.md, and each way it was broken elsewhere.
-#include "private_redis.h"
-#include "proto/queue.h"
+#include "queue_world.h"
+#include "scripted_redis.h"
 
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-
-#include <cmocka.h>
-#include <inttypes.h>
-#include <time.h>
-
-#define PREFIX "dit:{test}:"
-#define POOL   "shapes@1"
-
-// One server for all tests; each test starts on an empty one.
-struct world {
-    struct private_redis server;
-    struct queue *q;
-};
-
-static void check(int rc, const struct err *e, int line)
-{
-    if (rc != 0)
-        fail_msg("line %d: %s: %s", line, err_name((enum err_code)rc), e->text);
-}
-#define OK(call)                                                                                                       \
-    do {                                                                                                               \
-        struct err e_ = {0}, *e = &e_;                                                                                 \
-        int rc_ = (call);                                                                                              \
-        check(rc_, e, __LINE__);                                                                                       \
-    } while (0)
-#define FAILS(code_, call)                                                                                             \
-    do {                                                                                                               \
-        struct err e_ = {0}, *e = &e_;                                                                                 \
-        int rc_ = (call);                                                                                              \
-        if (rc_ != (int)(code_) || !*e->text)                                                                          \
-            fail_msg("line %d: expected %s, got %s: %s", __LINE__, err_name(code_), err_name((enum err_code)rc_),      \
-                     e->text);                                                                                         \
-    } while (0)
-
-// ---- small steps
-
-// A fresh connection, which reads the registries anew; an old one does so every second.
-static void reopen(struct world *w)
-{
-    queue_close(w->q);
-    OK(queue_open(&w->q, w->server.url, "test", QUEUE_NODE, NULL, e));
-}
-
-static redisReply *command(struct world *w, const char *format, ...)
-{
-    char text[1024];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    const char *argv[32];
-    int argc = 0;
-    char *save = NULL;
-    for (char *word = strtok_r(text, " ", &save); word && argc < 32; word = strtok_r(NULL, " ", &save))
-        argv[argc++] = word;
-    redisReply *reply = NULL;
-    OK(redis_command_argv(queue_redis(w->q), &reply, e, argc, argv, NULL));
-    return reply;
-}
-
-static long long number(struct world *w, const char *format, ...)
-{
-    char text[512];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    redisReply *reply = command(w, "%s", text);
-    long long n = reply->type == REDIS_REPLY_INTEGER ? reply->integer : reply->str ? atoll(reply->str) : -1;
-    freeReplyObject(reply);
-    return n;
-}
-
-static Ditfleet__V1__Job *new_job(const char *id)
-{
-    Ditfleet__V1__Job *job = job_new();
-    OK(job_set_field(job, "id", id, e));
-    OK(job_set_field(job, "model", "shapes", e));
-    OK(job_set_field(job, "prompt", "a red circle", e));
-    OK(job_set_field(job, "output.url", "http://127.0.0.1:9/{id}.png", e));
-    return job;
-}
-
-static void submit_job(struct world *w, const char *tenant, Ditfleet__V1__Job *job, char entry[QUEUE_ENTRY_SIZE])
-{
-    void *bytes;
-    size_t length;
-    char unused[QUEUE_ENTRY_SIZE];
-    OK(job_pack(job, &bytes, &length, e));
-    OK(queue_submit(w->q, tenant, bytes, length, entry ? entry : unused, e));
-    free(bytes);
-    job_free(job);
-}
-
-static void submit(struct world *w, const char *id)
-{
-    submit_job(w, "default", new_job(id), NULL);
-}
-
-static struct queue_admitted admit(struct world *w)
-{
-    struct queue_admission admission = {.consumer = "node1", .callbacks = true};
-    struct queue_admitted out, sum = {0};
-    do {
-        OK(queue_admit(w->q, &admission, 0, &out, e));
-        sum.read += out.read;
-        sum.admitted += out.admitted;
-        sum.duplicate += out.duplicate;
-        sum.refused += out.refused;
-        sum.no_models |= out.no_models;
-    } while (out.read > 0);
-    return sum;
-}
-
-static size_t claim_as(struct world *w, const char *worker, const char *incarnation, unsigned max, uint64_t lease_ms,
-                       struct queue_job *jobs)
-{
-    static const char *const pools[] = {POOL, "other@2"};
-    struct queue_claim want = {worker, incarnation, pools, 2, lease_ms, max};
-    size_t count;
-    char cursor[QUEUE_ENTRY_SIZE];
-    OK(queue_claim(w->q, &want, jobs, &count, cursor, e));
-    return count;
-}
-
-static struct queue_fence claim(struct world *w, uint64_t lease_ms)
-{
-    struct queue_job job;
-    if (claim_as(w, "w1", "i1", 1, lease_ms, &job) != 1)
-        fail_msg("there was nothing to claim");
-    struct queue_fence fence = job.fence;
-    queue_job_free(&job);
-    return fence;
-}
-
-static const char *state_of(struct world *w, const char *id)
-{
-    struct queue_record r;
-    OK(queue_get(w->q, "default", id, &r, e));
-    const char *name = job_state_name(r.state);
-    queue_record_free(&r);
-    return name;
-}
-
-static void finish(struct world *w, const struct queue_fence *fence)
-{
-    Ditfleet__V1__Result result = DITFLEET__V1__RESULT__INIT;
-    void *bytes;
-    size_t length;
-    result.id = (char *)fence->id;
-    result.state = DITFLEET__V1__STATE__STATE_SUCCEEDED;
-    result.attempt = (uint32_t)fence->epoch;
-    OK(result_pack(&result, &bytes, &length, e));
-    OK(queue_finish(w->q, fence, bytes, length, e));
-    free(bytes);
-}
-
-static struct queue_reaped reap(struct world *w)
-{
-    struct queue_reaped out;
-    OK(queue_reap(w->q, &out, e));
-    return out;
-}
-
-static const struct err gpu_fault = {ERR_UNAVAILABLE, true, "the GPU fell off the bus"};
-static const struct err app_error = {ERR_INTERNAL, true, "the job's own trouble"};
-static const struct err app_final = {ERR_UNSUPPORTED, false, "this size cannot be done"};
-
-// ---- what must hold at any moment: a record is in exactly the index of its state, and the counters tell the truth
-
-// The entry of this name in a list that has room for one more.
-static struct queue_pool *pool_of(struct queue_pool *pools, size_t *n, const char *name)
-{
-    for (size_t i = 0; i < *n; i++)
-        if (strcmp(pools[i].name, name) == 0)
-            return &pools[i];
-    snprintf(pools[*n].name, sizeof pools->name, "%s", name);
-    return &pools[(*n)++];
-}
-
-static void tally(struct queue_pool *p, bool queued, bool delayed, bool held, uint64_t gpu_ms)
-{
-    p->queued += queued;
-    p->queued_ms += queued ? gpu_ms : 0;
-    p->delayed += delayed;
-    p->delayed_ms += delayed ? gpu_ms : 0;
-    p->working += held;
-    p->working_ms += held ? gpu_ms : 0;
-}
-
-// What the queue says of its pools is what the records say.
-static void check_pools(struct world *w, struct queue_pool *want, size_t n_want)
-{
-    struct queue_pool *pools;
-    size_t n;
-    OK(queue_pools(w->q, &pools, &n, e));
-    for (size_t i = 0; i < n; i++) {
-        const struct queue_pool *p = &pools[i], *t = pool_of(want, &n_want, p->name);
-        if (p->queued != t->queued || p->delayed != t->delayed || p->working != t->working ||
-            p->queued_ms != t->queued_ms || p->delayed_ms != t->delayed_ms || p->working_ms != t->working_ms)
-            fail_msg("pool %s: %" PRIu64 "/%" PRIu64 "/%" PRIu64
-                     " jobs queued/delayed/working; the records say %" PRIu64 "/%" PRIu64 "/%" PRIu64,
-                     p->name, p->queued, p->delayed, p->working, t->queued, t->delayed, t->working);
-        assert_true((p->oldest_ms == 0) || p->queued > 0);
-    }
-    assert_int_equal(n, n_want); // none is missing
-    free(pools);
-}
-
-static void check_invariants(struct world *w)
-{
-    struct queue_pool pools[16] = {0};
-    size_t n_pools = 0;
-    pool_of(pools, &n_pools, POOL); // published, with or without jobs
-    redisReply *keys = command(w, "KEYS " PREFIX "job:*");
-    long long live = 0, queued = 0, leased = 0, gpu_ms = 0;
-    for (size_t i = 0; i < keys->elements; i++) {
-        const char *key = keys->element[i]->str, *member = key + sizeof PREFIX "job:" - 1;
-        redisReply *r = command(w, "HMGET %s state pool class gpu_ms worker payload result", key);
-        const char *state = r->element[0]->str;
-        if (!state || strchr(member, '@')) {
-            freeReplyObject(r);
-            continue;
-        }
-        Ditfleet__V1__State s = job_state_parse(state);
-        bool held = s == DITFLEET__V1__STATE__STATE_LEASED || s == DITFLEET__V1__STATE__STATE_RUNNING ||
-                    s == DITFLEET__V1__STATE__STATE_UPLOADING;
-        bool delayed = s == DITFLEET__V1__STATE__STATE_DELAYED || s == DITFLEET__V1__STATE__STATE_RETRY_WAIT;
-        const char *colon = strchr(member, ':');
-        redisReply *ready =
-            command(w, "ZSCORE " PREFIX "ready:%s:%s:%.*s %s", r->element[1]->str ? r->element[1]->str : "-",
-                    r->element[2]->str ? r->element[2]->str : "-", (int)(colon - member), member, member);
-        redisReply *lease = command(w, "ZSCORE " PREFIX "lease %s", member);
-        redisReply *later = command(w, "ZSCORE " PREFIX "delayed %s", member);
-        redisReply *alive = command(w, "ZSCORE " PREFIX "live %s", member);
-        bool holds = held && number(w, "HEXISTS " PREFIX "held:%s %s", r->element[4]->str, member);
-        if ((ready->str != NULL) != (s == DITFLEET__V1__STATE__STATE_QUEUED) || (lease->str != NULL) != held ||
-            holds != held || (later->str != NULL) != delayed || (alive->str != NULL) == job_state_final(s) ||
-            (r->element[6]->str != NULL) != job_state_final(s))
-            fail_msg("%s in state %s is in the wrong index", member, state);
-        live += !job_state_final(s);
-        queued += s == DITFLEET__V1__STATE__STATE_QUEUED;
-        leased += held;
-        gpu_ms += job_state_final(s) ? 0 : atoll(r->element[3]->str);
-        if (r->element[1]->str && !job_state_final(s))
-            tally(pool_of(pools, &n_pools, r->element[1]->str), s == DITFLEET__V1__STATE__STATE_QUEUED, delayed, held,
-                  (uint64_t)atoll(r->element[3]->str));
-        redisReply *all[] = {r, ready, lease, later, alive};
-        for (size_t k = 0; k < 5; k++)
-            freeReplyObject(all[k]);
-    }
-    freeReplyObject(keys);
-    check_pools(w, pools, n_pools);
-    struct queue_stats stats;
-    OK(queue_stats(w->q, &stats, e));
-    assert_int_equal(number(w, "ZCARD " PREFIX "live"), live);
-    assert_int_equal(number(w, "ZCARD " PREFIX "lease"), leased);
-    assert_int_equal(stats.queued, queued);
-    assert_int_equal(stats.leased + stats.running + stats.uploading, leased);
-    assert_int_equal(stats.backlog_ms, gpu_ms);
-    struct queue_tenant *tenants;
-    size_t n;
-    long long ready = 0;
-    OK(queue_tenants(w->q, &tenants, &n, e));
-    for (size_t i = 0; i < n; i++)
-        ready += (long long)tenants[i].ready;
-    free(tenants);
-    assert_int_equal(ready, queued);
-}
-
-// ---- the tests
+#include <ctype.h>
 
 static int on_event(void *arg, const Ditfleet__V1__Event *event)
 {
@@ -788,9 +515,8 @@ static void test_orphans_are_found(void **state)
 static void test_times(void **state)
 {
     struct world *w = *state;
-    redisReply *t = command(w, "TIME");
-    uint64_t now = strtoull(t->element[0]->str, NULL, 10) * 1000 + strtoull(t->element[1]->str, NULL, 10) / 1000;
-    freeReplyObject(t);
+    const uint64_t now = server_ms(w);
+    OK(queue_set(w->q, "max_speed", 0, e)); // the jobs' price would not let them end so soon
     Ditfleet__V1__Job *job = new_job("later");
     job->not_before_ms = now + 150;
     submit_job(w, "default", job, NULL);
@@ -1356,9 +1082,9 @@ static void test_callbacks_are_off(void **state)
 static void test_access_of_a_tenant(void **state)
 {
     struct world *w = *state;
-    char line[512], url[200], *at;
+    char line[QUEUE_ACL_SIZE], url[200], *at;
     OK(queue_tenant_add(w->q, "acme", 1, e));
-    queue_tenant_acl(w->q, "acme", line, sizeof line);
+    OK(queue_acl(w->q, QUEUE_USER_PRODUCER, "acme", "acme", line, e));
     // What a shell would do with the line: strip the quotes.
     for (at = line; *at; at++)
         if (*at == '\'')
@@ -1393,6 +1119,31 @@ static void test_access_of_a_tenant(void **state)
     freeReplyObject(command(w, "ACL DELUSER acme"));
 }
 
+// What the script calls, those who run it may call.
+static void test_access_of_the_script(void **state)
+{
+    struct world *w = *state;
+    char worker[QUEUE_ACL_SIZE], operator[QUEUE_ACL_SIZE], *text = NULL;
+    size_t size = 0, calls = 0;
+    FILE *file = fopen("proto/queue.lua", "r");
+    assert_non_null(file);
+    assert_true(getdelim(&text, &size, 0, file) > 0);
+    fclose(file);
+    OK(queue_acl(w->q, QUEUE_USER_WORKER, "worker", NULL, worker, e));
+    OK(queue_acl(w->q, QUEUE_USER_OPERATOR, "operator", NULL, operator, e));
+    for (const char *at = text; (at = strstr(at, "call('")) != NULL; calls++) {
+        at += 6;
+        char right[40];
+        int n = snprintf(right, sizeof right, "+%.*s", (int)strcspn(at, "'"), at);
+        for (int i = 0; i < n; i++)
+            right[i] = (char)tolower((unsigned char)right[i]);
+        if (!strstr(worker, right) || !strstr(operator, right))
+            fail_msg("queue.lua calls %s, which no line of access control grants", right + 1);
+    }
+    assert_true(calls > 100);
+    free(text);
+}
+
 static void test_server_checks(void **state)
 {
     struct world *w = *state;
@@ -1409,6 +1160,170 @@ static void test_server_checks(void **state)
     FAILS(ERR_NO_MEMORY, queue_submit(w->q, "default", "x", 1, entry, e));
     freeReplyObject(command(w, "CONFIG SET maxmemory 0"));
     check_invariants(w);
+}
+
+static void wait_for_failed_save(struct world *w)
+{
+    bool failed = false;
+    for (int i = 0; i < 1000 && !failed; i++) {
+        redisReply *info = command(w, "INFO persistence");
+        failed = strstr(info->str, "rdb_last_bgsave_status:err") != NULL;
+        freeReplyObject(info);
+        usleep(failed ? 0 : 10000);
+    }
+    assert_true(failed);
+}
+
+// Each way in which a server refuses to write, in the middle of work: the reason is told, nothing is half-written, a
+// job in hand is not lost, and all goes on when it is over.
+static void refuses_to_write(struct world *w, enum err_code code, const char *trouble)
+{
+    struct queue_admission admission = {.consumer = "node1"};
+    struct queue_admitted out;
+    struct queue_reaped reaped;
+    struct queue_job job;
+    struct err why;
+    char entry[QUEUE_ENTRY_SIZE];
+    size_t n;
+    static const char *const pools[] = {POOL};
+    const struct queue_claim want = {"w1", "i1", pools, 1, 60000, 1};
+    Ditfleet__V1__Result result = DITFLEET__V1__RESULT__INIT;
+    void *bytes;
+    size_t length;
+    OK(result_pack(&result, &bytes, &length, e));
+    struct queue_fence f = claim(w, 60000);
+    freeReplyObject(command(w, "%s", trouble));
+    if (code == ERR_IO)
+        wait_for_failed_save(w);
+    FAILS(code, queue_submit(w->q, "default", "x", 1, entry, e));
+    if (code == ERR_NO_MEMORY) { // a script that begins by taking something away may write
+        OK(queue_finish(w->q, &f, bytes, length, e));
+    } else {
+        FAILS(code, queue_finish(w->q, &f, bytes, length, e));
+        FAILS(code, queue_beat(w->q, &f, 60000, e));
+        FAILS(code, queue_claim(w->q, &want, &job, &n, entry, e));
+        FAILS(code, queue_fail(w->q, &f, QUEUE_CAUSE_APP, &app_error, NULL, e));
+        int rc = queue_admit(w->q, &admission, 0, &out, &why);
+        assert_true(rc == (int)code || (rc == 0 && out.admitted == 0));
+    }
+    OK(queue_reap(w->q, &reaped, e)); // with nothing due it writes nothing
+    free(bytes);
+}
+
+static void goes_on(struct world *w)
+{
+    check_invariants(w);
+    reopen(w);
+    admit(w);
+    for (struct queue_job job; claim_as(w, "w1", "i2", 1, 60000, &job) == 1; queue_job_free(&job))
+        finish(w, &job.fence);
+    OK(queue_release_all(w->q, "w1", "i1", &gpu_fault, NULL, e));
+    for (struct queue_job job; claim_as(w, "w1", "i2", 1, 60000, &job) == 1; queue_job_free(&job))
+        finish(w, &job.fence);
+    assert_string_equal(state_of(w, "a"), "SUCCEEDED");
+    assert_string_equal(state_of(w, "b"), "SUCCEEDED");
+    check_invariants(w);
+}
+
+static void two_jobs(struct world *w)
+{
+    submit(w, "a");
+    submit(w, "b");
+    admit(w);
+}
+
+static void test_replica_in_between(void **state)
+{
+    struct world *w = *state;
+    struct queue_stats stats;
+    two_jobs(w);
+    freeReplyObject(command(w, "REPLICAOF 127.0.0.1 1"));
+    OK(queue_stats(w->q, &stats, e)); // figures can be read all the same
+    assert_int_equal(stats.queued, 2);
+    freeReplyObject(command(w, "REPLICAOF NO ONE"));
+    refuses_to_write(w, ERR_UNAVAILABLE, "REPLICAOF 127.0.0.1 1");
+    freeReplyObject(command(w, "REPLICAOF NO ONE"));
+    goes_on(w);
+}
+
+static void test_no_memory_in_between(void **state)
+{
+    struct world *w = *state;
+    two_jobs(w);
+    refuses_to_write(w, ERR_NO_MEMORY, "CONFIG SET maxmemory 1");
+    freeReplyObject(command(w, "CONFIG SET maxmemory 0"));
+    goes_on(w);
+}
+
+// Redis could not save, and takes no writes until it can.
+static void test_no_disk_in_between(void **state)
+{
+    struct world *w = *state;
+    char in_the_way[120];
+    two_jobs(w);
+    snprintf(in_the_way, sizeof in_the_way, "%s/dump.rdb", w->server.folder);
+    assert_int_equal(mkdir(in_the_way, 0700), 0);
+    OK(redis_command(queue_redis(w->q), NULL, e, "CONFIG SET save %s", "3600 1000000"));
+    refuses_to_write(w, ERR_IO, "BGSAVE");
+    assert_int_equal(rmdir(in_the_way), 0);
+    OK(redis_command(queue_redis(w->q), NULL, e, "CONFIG SET save %s", ""));
+    goes_on(w);
+}
+
+// One submission to a server that says these lines, and its receipt.
+static int receipt_of(const char *const *lines, size_t n, unsigned replicas, struct queue_receipt *r, bool *confirmed)
+{
+    char url[64], entry[QUEUE_ENTRY_SIZE];
+    const char *all[8] = {"-NOPERM this user has no permissions\r\n", "$15\r\n1700000000000-0\r\n"};
+    struct queue *q;
+    struct err why;
+    memcpy(all + 2, lines, n * sizeof *lines);
+    pid_t peer = serve_lines(all, n + 2, url);
+    OK(queue_open(&q, url, "test", QUEUE_PRODUCER, NULL, e));
+    OK(queue_submit(q, "default", "x", 1, entry, e));
+    int rc = queue_receipt(q, replicas, 100, r, confirmed, &why);
+    queue_close(q);
+    kill(peer, SIGKILL);
+    waitpid(peer, NULL, 0);
+    return rc;
+}
+#define RECEIPT(replicas, r, confirmed, ...)                                                                           \
+    receipt_of((const char *const[]){__VA_ARGS__}, sizeof((const char *const[]){__VA_ARGS__}) / sizeof(char *),        \
+               replicas, r, confirmed)
+
+static void test_receipts(void **state)
+{
+    struct world *w = *state;
+    static const char unknown[] = "-ERR unknown command 'WAITAOF', with args beginning with: '1'\r\n",
+                      no_file[] = "-ERR WAITAOF cannot be used when numlocal is set but appendonly is disabled.\r\n",
+                      both[] = "*2\r\n:1\r\n:2\r\n", none[] = "*2\r\n:0\r\n:0\r\n";
+    struct queue_receipt r;
+    bool confirmed;
+    assert_int_equal(RECEIPT(2, &r, &confirmed, both), 0);
+    assert_true(confirmed && r.on_disk && r.local == 1 && r.replicas == 2);
+    assert_int_equal(RECEIPT(3, &r, &confirmed, both), 0);
+    assert_true(!confirmed && r.replicas == 2);
+    assert_int_equal(RECEIPT(0, &r, &confirmed, none), 0);
+    assert_true(!confirmed && r.on_disk && r.local == 0);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, no_file, "*2\r\n:0\r\n:1\r\n"), 0);
+    assert_true(!confirmed && r.on_disk && r.local == 0 && r.replicas == 1);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, unknown, ":1\r\n"), 0);
+    assert_true(confirmed && !r.on_disk && r.local == 0 && r.replicas == 1);
+    assert_int_equal(RECEIPT(0, &r, &confirmed, unknown, ":0\r\n"), 0);
+    assert_false(confirmed); // in one server's memory
+    assert_int_equal(RECEIPT(1, &r, &confirmed, "-NOPERM no\r\n", ":0\r\n"), 0);
+    assert_false(confirmed || r.on_disk);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, "-READONLY no\r\n", both), ERR_UNAVAILABLE);
+    // Another connection knows nothing of the submission, whatever it answers.
+    assert_int_equal(RECEIPT(1, &r, &confirmed, "", both), ERR_UNAVAILABLE);
+    assert_int_equal(RECEIPT(1, &r, &confirmed, unknown, "", ":5\r\n"), ERR_UNAVAILABLE);
+    assert_false(confirmed);
+    // This server has no replicas.
+    submit(w, "a");
+    OK(queue_receipt(w->q, 1, 50, &r, &confirmed, e));
+    assert_false(confirmed || r.replicas);
+    redis_disconnect(queue_redis(w->q));
+    FAILS(ERR_UNAVAILABLE, queue_receipt(w->q, 0, 50, &r, &confirmed, e));
 }
 
 static void test_await_waits(void **state)
@@ -1449,22 +1364,6 @@ static struct queue_pool look(struct world *w, const char *name)
             found = pools[i];
     free(pools);
     return found;
-}
-
-static uint64_t flat_price(void *arg, const Ditfleet__V1__Job *job)
-{
-    (void)job;
-    return *(uint64_t *)arg;
-}
-
-// Admits one job at this price.
-static void admit_priced(struct world *w, Ditfleet__V1__Job *job, uint64_t gpu_ms)
-{
-    struct queue_admission admission = {.consumer = "node1", .price = flat_price, .arg = &gpu_ms};
-    struct queue_admitted out;
-    submit_job(w, "default", job, NULL);
-    OK(queue_admit(w->q, &admission, 0, &out, e));
-    assert_int_equal(out.admitted, 1);
 }
 
 #define POOL_IS(p, queued_, delayed_, working_, queued_ms_, delayed_ms_, working_ms_)                                  \
@@ -1689,44 +1588,6 @@ static void test_random_moves(void **state)
     check_invariants(w);
 }
 
-// ---- the fixture
-
-static int start(void **state)
-{
-    struct world *w = calloc(1, sizeof *w);
-    *state = w;
-    return private_redis_start(&w->server, NULL);
-}
-
-static int stop(void **state)
-{
-    struct world *w = *state;
-    private_redis_stop(&w->server);
-    free(w);
-    return 0;
-}
-
-static int empty(void **state)
-{
-    struct world *w = *state;
-    struct err e = {0};
-    int rc = queue_open(&w->q, w->server.url, "test", QUEUE_NODE, NULL, &e);
-    rc = rc ? rc : redis_command(queue_redis(w->q), NULL, &e, "FLUSHALL");
-    rc = rc ? rc : queue_model_publish(w->q, "shapes", "1", &e);
-    if (rc)
-        fprintf(stderr, "%s\n", e.text);
-    return rc;
-}
-
-static int leave(void **state)
-{
-    struct world *w = *state;
-    queue_close(w->q);
-    return 0;
-}
-
-#define TEST(f) cmocka_unit_test_setup_teardown(f, empty, leave)
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -1766,7 +1627,12 @@ int main(void)
         TEST(test_callbacks_that_cannot_be_made),
         TEST(test_callbacks_are_off),
         TEST(test_access_of_a_tenant),
+        TEST(test_access_of_the_script),
         TEST(test_server_checks),
+        TEST(test_replica_in_between),
+        TEST(test_no_memory_in_between),
+        TEST(test_no_disk_in_between),
+        TEST(test_receipts),
         TEST(test_await_waits),
         TEST(test_pools_follow_every_move),
         TEST(test_pools_of_uncounted_jobs),

@@ -1,6 +1,7 @@
 // test_redis.c: the connection: URLs, deadlines, reconnection, refusals, TLS.
 #include "private_redis.h"
 #include "proto/redis.h"
+#include "scripted_redis.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -33,6 +34,8 @@ static void test_urls(void **state)
         {"unix:///run/a%20b", "unix:/run/a b"},
         {"unix:///run/a?db=2", "unix:/run/a"},
         {"redis://u:p@p@h", "redis://h:6379"},
+        {"sentinel://a/m", "sentinel://a/m"},
+        {"sentinel://u:secret@a:1,[::1]:2,c/m%2Fm/3", "sentinel://a:1,[::1]:2,c/m/m"},
     };
     static const char *const bad[] = {
         "http://h",
@@ -48,6 +51,16 @@ static void test_urls(void **state)
         "redis://u:secret%00@h",
         "",
         "redis://h?x=1",
+        "sentinel://a",
+        "sentinel://a/",
+        "sentinel:///m",
+        "sentinel://a,/m",
+        "sentinel://a,,b/m",
+        "sentinel://a:0/m",
+        "sentinel://a/m/x",
+        "sentinel://a/m?x=1",
+        "sentinel://u:secret%zz@a/m",
+        "sentinel://1,2,3,4,5,6,7,8,9/m",
     };
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         struct redis *r = connect_to(good[i][0], NULL);
@@ -294,6 +307,96 @@ static void test_odd_peers(void **state)
     close(fd);
 }
 
+// What a server says that cannot do it now, or will not: each is told apart, and none but READONLY costs the
+// connection.
+static void test_refusals_of_a_server_in_trouble(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *line;
+        enum err_code code;
+        enum redis_problem problem;
+    } rows[] = {
+        {"-LOADING Redis is loading the dataset in memory\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_BUSY},
+        {"-BUSY Redis is busy running a script.\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_BUSY},
+        {"-MASTERDOWN Link with MASTER is down\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_BUSY},
+        {"-CLUSTERDOWN The cluster is down\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_BUSY},
+        {"-TRYAGAIN Multiple keys request during rehashing of slot\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_BUSY},
+        {"-READONLY You can't write against a read only replica.\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_BUSY},
+        {"-NOREPLICAS Not enough good replicas to write.\r\n", ERR_UNAVAILABLE, REDIS_PROBLEM_OTHER},
+        {"-OOM command not allowed when used memory > 'maxmemory'.\r\n", ERR_NO_MEMORY, REDIS_PROBLEM_OTHER},
+        {"-MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.\r\n",
+         ERR_IO, REDIS_PROBLEM_OTHER},
+        {"-NOSCRIPT No matching script.\r\n", ERR_NOT_FOUND, REDIS_PROBLEM_NOSCRIPT},
+        {"-NOGROUP No such key 'x' or consumer group 'y'\r\n", ERR_NOT_FOUND, REDIS_PROBLEM_NOGROUP},
+        {"-UNBLOCKED the stream key no longer exists\r\n", ERR_NOT_FOUND, REDIS_PROBLEM_NOGROUP},
+        {"-NOPERM this user has no permissions to run the 'get' command\r\n", ERR_REFUSED, REDIS_PROBLEM_NOPERM},
+        {"-ERR The user executing the script can't run this command or subcommand\r\n", ERR_REFUSED,
+         REDIS_PROBLEM_NOPERM},
+        {"-NOAUTH Authentication required.\r\n", ERR_REFUSED, REDIS_PROBLEM_OTHER},
+        {"-NEWWORD of a later version\r\n", ERR_INTERNAL, REDIS_PROBLEM_OTHER},
+    };
+    enum { ROWS = sizeof rows / sizeof *rows };
+    const char *lines[ROWS + 1];
+    char url[64];
+    for (size_t i = 0; i < ROWS; i++)
+        lines[i] = rows[i].line;
+    lines[ROWS] = "+PONG\r\n";
+    pid_t child = serve_lines(lines, ROWS + 1, url);
+    struct redis *r = connect_to(url, NULL);
+    struct err e = {0};
+    for (size_t i = 0; i < ROWS; i++) {
+        assert_int_equal(redis_command(r, NULL, &e, "GET x"), rows[i].code);
+        assert_int_equal(redis_problem(r), rows[i].problem);
+        assert_int_equal(e.retryable, err_code_retryable(rows[i].code));
+    }
+    assert_int_equal(redis_command(r, NULL, &e, "PING"), 0);
+    redis_close(r);
+    waitpid(child, NULL, 0);
+}
+
+// Sentinels that are silent, ignorant or behind the times are passed over; a server that is no master is not taken.
+static void test_sentinels(void **state)
+{
+    struct private_redis *server = *state;
+    struct redis *admin = connect_to(server->url, NULL), *r;
+    struct err e = {0};
+    char sentinel[3][64], url[400], answer[100];
+    redisReply *reply;
+    const int port = 20000 + (getpid() + 7) % 20000;
+    assert_int_equal(redis_command(admin, NULL, &e, "CONFIG SET port %d", port), 0);
+    snprintf(answer, sizeof answer, "*2\r\n$9\r\n127.0.0.1\r\n$5\r\n%d\r\n", port);
+    pid_t gone = serve_lines(NULL, 0, sentinel[0]);
+    waitpid(gone, NULL, 0); // nobody listens there any more
+    pid_t ignorant = serve_lines((const char *[]){"*-1\r\n", "*-1\r\n", "*-1\r\n"}, 3, sentinel[1]);
+    pid_t knowing = serve_lines((const char *[]){answer, answer, answer}, 3, sentinel[2]);
+    snprintf(url, sizeof url, "sentinel://%s,%s,%s/m/1", sentinel[0] + 8, sentinel[1] + 8, sentinel[2] + 8);
+    r = connect_to(url, NULL);
+    if (redis_command(r, &reply, &e, "CLIENT LIST") != 0)
+        fail_msg("%s", e.text);
+    assert_non_null(strstr(reply->str, "db=1"));
+    freeReplyObject(reply);
+    snprintf(url, sizeof url, "redis://127.0.0.1:%d (m)", port);
+    assert_string_equal(redis_address(r), url);
+    // A replica is none, whatever the sentinel says; it is looked up again for each try.
+    assert_int_equal(redis_command(admin, NULL, &e, "REPLICAOF 127.0.0.1 1"), 0);
+    assert_int_equal(redis_command(r, NULL, &e, "SET k v"), ERR_UNAVAILABLE);
+    assert_int_equal(redis_problem(r), REDIS_PROBLEM_BUSY); // READONLY
+    assert_int_equal(redis_command(r, NULL, &e, "SET k v"), ERR_UNAVAILABLE);
+    assert_non_null(strstr(e.text, "is no master, or not yet"));
+    assert_int_equal(redis_command(admin, NULL, &e, "REPLICAOF NO ONE"), 0);
+    if (redis_command(r, NULL, &e, "SET k v") != 0)
+        fail_msg("%s", e.text);
+    redis_disconnect(r);
+    assert_int_equal(redis_command(r, NULL, &e, "PING"), ERR_UNAVAILABLE); // nobody knows any more
+    redis_close(r);
+    kill(ignorant, SIGKILL);
+    waitpid(ignorant, NULL, 0);
+    waitpid(knowing, NULL, 0);
+    assert_int_equal(redis_command(admin, NULL, &e, "CONFIG SET port 0"), 0);
+    redis_close(admin);
+}
+
 static int start(void **state)
 {
     struct private_redis *server = calloc(1, sizeof *server);
@@ -318,6 +421,8 @@ int main(void)
         cmocka_unit_test(test_pipeline_and_scripts),
         cmocka_unit_test(test_tls),
         cmocka_unit_test(test_odd_peers),
+        cmocka_unit_test(test_refusals_of_a_server_in_trouble),
+        cmocka_unit_test(test_sentinels),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }
