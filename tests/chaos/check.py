@@ -218,11 +218,18 @@ def take_other_job(fleet, job, seen):
 DAMAGE = (lose, leave_waiting, commit_twice, blame, spoil_picture, commit_other_picture, take_other_job)
 
 
-def unseen_damage(fleet, judge, found):
+def stray_seen(fleet, found, before):
+    fleet.server.zadd(PREFIX + "live", {"default:nobody": 1e15})
+    seen = queue_problems(fleet, found, before)
+    fleet.server.zrem(PREFIX + "live", "default:nobody")
+    return seen and not queue_problems(fleet, found, before)
+
+
+def unseen_damage(fleet, judge, found, before):
     """Each kind of damage done to a job of its own: the names of those that the checks do not see."""
     victims = [(job, seen) for job, seen in found if job.kind == "plain" and not judge.problems(job, seen)]
     assert len(victims) >= len(DAMAGE), "too few jobs to damage"
-    unseen = []
+    unseen = [] if stray_seen(fleet, found, before) else ["a stray member of an index"]
     for damage, (job, seen) in zip(DAMAGE, victims):
         damage(fleet, job, seen)
         if not judge.problems(*look(fleet, [job])[0]):

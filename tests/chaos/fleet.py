@@ -5,12 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import redis
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)) + "/../e2e")
-from private_fleet import BUILD, MODEL, SOURCE, PrivateFleet, alive, children, job_pb2, until  # noqa: E402,F401
+from private_fleet import BUILD, MODEL, PrivateFleet, alive, children, job_pb2, until  # noqa: E402,F401
 from wire import Wire  # noqa: E402
 
 NODES = {"a": 1, "b": 2, "q": 0}  # ranks of the node's group; 0: it has none

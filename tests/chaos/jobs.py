@@ -203,7 +203,7 @@ class Load:
                 job.resent += 1
                 job.entries.append(self.push(job, job.bytes)[0])
 
-    def reopen(self, seconds):
+    def reopen(self):
         """Jobs that a failover took back from their final state are followed again; how many. None: not to be had now."""
         try:
             undone = [job for job, state in self.look(self.jobs) if state not in FINAL]

@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 
-HELD = "forbidden/"  # paths below it are answered 403
+FORBIDDEN = "forbidden/"  # paths below it are answered 403
 
 
 class Link:
@@ -102,7 +102,7 @@ class Sink:
 
     async def judge(self, path, body):
         """The status; 0: stored, but the connection is to break; -1: it is to break."""
-        if path.startswith(HELD):
+        if path.startswith(FORBIDDEN):
             return 403
         if isinstance(self.fault, int):
             return self.fault
