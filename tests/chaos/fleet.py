@@ -114,6 +114,8 @@ class ChaosFleet(PrivateFleet):
         self.wire.child.kill()
         if self.fills:
             subprocess.run(["umount", "--lazy", self.pictures], check=True)
+        if why[0]:
+            print("the nodes, at last:", *self.log_lines(".")[-60:], sep="\n")
         super().__exit__(*why)
 
     def mount(self, size):

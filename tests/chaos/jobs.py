@@ -87,8 +87,8 @@ class Load:
 
     def __init__(self, fleet, jobs, window, grade):
         self.fleet, self.jobs, self.window, self.grade = fleet, jobs, window, grade
-        self.todo, self.open, self.cancels = iter(jobs), {}, []
-        self.lock, self.changed = threading.Lock(), threading.Event()
+        self.taken, self.open, self.cancels = 0, {}, []
+        self.lock = threading.Lock()
         self.submitted = self.cancels_tried = self.resubmitted = 0
         self.stopped, self.broken = False, []
         self.threads = [threading.Thread(target=self.guard, args=(work,), daemon=True)
@@ -113,6 +113,11 @@ class Load:
         assert not self.broken, self.broken
         with self.lock:
             return self.submitted == len(self.jobs) and not self.open and not self.cancels
+
+    def close(self):
+        """No further jobs."""
+        with self.lock:
+            self.jobs = self.jobs[:self.taken]
 
     # ---- submitting
 
@@ -151,13 +156,14 @@ class Load:
     def produce(self):
         while not self.stopped:
             with self.lock:
+                if self.taken == len(self.jobs):
+                    return
                 room = len(self.open) < self.window
-                job = next(self.todo, None) if room else None
-                if job:
+                if room:
+                    job = self.jobs[self.taken]
                     self.open[job.id] = job
-            if room and not job:
-                return
-            if not job:
+                    self.taken += 1
+            if not room:
                 time.sleep(0.02)
                 continue
             self.submit(job)
