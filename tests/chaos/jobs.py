@@ -85,8 +85,10 @@ def draw_jobs(seed, count, pictures, host, conflicts):
 class Load:
     """Keeps a number of jobs under way until all have been final. Threads; what they trip over is in .broken."""
 
-    def __init__(self, fleet, jobs, window, grade):
+    def __init__(self, fleet, jobs, window, grade, seconds):
+        """seconds: over which the jobs are spread at least, so that a quick machine has as many faults as a slow one."""
         self.fleet, self.jobs, self.window, self.grade = fleet, jobs, window, grade
+        self.pace = seconds / len(jobs)
         self.taken, self.open, self.cancels = 0, {}, []
         self.lock = threading.Lock()
         self.submitted = self.cancels_tried = self.resubmitted = 0
@@ -95,6 +97,7 @@ class Load:
                         for work in (self.produce, self.produce, self.follow, self.cancel)]
 
     def start(self):
+        self.started = time.monotonic()
         for thread in self.threads:
             thread.start()
 
@@ -158,7 +161,7 @@ class Load:
             with self.lock:
                 if self.taken == len(self.jobs):
                     return
-                room = len(self.open) < self.window
+                room = len(self.open) < self.window and time.monotonic() >= self.started + self.taken * self.pace
                 if room:
                     job = self.jobs[self.taken]
                     self.open[job.id] = job
