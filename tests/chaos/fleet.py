@@ -75,6 +75,11 @@ class Networks:
     def cut(self, node, cut):
         ip("link", "set", "dev", node, "down" if cut else "up")
 
+    def end(self):
+        """Now: with their namespaces they would go some time later, and the next run needs their names."""
+        for node in NODES:
+            ip("link", "delete", "dev", node)
+
 
 class OneNetwork:
     """Where namespaces are not allowed: a node's link to Redis can be cut all the same."""
@@ -88,6 +93,9 @@ class OneNetwork:
 
     def cut(self, node, cut):
         self.wire().set(node, stalled=cut)
+
+    def end(self):
+        pass
 
 
 class ChaosFleet(PrivateFleet):
@@ -112,6 +120,7 @@ class ChaosFleet(PrivateFleet):
 
     def __exit__(self, *why):
         self.wire.child.kill()
+        self.net.end()
         if self.fills:
             subprocess.run(["umount", "--lazy", self.pictures], check=True)
         if why[0]:
