@@ -354,6 +354,22 @@ static void caller_die(struct world *w, struct actor *a)
 
 // ---- the operator: what a fleet is configured to, said again and again, since a failover may lose it
 
+// A dead letter is tried again, or thrown away.
+static void look_at_letters(struct world *w, struct actor *a)
+{
+    struct queue_letter list[QUEUE_BATCH];
+    char entry[QUEUE_ENTRY_SIZE];
+    size_t n;
+    struct err e;
+    if (w->calm || queue_dead(a->q, "", list, &n, &e) != 0 || n == 0)
+        return;
+    const char *letter = list[draw(w, (unsigned)n)].letter;
+    if (once_in(w, 4))
+        (void)queue_dead_drop(a->q, letter, &e);
+    else
+        (void)queue_dead_retry(a->q, letter, entry, &e);
+}
+
 static void operator_act(struct world *w, struct actor *a)
 {
     static const struct {
@@ -363,23 +379,29 @@ static void operator_act(struct world *w, struct actor *a)
                     {"backoff_ms", 300},
                     {"backoff_cap_ms", 5000},
                     {"check_ms", 2000},
-                    {"max_attempts_infra", 6}};
+                    {"max_attempts_infra", 6},
+                    {"max_backlog_ms", 300000}};
+    const struct queue_limits limits = {1 + draw(w, 2), w->calm || once_in(w, 3) ? 0 : 4, 20,
+                                        w->calm || once_in(w, 3) ? 0 : 100};
     struct queue_stats stats;
     struct queue_pool *pools;
     size_t n;
     struct err e;
-    switch (draw(w, 6)) {
+    switch (draw(w, 7)) {
     case 0:
     case 1:
         n = draw(w, sizeof settings / sizeof *settings);
         (void)queue_set(a->q, settings[n].name, settings[n].value, &e);
         break;
     case 2:
-        (void)queue_tenant_add(a->q, check_tenant(draw(w, CHECK_TENANTS)), 1 + draw(w, 2), &e);
+        (void)queue_tenant_limit(a->q, check_tenant(draw(w, CHECK_TENANTS)), &limits, &e);
         break;
     case 3:
     case 4:
         (void)queue_model_publish(a->q, once_in(w, 2) ? "m" : "n", "1", &e);
+        break;
+    case 5:
+        look_at_letters(w, a);
         break;
     default:
         (void)queue_stats(a->q, &stats, &e);

@@ -40,6 +40,7 @@ static const struct rule {
     {"release", HELD, BIT(QUEUED)},
     {"release_all", HELD, AGAIN},
     {"cancel", LIVE, BIT(CANCELLED)},
+    {"dead_retry", BIT(DEAD), BIT(QUEUED)}, // another life
     {"reap", HELD, AGAIN | BIT(EXPIRED)},
     {"reap", WAITING, BIT(QUEUED) | BIT(EXPIRED)},
     {"reap", BIT(QUEUED), BIT(EXPIRED)},
@@ -377,6 +378,8 @@ static bool check_charge(struct check *c, unsigned k, const struct job *was, con
     const bool own = is_op(c, "fail") && c->argc > 4 && text_is(c->argv[4], "app");
     const uint64_t app = failed && own,
                    infra = failed && !own && (is_op(c, "fail") || is_op(c, "release_all") || is_op(c, "reap"));
+    if (is_op(c, "dead_retry") && was->state == BIT(DEAD) && now->app + now->infra == 0)
+        return true; // all its attempts again
     if (now->app != was->app + app || now->infra != was->infra + infra)
         return check_fail(
             c, "charge: %s of job j%u: attempts app %" PRIu64 " to %" PRIu64 ", infra %" PRIu64 " to %" PRIu64, c->op,
@@ -441,7 +444,8 @@ static bool check_record(struct check *c, unsigned k)
     if (!s.there)
         return check_gone(c, k);
     was = *j;
-    if ((was.state & FINAL) && (s.job.state != was.state || s.job.result != was.result || s.job.epoch != was.epoch))
+    if ((was.state & FINAL) && !(is_op(c, "dead_retry") && was.state == BIT(DEAD)) &&
+        (s.job.state != was.state || s.job.result != was.result || s.job.epoch != was.epoch))
         return check_fail(c, "final: %s changed job j%u, which was %s", c->op, k, state_name(was.state));
     if (has_fence(c) && !check_fence(c, k, &was))
         return false;
@@ -579,8 +583,8 @@ struct recount {
     struct check *c;
     uint64_t by_state[STATES], backlog_ms;
     uint64_t jobs[POOLS][3], ms[POOLS][3]; // queued, delayed, working
-    uint64_t queued_of[CHECK_TENANTS];
-    size_t ready, held, due;
+    uint64_t queued_of[CHECK_TENANTS], ms_of[CHECK_TENANTS];
+    size_t ready, held, due, was_due;
     unsigned misplaced;
 };
 
@@ -608,6 +612,8 @@ static bool recount_jobs(struct check *c, struct recount *r)
         r->ms[j->pool][what] += j->gpu_ms;
         r->backlog_ms += j->gpu_ms;
         r->queued_of[k % CHECK_TENANTS] += what == 0;
+        r->ms_of[k % CHECK_TENANTS] += j->gpu_ms;
+        r->was_due += what == 0 && j->due_ms > 0;
     }
     return true;
 }
@@ -642,6 +648,9 @@ static bool recount_key(void *arg, struct text name)
         struct text vtime = field(c, &t, "vtime");
         double at;
         r->ready += n;
+        struct name limited = key("limited"); // above its rate, it is there instead
+        if (store_score(c->store, text_of(limited.text), text_of(rest), &at))
+            return true;
         if (!store_score(c->store, text_of(ring.text), text_of(tenant), &at))
             return r->misplaced > 0 || check_fail(c, "fair: %s has ready jobs and is not in %s", tenant, ring.text);
         if (vtime.bytes && at > strtod(vtime.bytes, NULL))
@@ -665,6 +674,8 @@ static bool check_sizes(struct check *c, const struct recount *r)
     if (r->misplaced == 0 && (r->ready != queued || size_of(c, "delayed") != waiting || size_of(c, "lease") != held))
         return check_fail(c, "place: %zu jobs queued, %zu waiting, %zu held; in ready %zu, delayed %zu, lease %zu",
                           queued, waiting, held, r->ready, size_of(c, "delayed"), size_of(c, "lease"));
+    if (size_of(c, "due") != r->was_due)
+        return check_fail(c, "place: %zu queued jobs had to wait, %zu are in due", r->was_due, size_of(c, "due"));
     if (r->due != outbox || size_of(c, "outbox_hold") > outbox || size_of(c, "outbox_tries") > outbox)
         return check_fail(c, "callback: %zu in outbox, %zu due, %zu tries, %zu holds", outbox, r->due,
                           size_of(c, "outbox_tries"), size_of(c, "outbox_hold"));
@@ -682,6 +693,9 @@ static bool check_tenants(struct check *c, const struct recount *r)
         if (r->misplaced == 0 && counted != (long long)r->queued_of[t] + c->h.drift[t])
             return check_fail(c, "fair: %s has %" PRIu64 " jobs queued, its ready count is %lld", tenants[t],
                               r->queued_of[t] + (uint64_t)c->h.drift[t], counted);
+        if (number(c, &k, "gpu_ms") != r->ms_of[t])
+            return check_fail(c, "stats: gpu_ms of %s is %" PRIu64 ", counted %" PRIu64, tenants[t],
+                              number(c, &k, "gpu_ms"), r->ms_of[t]);
         if (!isfinite(at) || at < c->h.vtime[t])
             return check_fail(c, "fair: the virtual time of %s went from %.17g to %.17g", tenants[t], c->h.vtime[t],
                               at);

@@ -352,14 +352,26 @@ static void eval(struct server *s, size_t argc, const struct text *argv, struct 
     lua_settop(l, 0);
 }
 
+static bool is_command(struct text name, const char *command, bool *read_only)
+{
+    size_t length = strlen(command);
+    *read_only = name.length == length + 3 && strncasecmp(name.bytes + length, "_RO", 3) == 0;
+    return (name.length == length || *read_only) && strncasecmp(name.bytes, command, length) == 0;
+}
+
 void server_run(struct server *s, size_t argc, const struct text *argv, struct buffer *out)
 {
-    bool known = argv[0].length == 7 && strncasecmp(argv[0].bytes, "EVALSHA", 7) == 0;
+    bool read_only, known = is_command(argv[0], "EVALSHA", &read_only);
+    const size_t dirty = store_dirty(s->store);
     if (known && (argc < 2 || !text_is(argv[1], s->sha1)))
         reply_error(out, "NOSCRIPT No matching script. Please use EVAL.");
-    else if (known || (argc > 1 && argv[0].length == 4 && strncasecmp(argv[0].bytes, "EVAL", 4) == 0)) {
+    else if (known || (argc > 1 && is_command(argv[0], "EVAL", &read_only))) {
         if (known || load_script(s, argv[1], out))
             eval(s, argc, argv, out);
+        if (read_only && store_dirty(s->store) > dirty) { // as far as here, what it wrote is not undone
+            out->length = 0;
+            reply_error(out, "ERR Write commands are not allowed from read-only scripts.");
+        }
     } else if (text_is(argv[0], "INFO")) // what queue_open looks at
         reply_bulk(out, text_of("redis_version:7.0.15\r\nmaxmemory_policy:noeviction\r\n"));
     else

@@ -263,6 +263,9 @@ static const char *const grammar[] = {
     "PEXPIRE k e ?LT",
     "PEXPIRE k e ?x",
     "PTTL k",
+    "PERSIST k",
+    "HSTRLEN h f",
+    "XRANGE s (i + COUNT n",
     "HGET h f",
     "HMGET h f ?f ?f",
     "HGETALL h",
@@ -344,6 +347,8 @@ static void draw_word(struct pair *p, const char *word, char *out)
         snprintf(out, WORD, "%s", draw_wrong(p));
     else if (*word == 'i')
         draw_id(p, out);
+    else if (strcmp(word, "(i") == 0)
+        snprintf(out, WORD, "(%u-%u", n % 60, n % 3);
     else if (*word == 'e')
         snprintf(out, WORD, "%u", random_once_in(&p->random, 10) ? 0 : 100000 + n * 1000);
     else if (*word == 'n')
@@ -365,7 +370,7 @@ static void draw_command(struct pair *p)
         bool optional = *w == '?';
         if (optional && random_below(&p->random, 3) != 0)
             continue;
-        bool drawn = strlen(w + optional) == 1 || strcmp(w, "(d") == 0;
+        bool drawn = strlen(w + optional) == 1 || (*w == '(' && strlen(w) == 2);
         if (!drawn || *w == '>' || *w == '~' || *w == '+' || *w == '-' || (*w >= '0' && *w <= '9'))
             snprintf(word, sizeof word, "%s", w + optional);
         else
@@ -590,20 +595,40 @@ static bool callbacks(struct pair *p)
     return r != NULL;
 }
 
+// Dead letters: listed, one of them tried again or thrown away.
+static bool dead(struct pair *p)
+{
+    char letter[48] = "1-1";
+    op(p, "dead");
+    says(p, "''");
+    redisReply *r = compare(p);
+    if (r && r->elements > 0)
+        snprintf(letter, sizeof letter, "%s",
+                 r->element[random_below(&p->random, (unsigned)r->elements)]->element[0]->str);
+    freeReplyObject(r);
+    op(p, random_once_in(&p->random, 4) ? "dead_drop" : "dead_retry");
+    says(p, "%s", letter);
+    return r && agree(p);
+}
+
 static bool rare(struct pair *p)
 {
     static const char *const lines[] = {"doors",
                                         "stats",
                                         "pools",
-                                        "tenant acme 2.5",
-                                        "tenant default 1",
                                         "publish m 0",
                                         "publish m 1",
                                         "withdraw m 1",
                                         "set backoff_ms 3000",
                                         "set no_such 1",
                                         "set max_attempts_infra 4",
-                                        "set outbox_max 3"};
+                                        "set outbox_max 3",
+                                        "set max_backlog_ms 9000",
+                                        "set max_backlog_ms 0",
+                                        "tenant acme 2.5 '' '' ''",
+                                        "tenant acme '' 0.5 700 ''",
+                                        "tenant acme 1.5 0 0 0",
+                                        "tenant default 1 '' '' 6000"};
     char line[64];
     op(p, "");
     snprintf(line, sizeof line, "%s", lines[random_below(&p->random, sizeof lines / sizeof *lines)]);
@@ -627,12 +652,12 @@ static bool upkeep(struct pair *p)
 // Each key must be the same in the end, and expire at the same millisecond.
 static bool operations(struct pair *p, unsigned long n)
 {
-    static bool (*const all[])(struct pair *) = {submit, submit, submit, submit, admit,     admit, claim,
-                                                 claim,  hold,   hold,   hold,   callbacks, rare,  upkeep};
+    static bool (*const all[])(struct pair *) = {submit, submit, submit, submit,    admit, admit,  claim, claim,
+                                                 hold,   hold,   hold,   callbacks, rare,  upkeep, dead};
     const struct text script = {queue_lua_start, (size_t)(queue_lua_end - queue_lua_start)};
     load_model(p, script);
     bool good = load_real(p, script);
-    for (const char *const *line = (const char *const[]){"tenant acme 2", "publish m 0", "publish m 1", NULL};
+    for (const char *const *line = (const char *const[]){"tenant acme 2 0 0 0", "publish m 0", "publish m 1", NULL};
          good && *line; line++) {
         pass_time(p);
         op(p, "");

@@ -545,6 +545,17 @@ static int pttl(struct run *r)
     return out_integer(r, !k ? -2 : !k->expires_ms ? -1 : k->expires_ms - store_now_ms(r->s));
 }
 
+static int persist(struct run *r)
+{
+    struct key *k = store_find(r->s, r->argv[1]);
+    bool expires = k && k->expires_ms;
+    if (expires) {
+        k->expires_ms = 0;
+        store_touch(r->s, k);
+    }
+    return out_integer(r, expires);
+}
+
 static int time_(struct run *r)
 {
     char text[24];
@@ -598,6 +609,14 @@ static int hget(struct run *r)
     if (!wrong)
         out_field(r, v, r->argv[2]);
     return 0;
+}
+
+static int hstrlen(struct run *r)
+{
+    bool wrong;
+    const struct value *v = value_read(r, 1, STORE_HASH, &wrong);
+    const struct field *f = v ? hash_find(&v->hash, r->argv[2]) : NULL;
+    return wrong ? 0 : out_integer(r, f ? (int64_t)f->value.length : 0);
 }
 
 static int hmget(struct run *r)
@@ -727,8 +746,10 @@ static const struct {
     {"DEL", -2, del},
     {"PEXPIRE", -3, pexpire},
     {"PTTL", 2, pttl},
+    {"PERSIST", 2, persist},
     {"TIME", 1, time_},
     {"HGET", 3, hget},
+    {"HSTRLEN", 3, hstrlen},
     {"HMGET", -3, hmget},
     {"HGETALL", 2, hgetall},
     {"HKEYS", 2, hkeys},

@@ -260,6 +260,13 @@ int xlen(struct run *r)
     return 0;
 }
 
+static bool next_of(struct id *id)
+{
+    if (++id->seq == 0 && ++id->ms == 0)
+        return false;
+    return true;
+}
+
 static bool read_end(struct text a, uint64_t seq, struct id *id)
 {
     if (text_is(a, "-"))
@@ -271,12 +278,19 @@ static bool read_end(struct text a, uint64_t seq, struct id *id)
     return true;
 }
 
+// Where a range begins; "(" before it: behind that id.
+static bool read_start(struct text a, struct id *id)
+{
+    bool open = a.length > 1 && a.bytes[0] == '(';
+    return open ? read_id((struct text){a.bytes + 1, a.length - 1}, 0, id) && next_of(id) : read_end(a, 0, id);
+}
+
 static int out_range(struct run *r, struct text low, struct text high, bool backwards)
 {
     struct id from, to;
     int64_t count = INT64_MAX;
     bool wrong;
-    if (!read_end(low, 0, &from) || !read_end(high, UINT64_MAX, &to))
+    if (!read_start(low, &from) || !read_end(high, UINT64_MAX, &to))
         return out_bad_id(r);
     if (r->argc == 6 && text_is_option(r->argv[4], "COUNT")) {
         if (!arg_integer(r, 5, &count))
