@@ -176,6 +176,7 @@ static int check(struct bench *b, const char *what, struct err *err)
 
 static void leave(struct bench *b)
 {
+    bench_unload(b);
     invention_free(b->invention);
     if (b->directory[0]) {
         architecture_remove(b->directory);

@@ -51,8 +51,10 @@ static int fake_link(struct device *d, const void *name, int rank, int ranks, in
 {
     struct link *l = calloc(1, sizeof *l);
     (void)d, (void)timeout_ms;
-    if (!l || ((const char *)name)[LINK_NAME_BYTES - 1] != 'n')
+    if (!l || ((const char *)name)[LINK_NAME_BYTES - 1] != 'n') {
+        free(l);
         return err_set(err, ERR_INTERNAL, "another name");
+    }
     *out = l;
     TRY(comm_shm_attach(fake.region, rank, &l->inner, err));
     for (int other = 0; other < ranks; other++) // pairs in one order on all ranks

@@ -547,6 +547,8 @@ static void a_job_over_which_two_groups_crash_is_poison(void **state)
     struct queue *q = open_queue();
     struct queue_record r = {0};
     struct err err = {0};
+    // Whichever of the two is back first takes the job again: no growing wait between.
+    assert_int_equal(queue_set(q, "backoff_cap_ms", 100, &err), 0);
     submit(q, "job-1");
     admit_here(q);
     configure("2s", GROUP("gpu0") "device = cuda\n");
