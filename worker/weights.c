@@ -787,7 +787,7 @@ static int shard_block(struct weights *w, int block, struct err *err)
     for (size_t f = 0; f < w->n_later; f++)
         if (w->later[f].kind == WEIGHTS_BLOCK && w->later[f].index == block)
             TRY(place_fetched(w, &w->later[f], err));
-    if (lay_block(w, block, (struct layout){.mine = NULL}) > u->bytes)
+    if (lay_block(w, block, (struct layout){.piece = NULL}) > u->bytes)
         return err_set(err, ERR_INTERNAL, "block %d is larger on the device than was reckoned", block);
     TRY(k->sync(w->home.d, err));
     lay_block(w, block, (struct layout){.piece = (char *)w->pieces + u->at, .mine = {piece * w->home.rank, piece}});
