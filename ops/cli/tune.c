@@ -481,7 +481,8 @@ static int tune(struct tuning *t, struct err *err)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
     const bool cuda = strcmp(t->device, "cuda") == 0;
     if (cuda && t->ranks > 1)
-        return err_set(err, ERR_INVALID, "--device cuda takes --ranks 1: what several GPUs say to each other is not measured yet");
+        return err_set(err, ERR_INVALID,
+                       "--device cuda takes --ranks 1: what several GPUs say to each other is not measured yet");
     if (t->ranks == 0)
         t->ranks = cuda ? 1 : cores < 2 ? 2 : cores < COMM_MAX_RANKS ? cores : COMM_MAX_RANKS;
     const struct conf_group group = {.ranks = t->ranks, .threads = t->threads};
