@@ -1,23 +1,31 @@
 # Sourced by tests/gpu/run, which says root, nvcc, cuda, arch: the CUDA backend's test and its bench, built by the two
 # compilers alone.
 backend=build/gpu-backend
-include='' libs=()
+includes=() libs=()
 
-# cuDNN's headers and library: beside the toolkit, the system's, or those of a Python package.
-find_cudnn() {
-  local dir i l lib
-  for dir in ${CUDNN_ROOT:+"$CUDNN_ROOT"} "$cuda" "$cuda/targets/x86_64-linux" /usr/local /usr \
-    $(python3 -c 'import nvidia.cudnn as m; print(list(m.__path__)[0])' 2>/dev/null || true); do
+# find_library NAME HEADER ROOT MODULE: beside the toolkit, the system's, or that of a Python package; ROOT first.
+find_library() {
+  local name=$1 header=$2 dir i l lib
+  for dir in ${3:+"$3"} "$cuda" "$cuda/targets/x86_64-linux" /usr/local /usr \
+    $(python3 -c "import nvidia.$4 as m; print(list(m.__path__)[0])" 2>/dev/null || true); do
     for i in "$dir/include" "$dir/include/x86_64-linux-gnu"; do
-      [[ -z $include && -f $i/cudnn_graph.h ]] || continue
+      [[ -f $i/$header ]] || continue
       for l in "$dir/lib64" "$dir/lib" "$dir/lib/x86_64-linux-gnu" "$cuda/lib64" "$cuda/lib"; do
-        lib=$(compgen -G "$l/libcudnn.so*" | head -n 1 || true)
-        [[ -n $lib ]] && include=$i && libs=("$lib" "-Wl,-rpath,$l") && break
+        lib=$(compgen -G "$l/$name.so*" | head -n 1 || true)
+        [[ -n $lib ]] || continue
+        includes+=(-isystem "$i") && libs+=("$lib" "-Wl,-rpath,$l")
+        say "$name: $i, $lib"
+        return
       done
     done
   done
-  [[ -n $include ]] || die "no cuDNN: cudnn_graph.h or libcudnn.so is missing; CUDNN_ROOT may name its folder"
-  say "cuDNN: $include, ${libs[0]}"
+  die "$header or $name.so is missing${5:+; $5 may name their folder}"
+}
+
+find_libraries() {
+  local l
+  find_library libcudnn cudnn_graph.h "${CUDNN_ROOT:-}" cudnn CUDNN_ROOT
+  find_library libnccl nccl.h "${NCCL_ROOT:-}" nccl NCCL_ROOT
   for l in "$cuda/lib64" "$cuda/lib" "$cuda/targets/x86_64-linux/lib"; do
     [[ ! -d $l ]] || libs+=("-L$l" "-Wl,-rpath,$l")
   done
@@ -34,11 +42,11 @@ compile() {
 
 build_backend() {
   local f j program cflags shim=() cmocka=-lcmocka
-  find_cudnn
+  find_libraries
   rm -rf "$backend"
   mkdir -p "$backend"
-  cflags=(-std=gnu11 -Wall -Wextra -Wpedantic -Werror -D_GNU_SOURCE -fno-strict-aliasing -I. -isystem "$cuda/include"
-    -isystem "$include")
+  cflags=(-std=gnu11 -Wall -Wextra -Wpedantic -Werror -D_GNU_SOURCE -fno-strict-aliasing -I. "${includes[@]}"
+    -isystem "$cuda/include")
   printf '#include <%s>\n' stdarg.h stddef.h stdint.h setjmp.h cmocka.h | gcc -E - >/dev/null 2>&1 ||
     { shim=(-Itests/gpu/shim) && cmocka=; }
   for f in kernels/cuda/*.cu; do
