@@ -61,7 +61,7 @@ url=(--output-url "$fleet_sink_url/{id}.png")
 submit plain 0 "state    SUCCEEDED" "${url[@]}" --prompt "a red circle" -o "$fleet/plain.png"
 grep -q "^plan     $plan$" "$fleet/out" || fail "not the plan of these ranks: $(<"$fleet/out")"
 grep -q "^3 plain.png$" "$fleet/counts" || fail "the upload was not tried three times: $(<"$fleet/counts")"
-grep -qE "^rank $last_rank +computed 0\.[0-9]*[1-9][0-9]*, exchanged [0-9.]+, waited [0-9.]+ s$" "$fleet/out" ||
+grep -qE "^rank $last_rank +computed ([0-9]*\.0*[1-9][0-9]*|[1-9][0-9]*\.0+), exchanged [0-9.]+, waited [0-9.]+ s$" "$fleet/out" ||
   fail "no times of rank $last_rank: $(<"$fleet/out")"
 cmp "$fleet/plain.png" "$fleet/sink/plain.png" || fail "the saved picture is not the uploaded one"
 same plain --prompt "a red circle"
