@@ -6,6 +6,7 @@
 #include "worker/exec.h"
 #include "worker/model.h"
 #include "worker/plan.h"
+#include "worker/precision.h"
 #include "worker/residency.h"
 #include "worker/weights.h"
 
@@ -42,19 +43,6 @@ struct comm_times engine_comm_times(const struct engine *e);
 
 // Bytes the host could still give, from the operating system's own estimate.
 int64_t engine_host_memory_free(void);
-
-// What a precision means where it is computed. fp8: the linear layers of blocks are E4M3, and so are their inputs; the
-// rest has the activation type, bf16.
-struct precision {
-    enum dtype activation;
-    bool fp8;
-};
-// wanted: a job's; preferred: what PRECISION_DEFAULT stands for with this model (model_limits.precision), itself
-// PRECISION_DEFAULT where the model does not say, then it is the backend's own type. The CPU computes in float32 and
-// leaves a model's preference alone. ERR_UNSUPPORTED: not on this backend; names what it can do.
-int engine_precision(const struct kernels *k, Ditfleet__V1__Precision wanted, Ditfleet__V1__Precision preferred,
-                     struct precision *out, struct err *err);
-const char *precision_name(const struct precision *p); // as jobs spell it
 
 enum engine_stage { ENGINE_TEXT, ENGINE_DENOISE, ENGINE_DECODE, ENGINE_STAGES };
 

@@ -215,7 +215,7 @@ static int check_precision(const struct worker *w, Ditfleet__V1__Precision wante
     struct precision p;
     if (wanted == DITFLEET__V1__PRECISION__PRECISION_DEFAULT)
         return 0;
-    TRY(engine_precision(w->kernels, wanted, wanted, &p, err));
+    TRY(precision_of(w->kernels, wanted, wanted, &p, err));
     if (p.activation == w->precision.activation && p.fp8 == w->precision.fp8)
         return 0;
     return err_set(err, ERR_UNSUPPORTED,

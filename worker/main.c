@@ -104,7 +104,7 @@ static int choose_precision(struct worker *w, struct err *err)
                            g->models[i].name, g->models[i].version, job_precision_name(prefers));
         preferred = prefers;
     }
-    return engine_precision(w->kernels, wanted, preferred, &w->precision, err);
+    return precision_of(w->kernels, wanted, preferred, &w->precision, err);
 }
 
 // Of the group's GPUs, which are all that a rank sees (CUDA_VISIBLE_DEVICES, from the supervisor), it has one.

@@ -1,4 +1,4 @@
-// stages.h: the stages of a job as engine.c strings them together, each written once for one rank and many, for CPU,
+// stages.h: the stages of a job as pictures.c strings them together, each written once for one rank and many, for CPU,
 // GPU and the dry run.
 #ifndef DITFLEET_STAGES_H
 #define DITFLEET_STAGES_H

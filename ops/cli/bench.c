@@ -38,7 +38,7 @@ static int choose_precision(struct bench *b, struct err *err)
         preferred = m->limits.precision;
         model_free(m);
     }
-    return engine_precision(b->k, b->job->precision, preferred, &b->precision, err);
+    return precision_of(b->k, b->job->precision, preferred, &b->precision, err);
 }
 
 int bench_load(struct bench *b, struct err *err)

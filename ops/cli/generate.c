@@ -84,7 +84,7 @@ static int open_engine(const struct generate *g, struct comm *comm, struct engin
                                      .held = g->held,
                                      .tuned = true};
     struct precision precision;
-    TRY(engine_precision(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
+    TRY(precision_of(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
     options.device.activation = precision.activation;
     options.fp8 = precision.fp8;
     return engine_new(&options, out, err);

@@ -70,7 +70,7 @@ static int prepare(struct planning *p, struct err *err)
     TRY(backend_find(p->device, &k, err));
     TRY(p->architecture ? invent_model(p, err) : model_load(p->model_dir, &p->model, err));
     TRY(model_resolve_job(p->model, p->job, err));
-    TRY(engine_precision(k, p->job->precision, p->model->limits.precision, &p->precision, err));
+    TRY(precision_of(k, p->job->precision, p->model->limits.precision, &p->precision, err));
     p->k = *k;
     p->k.activation = p->precision.activation;
     tuned_key_of(k, p->ranks, p->threads, &p->precision, &p->key);

@@ -488,7 +488,7 @@ static int tune(struct tuning *t, struct err *err)
     const struct conf_group group = {.ranks = t->ranks, .threads = t->threads};
     t->threads = conf_group_threads(&group);
     TRY(backend_find(t->device, &t->kernels, err));
-    TRY(engine_precision(t->kernels, t->job->precision, t->job->precision, &t->precision, err));
+    TRY(precision_of(t->kernels, t->job->precision, t->job->precision, &t->precision, err));
     tuned_key_of(t->kernels, t->ranks, t->threads, &t->precision, &t->key);
     TRY(ranks_run(t->ranks, measure, t, err));
     const struct machine c = machine_of(t);

@@ -535,10 +535,10 @@ static void precisions(void **state)
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         struct precision p;
         struct err err = {.code = ERR_NONE};
-        assert_int_equal(engine_precision(&gpu, rows[i].wanted, rows[i].preferred, &p, &err), 0);
+        assert_int_equal(precision_of(&gpu, rows[i].wanted, rows[i].preferred, &p, &err), 0);
         assert_int_equal(p.activation, rows[i].gpu.activation);
         assert_int_equal(p.fp8, rows[i].gpu.fp8);
-        assert_int_equal(engine_precision(&kernels_cpu, rows[i].wanted, rows[i].preferred, &p, &err),
+        assert_int_equal(precision_of(&kernels_cpu, rows[i].wanted, rows[i].preferred, &p, &err),
                          rows[i].refused ? ERR_UNSUPPORTED : 0);
         if (rows[i].refused)
             assert_non_null(strstr(err.text, "on cpu there is fp32"));
