@@ -132,24 +132,35 @@ static void note_step(struct run *r, int step)
     loop->collectives += now->collectives - last.collectives;
 }
 
+// What ranks or the device failed with, and when: a device runs a step or two behind.
+static int at_step(const struct run *r, enum engine_stage stage, int step, int rc, struct err *err)
+{
+    static const char *const doing[ENGINE_STAGES] = {"encoding text", "denoising", "decoding"};
+    if (rc == 0 || r->dry)
+        return rc;
+    if (stage == ENGINE_DENOISE && step > 0)
+        return err_context(err, "denoising, step %d of %u", step, r->job->num_inference_steps);
+    return err_context(err, "before %s", doing[stage]);
+}
+
 int run_checkpoint(struct run *r, enum engine_stage stage, int step, struct err *err)
 {
     const bool within =
         stage == ENGINE_DENOISE && step > 0; // a loop keeps the device busy; a stage begins when all is done
-    TRY((within ? exec_pace : exec_check)(&r->world, err));
+    TRY(at_step(r, stage, step, (within ? exec_pace : exec_check)(&r->world, err), err));
     if (r->dry && stage == ENGINE_DENOISE)
         note_step(r, step);
     if (r->dry)
         return 0;
     if (!within)
         run_enter(r, stage);
-    TRY(comm_check(r->branch.comm, err));
+    TRY(at_step(r, stage, step, comm_check(r->branch.comm, err), err));
     struct err stop = {.code = ERR_NONE};
     if (r->hooks->progress)
         r->hooks->progress(r->hooks->arg, stage, step, (int)r->job->num_inference_steps, &stop);
     if (comm_size(r->control) > 1)
         comm_broadcast(r->control, &stop, sizeof stop, 0);
-    TRY(comm_check(r->control, err));
+    TRY(at_step(r, stage, step, comm_check(r->control, err), err));
     r->agreed = stop.code != ERR_NONE;
     return r->agreed ? err_set(err, stop.code, "%s", stop.text) : 0;
 }

@@ -523,6 +523,43 @@ static void part_that_dies_decoding(void **state)
     job_free(job);
 }
 
+// What is said of a rank that hangs: which, in what, and in which step.
+static int hang_after_a_step(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
+{
+    (void)steps, (void)err;
+    if (stage == ENGINE_DENOISE && step == 1 && comm_rank(arg) == 1)
+        sleep(1);
+    return 0;
+}
+
+static int second_rank_hangs(const struct group *g, struct comm *comm, struct err *err)
+{
+    const struct engine_hooks hooks = {.progress = hang_after_a_step, .arg = comm};
+    const struct engine_options options = {.kernels = &kernels_cpu, .device.threads = 1, .control = comm};
+    struct engine *e;
+    struct engine_result result;
+    TRY(engine_new(&options, &e, err));
+    comm_set_timeout(comm, comm_rank(comm) == 0 ? 300 : 0);
+    const int rc = engine_run(e, g->model, g->job, &g->want, &hooks, &result, err);
+    engine_result_free(&result);
+    engine_free(e);
+    return rc;
+}
+
+static void a_hung_rank_is_named_with_the_step(void **state)
+{
+    Ditfleet__V1__Job *job =
+        demo_job(*state, FIELDS(PROMPT, "width", "32", "height", "32", "num_inference_steps", "3"));
+    struct outcome *o = outcome_new();
+    struct group g = {.model = *state, .job = job, .want = {.ranks = 2}, .outcome = o, .work = second_rank_hangs};
+    run_group(&g);
+    assert_int_equal(o->rc[0], ERR_TIMEOUT);
+    if (!strstr(o->err[0].text, "denoising, step 1 of 3: broadcast ") || !strstr(o->err[0].text, "missing ranks 1 "))
+        fail_msg("%s", o->err[0].text);
+    outcome_free(o);
+    job_free(job);
+}
+
 // Images side by side take more memory than one after the other by all ranks.
 static int in_little_memory(const struct group *g, struct comm *comm, struct err *err)
 {
@@ -624,6 +661,7 @@ int main(void)
         cmocka_unit_test(threads),
         cmocka_unit_test(endings),
         cmocka_unit_test(part_that_dies_decoding),
+        cmocka_unit_test(a_hung_rank_is_named_with_the_step),
         cmocka_unit_test(images_that_do_not_fit_side_by_side),
         cmocka_unit_test(cached_prompts),
     };
