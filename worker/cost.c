@@ -23,7 +23,7 @@ static double stretch(int steps, int count, int stages)
 
 // Seconds that a rank computes in the whole loop, waiting for other stages included.
 static int loop_seconds(const struct machine *c, const struct model *m, const Ditfleet__V1__Job *job,
-                        const struct plan *plan, int rank, enum dtype activation, const struct engine_estimate *all,
+                        const struct plan *plan, int rank, const struct kernels *k, const struct engine_estimate *all,
                         double *out, struct err *err)
 {
     const double seconds = compute_seconds(c, &all->loop.cost);
@@ -34,7 +34,7 @@ static int loop_seconds(const struct machine *c, const struct model *m, const Di
     if (!plan_in_patches(plan))
         return 0;
     short_job.num_inference_steps = (uint32_t)warmup;
-    TRY(engine_predict_rank(m, &short_job, plan, rank, activation, &first, err));
+    TRY(engine_predict_rank(m, &short_job, plan, rank, k, &first, err));
     const double whole = compute_seconds(c, &first.loop.cost);
     *out =
         whole * stretch(warmup, 1, plan->pipe) + (seconds - whole) * stretch(steps - warmup, plan->patches, plan->pipe);
@@ -52,7 +52,7 @@ static Ditfleet__V1__Job sample_job(const Ditfleet__V1__Job *job, const struct p
 }
 
 int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
-            enum dtype activation, struct price *out, struct err *err)
+            const struct kernels *k, struct price *out, struct err *err)
 {
     const Ditfleet__V1__Job sample = sample_job(job, plan);
     const int steps = (int)sample.num_inference_steps;
@@ -60,8 +60,8 @@ int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__
     for (int r = 0; r < plan->ranks; r++) {
         struct engine_estimate e;
         double compute;
-        TRY(engine_predict_rank(m, &sample, plan, r, activation, &e, err));
-        TRY(loop_seconds(c, m, &sample, plan, r, activation, &e, &compute, err));
+        TRY(engine_predict_rank(m, &sample, plan, r, k, &e, err));
+        TRY(loop_seconds(c, m, &sample, plan, r, k, &e, &compute, err));
         const double exchange = exchange_seconds(c, &e.loop, steps, plan->ranks);
         if (e.loop.sent / steps > out->sent)
             out->sent = e.loop.sent / steps;
@@ -73,7 +73,7 @@ int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__
     return 0;
 }
 
-int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, enum dtype activation,
+int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, const struct kernels *k,
                 struct engine_estimate *out, struct err *err)
 {
     Ditfleet__V1__Job first = *job; // pictures of a part follow each other in the same memory
@@ -81,7 +81,7 @@ int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struc
     first.num_images = (uint32_t)plan->data;
     for (int r = 0; r < plan->ranks; r++) {
         struct engine_estimate e;
-        TRY(engine_predict_rank(m, &first, plan, r, activation, &e, err));
+        TRY(engine_predict_rank(m, &first, plan, r, k, &e, err));
         if (e.activation_bytes > most.activation_bytes)
             most.activation_bytes = e.activation_bytes;
         for (int i = 0; i < ENGINE_STAGES; i++)
@@ -102,7 +102,7 @@ int cost_all(const struct machine *c, const struct model *m, const struct kernel
     TRY(plan_make(&m->info, k, want, job_true_cfg(job), &chosen, err)); // it is among them
     for (int i = 0; i < count; i++)
         if (choices[i].why.code == ERR_NONE)
-            TRY(cost_of(c, m, job, &choices[i].plan, k->activation, &out[(*n)++], err));
+            TRY(cost_of(c, m, job, &choices[i].plan, k, &out[(*n)++], err));
     return 0;
 }
 

@@ -40,12 +40,12 @@ static inline double price_seconds(const struct price *p)
     return p->compute + p->exchange;
 }
 
-// job as model_resolve_job left it; plan: of plan_make. activation: as in engine_predict_rank.
+// job as model_resolve_job left it; plan: of plan_make. k: as in engine_predict_rank.
 int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
-            enum dtype activation, struct price *out, struct err *err);
+            const struct kernels *k, struct price *out, struct err *err);
 // What the fullest rank takes of memory: *out's stage_bytes and activation_bytes, and nothing else of it. Apart,
 // because memory asks for a dry run of all steps, where a price asks for one.
-int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, enum dtype activation,
+int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, const struct kernels *k,
                 struct engine_estimate *out, struct err *err);
 
 // The legal ones of plan_choices, in its order. *n: how many, one at least. Where there is none, plan_make's refusal.

@@ -97,9 +97,9 @@ struct engine_estimate {
     struct kernel_cost cost;           // of all
     struct engine_work loop;           // of the denoising steps alone, all of them
 };
-// Any rank of a plan, without an engine. activation: the type that the plan's ranks compute in.
+// Any rank of a plan, without an engine. k: what the ranks compute by, saying their activation type; it is not opened.
 int engine_predict_rank(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, int rank,
-                        enum dtype activation, struct engine_estimate *out, struct err *err);
+                        const struct kernels *k, struct engine_estimate *out, struct err *err);
 // This rank. The last few are remembered.
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,
                    struct engine_estimate *out, struct err *err);

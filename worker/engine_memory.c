@@ -21,7 +21,7 @@ void engine_key(const struct model *m, const Ditfleet__V1__Job *job, const struc
 static int predict_anew(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                         const struct plan *plan, struct engine_estimate *out, struct err *err)
 {
-    return engine_predict_rank(m, job, plan, comm_rank(e->data), e->k->activation, out, err);
+    return engine_predict_rank(m, job, plan, comm_rank(e->data), e->k, out, err);
 }
 
 int engine_predict(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan,

@@ -44,7 +44,7 @@ static int cheapest(struct engine *e, const struct model *m, const Ditfleet__V1_
     while ((picked = cost_pick(seconds, prices->n)) >= 0) {
         struct engine_estimate *most = &prices->most[picked];
         if (most->activation_bytes == 0)
-            TRY(cost_memory(m, job, &prices->list[picked].plan, e->k->activation, most, err));
+            TRY(cost_memory(m, job, &prices->list[picked].plan, e->k, most, err));
         const struct demand d = engine_demand(e, m, job, most, extra);
         if (engine_fits(e, m, &d, limit))
             break;

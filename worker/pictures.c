@@ -70,17 +70,17 @@ int make_pictures(struct run *r, float *noise, struct engine_result *out, struct
     return 0;
 }
 
-static int predict(struct run *r, int rank, enum dtype activation, struct engine_estimate *out, struct err *err)
+static int predict(struct run *r, int rank, const struct kernels *k, struct engine_estimate *out, struct err *err)
 {
     struct comm *comm = NULL;
     struct device *d = NULL;
     struct arena *arena = NULL;
     struct engine_result unused = {0};
-    const struct device_options options = {.threads = 1, .activation = activation};
+    const struct device_options options = {.threads = 1, .activation = k->activation};
     struct kernels dry = kernels_dry;
-    dry.activation = activation;
+    dry.activation = k->activation;
     r->dry = true;
-    int rc = comm_dry_new(rank, r->plan.ranks, &comm, err);
+    int rc = comm_dry_new(rank, r->plan.ranks, k->link != NULL, &comm, err);
     if (rc == 0)
         rc = kernels_dry.open(&options, &d, err);
     if (rc == 0)
@@ -108,10 +108,10 @@ static int predict(struct run *r, int rank, enum dtype activation, struct engine
 }
 
 int engine_predict_rank(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, int rank,
-                        enum dtype activation, struct engine_estimate *out, struct err *err)
+                        const struct kernels *k, struct engine_estimate *out, struct err *err)
 {
     struct run r;
     *out = (struct engine_estimate){0};
     run_init(&r, m, job, plan);
-    return predict(&r, rank, activation, out, err);
+    return predict(&r, rank, k, out, err);
 }

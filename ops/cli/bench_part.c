@@ -56,7 +56,7 @@ static int stand_dry(struct bench *b, struct stand *s, struct err *err)
     const struct device_options options = {.threads = 1, .activation = b->precision.activation};
     *s = (struct stand){.table = kernels_dry};
     s->table.activation = b->precision.activation;
-    TRY(comm_dry_new(0, 1, &s->comm, err));
+    TRY(comm_dry_new(0, 1, false, &s->comm, err));
     TRY(kernels_dry.open(&options, &s->own, err));
     s->x = (struct exec){.k = &s->table, .d = s->own, .comm = s->comm, .attention = &attention_local};
     return arena_new(&s->table, s->own, ARENA_UNBOUNDED, &s->x.arena, err);

@@ -162,7 +162,7 @@ static int memory_on_gpu(const char *dir, const Ditfleet__V1__Job *job, const st
     k.activation = p->activation;
     TRY(k.open(&options, &home.d, err));
     int rc = model_load_on(dir, &home, &m, err);
-    rc = rc ? rc : engine_predict_rank(m, job, &alone, 0, p->activation, &e, err);
+    rc = rc ? rc : engine_predict_rank(m, job, &alone, 0, &k, &e, err);
     if (rc == 0)
         add_memory(list, "GPU", precision_name(p), model_placed_bytes(m, PARTS_ALL), e.activation_bytes,
                    ENGINE_LIBRARY_BYTES);
@@ -177,7 +177,7 @@ static int memory(const char *dir, const struct model *m, json_t *list, struct e
     Ditfleet__V1__Job *job = job_new();
     struct engine_estimate e = {0};
     int rc = job ? model_resolve_job(m, job, err) : err_set(err, ERR_NO_MEMORY, "out of memory");
-    rc = rc ? rc : engine_predict_rank(m, job, &alone, 0, DT_F32, &e, err);
+    rc = rc ? rc : engine_predict_rank(m, job, &alone, 0, &kernels_cpu, &e, err);
     if (rc == 0) // the weights are mapped, once for all ranks
         add_memory(list, "CPU", "fp32", model_bytes(m), e.activation_bytes, 0);
     for (size_t i = 0; i < sizeof precisions / sizeof *precisions && rc == 0; i++)

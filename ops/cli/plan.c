@@ -138,8 +138,8 @@ static int add_rows(struct planning *p, int groups, const struct plan *want, boo
         *r = (struct row){.groups = groups, .price.plan = choices[i].plan, .why = choices[i].why};
         if (r->why.code != ERR_NONE)
             continue;
-        TRY(cost_of(&p->machine, p->model, p->job, &choices[i].plan, p->k.activation, &r->price, err));
-        TRY(cost_memory(p->model, p->job, &choices[i].plan, p->k.activation, &most, err));
+        TRY(cost_of(&p->machine, p->model, p->job, &choices[i].plan, &p->k, &r->price, err));
+        TRY(cost_memory(p->model, p->job, &choices[i].plan, &p->k, &most, err));
         r->memory = memory_of(p, &choices[i].plan, &most);
         if (r->memory > p->limit)
             err_set(&r->why, ERR_UNSUPPORTED, "needs %.1f MB of memory on a rank, there are %.1f",

@@ -830,8 +830,8 @@ static void dry_counts(void **state)
     struct comm *c = NULL, *g = NULL;
     struct err err = {0};
     const int64_t counts[6] = {10, 20, 30, 40, 50, 60}, offsets[6] = {0};
-    assert_int_equal(comm_dry_new(6, 6, &c, &err), ERR_INVALID);
-    assert_int_equal(comm_dry_new(3, 6, &c, &err), 0);
+    assert_int_equal(comm_dry_new(6, 6, false, &c, &err), ERR_INVALID);
+    assert_int_equal(comm_dry_new(3, 6, false, &c, &err), 0);
     comm_all_to_all(c, NULL, counts, offsets, NULL, counts, offsets);
     assert_int_equal(comm_bytes_sent(c), 210 - 40);
     assert_int_equal(comm_group(c, 1, 2, 3, &g, &err), 0);

@@ -115,7 +115,7 @@ static struct price price_of(const struct model *m, const struct machine *c, str
     struct plan plan;
     struct price p;
     if (plan_make(&m->info, &kernels_cpu, &want, job_true_cfg(job), &plan, &err) != 0 ||
-        cost_of(c, m, job, &plan, DT_F32, &p, &err) != 0)
+        cost_of(c, m, job, &plan, &kernels_cpu, &p, &err) != 0)
         fail_msg("%s", err.text);
     job_free(job);
     return p;
@@ -129,22 +129,49 @@ static void a_step_counted(void **state)
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, SIZE("256", "3")));
     struct engine_estimate one, e;
     struct err err;
-    assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(1, 1, 1, 1), 0, DT_F32, &one, &err), 0);
+    assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(1, 1, 1, 1), 0, &kernels_cpu, &one, &err), 0);
     assert_true(one.loop.sent == 0 && one.loop.collectives == 0);
     assert_true(one.loop.cost.attention == 3 * blocks * 4 * rows * rows * (double)m->info.hidden);
     assert_true(one.loop.cost.flops < one.cost.flops && one.loop.cost.calls < one.cost.calls);
     assert_true(one.loop.cost.row_bytes < one.loop.cost.bytes);
     for (int p = 2; p <= 8; p *= 2)
         for (int r = 0; r < p; r++) {
-            assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(p, 1, p, 1), r, DT_F32, &e, &err), 0);
+            assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(p, 1, p, 1), r, &kernels_cpu, &e, &err), 0);
             assert_true(e.loop.sent == 3 * blocks * 4 * each / p * (p - 1) / p);
             assert_true(e.loop.collectives == 3 * blocks * 2);
             assert_true(e.loop.cost.attention == one.loop.cost.attention / p);
-            assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(p, 1, 1, p), r, DT_F32, &e, &err), 0);
+            assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(p, 1, 1, p), r, &kernels_cpu, &e, &err), 0);
             assert_true(e.loop.sent == 3 * blocks * 2 * each / p * (p - 1));
             assert_true(e.loop.collectives == 3 * blocks * (p - 1));
             assert_true(e.loop.cost.attention == one.loop.cost.attention / p);
         }
+    job_free(job);
+}
+
+// Linked devices take rows as they lie: the same words, and nothing packed for them.
+static int no_link(struct device *d, const void *name, int rank, int ranks, int timeout_ms, struct link **out,
+                   struct err *err)
+{
+    (void)d, (void)name, (void)rank, (void)ranks, (void)timeout_ms, (void)out, (void)err;
+    return ERR_UNSUPPORTED;
+}
+
+static void linked_devices_pack_nothing(void **state)
+{
+    const struct model *m = *state;
+    const struct plan ulysses = PLAN(4, 1, 4, 1), ring = PLAN(4, 1, 1, 4);
+    struct kernels linked = kernels_cpu;
+    linked.link = no_link;
+    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, SIZE("256", "3")));
+    struct engine_estimate packed, direct, of_ring;
+    struct err err;
+    assert_int_equal(engine_predict_rank(m, job, &ulysses, 1, &kernels_cpu, &packed, &err), 0);
+    assert_int_equal(engine_predict_rank(m, job, &ulysses, 1, &linked, &direct, &err), 0);
+    assert_int_equal(engine_predict_rank(m, job, &ring, 1, &linked, &of_ring, &err), 0);
+    assert_true(direct.loop.sent == packed.loop.sent && direct.loop.collectives == packed.loop.collectives);
+    assert_true(direct.loop.cost.flops == packed.loop.cost.flops);
+    assert_true(direct.loop.cost.copied < packed.loop.cost.copied);
+    assert_true(direct.loop.cost.copied <= of_ring.loop.cost.copied);
     job_free(job);
 }
 
@@ -166,7 +193,7 @@ static void a_step_priced(void **state)
     Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, SIZE("128", "1")));
     struct engine_estimate e;
     struct err err;
-    assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(1, 1, 1, 1), 0, DT_F32, &e, &err), 0);
+    assert_int_equal(engine_predict_rank(m, job, &(struct plan)PLAN(1, 1, 1, 1), 0, &kernels_cpu, &e, &err), 0);
     const struct kernel_cost *k = &e.loop.cost;
     assert_float_equal(one.compute,
                        (k->flops - k->attention) / 1e11 + k->attention / 6e10 + k->row_bytes / 1e10 + k->copied / 2e10 +
@@ -333,7 +360,7 @@ static void what_fits(void **state)
     measured(&middling);
     assert_int_equal(cost_all(&middling, m, &kernels_cpu, job, &(struct plan){.ranks = 4}, prices, &n, &err), 0);
     for (int i = 0; i < n; i++) {
-        assert_int_equal(cost_memory(m, job, &prices[i].plan, DT_F32, &most[i], &err), 0);
+        assert_int_equal(cost_memory(m, job, &prices[i].plan, &kernels_cpu, &most[i], &err), 0);
         print_message("%s: %zu bytes, %g ms\n", plan_text(&prices[i].plan), most[i].activation_bytes,
                       price_seconds(&prices[i]) * 1e3);
         if (most[i].activation_bytes < most[least].activation_bytes)
@@ -373,9 +400,16 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_plan),     cmocka_unit_test(asked_for),       cmocka_unit_test(taken),
-        cmocka_unit_test(a_step_counted), cmocka_unit_test(a_step_priced),   cmocka_unit_test(prices_move),
-        cmocka_unit_test(stages_wait),    cmocka_unit_test(none_is_refused), cmocka_unit_test(leader_chooses),
+        cmocka_unit_test(every_plan),
+        cmocka_unit_test(asked_for),
+        cmocka_unit_test(taken),
+        cmocka_unit_test(a_step_counted),
+        cmocka_unit_test(linked_devices_pack_nothing),
+        cmocka_unit_test(a_step_priced),
+        cmocka_unit_test(prices_move),
+        cmocka_unit_test(stages_wait),
+        cmocka_unit_test(none_is_refused),
+        cmocka_unit_test(leader_chooses),
         cmocka_unit_test(what_fits),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -396,7 +396,7 @@ static void no_room_on_the_host(void **state)
     struct comm *comm;
     struct engine *e;
     struct model *m;
-    assert_int_equal(comm_dry_new(0, 2, &comm, &err), 0);
+    assert_int_equal(comm_dry_new(0, 2, false, &comm, &err), 0);
     const struct engine_options options = {.kernels = &kernels_cpu,
                                            .device.threads = 1,
                                            .control = comm,

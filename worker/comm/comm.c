@@ -217,6 +217,9 @@ void comm_exchange(struct comm *c, int sends, const struct link_piece *send, int
         comm_fail(c, ERR_INTERNAL, COMM_EXCHANGE, "%d pieces out and %d in", sends, recvs);
         return;
     }
+    for (int i = 0; i < sends; i++)
+        if (send[i].rank != c->rank)
+            comm_count_sent(c, (int64_t)tensor_bytes(send[i].t));
     c->ops->exchange(c, sends, send, recvs, recv);
     end(c);
 }

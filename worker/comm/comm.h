@@ -67,8 +67,8 @@ void comm_abort(struct comm *c, const char *reason);
 // ---- self
 int comm_self_new(struct comm **out, struct err *err);
 
-// ---- dry: behaves as rank of size ranks, moves nothing, counts bytes
-int comm_dry_new(int rank, int size, struct comm **out, struct err *err);
+// ---- dry: behaves as rank of size ranks, moves nothing, counts bytes. linked: as those of a link (comm_on_device).
+int comm_dry_new(int rank, int size, bool linked, struct comm **out, struct err *err);
 
 // ---- link: devices that send each other rows, in the order of their operations: a collective is queued like one, and
 // fails where they do. Its messages lie in memory of the device.

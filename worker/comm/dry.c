@@ -41,9 +41,19 @@ static void dry_barrier(struct comm *c)
     (void)c;
 }
 
+static void dry_exchange(struct comm *c, int sends, const struct link_piece *send, int recvs,
+                         const struct link_piece *recv)
+{
+    (void)c;
+    (void)sends;
+    (void)send;
+    (void)recvs;
+    (void)recv;
+}
+
 static int dry_group(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err)
 {
-    return comm_dry_new((c->rank - first) / stride, count, out, err);
+    return comm_dry_new((c->rank - first) / stride, count, comm_on_device(c), out, err);
 }
 
 static void dry_free(struct comm *c)
@@ -51,16 +61,13 @@ static void dry_free(struct comm *c)
     free(c);
 }
 
-static const struct comm_ops dry_ops = {
-    .all_to_all = dry_all_to_all,
-    .all_gather = dry_all_gather,
-    .broadcast = dry_broadcast,
-    .barrier = dry_barrier,
-    .group = dry_group,
-    .free = dry_free,
-};
+#define DRY_OPS                                                                                                        \
+    .all_to_all = dry_all_to_all, .all_gather = dry_all_gather, .broadcast = dry_broadcast, .barrier = dry_barrier,    \
+    .group = dry_group, .free = dry_free
 
-int comm_dry_new(int rank, int size, struct comm **out, struct err *err)
+static const struct comm_ops dry_ops = {DRY_OPS}, linked_ops = {DRY_OPS, .exchange = dry_exchange};
+
+int comm_dry_new(int rank, int size, bool linked, struct comm **out, struct err *err)
 {
     if (size < 1 || size > COMM_MAX_RANKS || rank < 0 || rank >= size)
         return err_set(err, ERR_INVALID, "rank %d of %d: there are 1 to %d ranks, counted from 0", rank, size,
@@ -68,7 +75,7 @@ int comm_dry_new(int rank, int size, struct comm **out, struct err *err)
     struct dry_comm *dry = calloc(1, sizeof *dry);
     if (dry == NULL)
         return err_set(err, ERR_NO_MEMORY, "no memory for a communicator");
-    comm_init(&dry->base, &dry_ops, rank, size, &dry->note);
+    comm_init(&dry->base, linked ? &linked_ops : &dry_ops, rank, size, &dry->note);
     *out = &dry->base;
     return 0;
 }
