@@ -4,8 +4,9 @@
     python make_text_goldens.py ops/demo/model text.json
 
 CLIP ids come from the class that FluxPipeline loads; T5 ids from spiece.model itself, with t5_ids_transformers where
-the class that FluxPipeline loads differs (it does where text spells a special token). Every string is there whole;
-"padded" adds the ids as the pipeline asks for them, cut and padded to max_length.
+the class that FluxPipeline loads differs (it does where text spells a special token), but for ties: there two ways to cut
+the same text are as good, SentencePiece's float32 sums take either, and the class's is the one.
+Every string is there whole; "padded" adds the ids as the pipeline asks for them, cut and padded to max_length.
 """
 import json
 import random
@@ -59,8 +60,9 @@ def main(model, path):
     sp = sentencepiece.SentencePieceProcessor(model_file=model + "/tokenizer_2/spiece.model")
     lines, differ = [], 0
     for i, s in enumerate(strings()):
-        row = {"text": s, "clip_ids": clip(s).input_ids, "t5_ids": sp.encode(s) + [1]}
         theirs = t5(s).input_ids
+        tie = "".join(map(sp.id_to_piece, sp.encode(s) + [1])) == "".join(t5.convert_ids_to_tokens(theirs))
+        row = {"text": s, "clip_ids": clip(s).input_ids, "t5_ids": theirs if tie else sp.encode(s) + [1]}
         if theirs != row["t5_ids"]:
             row["t5_ids_transformers"], differ = theirs, differ + 1
         if i % 12 == 0:
