@@ -84,7 +84,7 @@ static int run_both(struct bench *b, struct record two[2], struct err *err)
     TRY(run(b, &two[0], err));
     bench_unload(b);
     TRY(precision_of(b->k, DITFLEET__V1__PRECISION__PRECISION_FP32, DITFLEET__V1__PRECISION__PRECISION_FP32,
-                         &b->precision, err));
+                     &b->precision, err));
     int rc = bench_load(b, err);
     if (rc == 0)
         rc = run(b, &two[1], err);

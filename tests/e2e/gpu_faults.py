@@ -133,7 +133,7 @@ def generate_says_why(fleet, folder, broken):
         ask_failure("open", error)
         assert generate(folder, *flags) == (status, ["ditfleet: open failed on request"]), error
     ask_failure("pace", "internal")
-    assert generate(folder, *flags) == (1, ["ditfleet: pace failed on request"])
+    assert generate(folder, *flags) == (1, ["ditfleet: denoising, step 1 of 2: pace failed on request"])
     status, lines = generate(broken, *flags)
     assert status == 1 and len(lines) == 1 and "cannot be loaded" in lines[0] and "ldd " in lines[0], lines
     status, lines = generate(BUILD, *flags, "-o", folder + "/never.png", CUDA_VISIBLE_DEVICES="")
