@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What of 24 prompts, none of them said by a template of train_demo.py, the demo model draws rightly.
+"""What of 24 prompts, none of them said by a template of shapes.py, the demo model draws rightly.
 
     python check_demo.py --model model --grid grid.png       # makes the pictures with diffusers, judges, shows
     python check_demo.py --pictures FOLDER                   # judges FOLDER/01.png ... 24.png, whoever made them
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from train_demo import COLOURS, COLOUR_NAMES, SHAPES, render
+from shapes import COLOURS, COLOUR_NAMES, SHAPES, render
 
 SIDE, BOX, MIN_AREA, MIN_COVER = 128, 48, 50, .75
 # prompt, background, things (count, colour, shape), where

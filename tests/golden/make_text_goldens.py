@@ -31,6 +31,7 @@ HAND = [
     "C:\\path\\file.txt", "snake_case camelCase kebab-case", "#hashtag @mention", "(a:1.2), [b], {c|d}", "a/b|c\\d", "50% off!!!", "12th 1st 2nd", "3x3", "b4 l8r", "\u20ac5 \u00a36 \u00a57",
     "the quick brown fox jumps over the lazy dog", "THE QUICK BROWN FOX", "ThE qUiCk BrOwN", "pneumonoultramicroscopicsilicovolcanoconiosis", "a" * 300, "ab" * 200, "!" * 300, "9" * 100, "\u00e9" * 100,
     "\u65e5" * 100, "a\u0301" * 100, "red " * 200, "red, " * 120, "\ufb03 \ufb06 \u0132 \u01f1", "\u2122 \u00ae \u00a9 \u2120", "\uff28\uff25\uff2c\uff2c\uff2f \uff11\uff12", "\u338f \u3392 \u33a5", "\ufdfa",
+    "..!'!btaao!-eec0s0ss 0'o!-das,.'.0!!oca,o000c ",  # many ties
     "\ufffd", "\ufffe\uffff", "\U0010ffff", "\ue000 private", "\U000e0041 tag", "\u2066isolate\u2069", "x\u20dd", "\u0360\u0361 \u035c", "Z\u0351\u036b\u0343\u036a\u0302\u036b\u033d\u034f\u0334\u0319\u0324\u031e\u0349\u035a\u032f\u031e\u0320\u034dA\u036b\u0357\u0334\u0362\u0335\u031c\u0330\u0354L\u0368\u0367\u0369\u0358\u0320G",
 ]
 ALPHABETS = [
