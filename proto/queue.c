@@ -484,12 +484,21 @@ static void fill_record(struct queue_record *r, const redisReply *pairs)
     r->result = copy_bytes(pair_value(pairs, "result"), &r->result_length);
 }
 
+int queue_time(struct queue *q, uint64_t *now_ms, struct err *e)
+{
+    struct args a;
+    AUTO_REPLY time = NULL;
+    ARGS(&a, "TIME");
+    TRY(queue_command(q, &a, 0, &time, e));
+    *now_ms = reply_number(reply_at(time, 0)) * 1000 + reply_number(reply_at(time, 1)) / 1000;
+    return 0;
+}
+
 int queue_get(struct queue *q, const char *tenant, const char *id, struct queue_record *record, struct err *e)
 {
     struct args a;
     char key[KEY_SIZE];
     AUTO_REPLY pairs = NULL;
-    AUTO_REPLY time = NULL;
     memset(record, 0, sizeof *record);
     TRY(job_check_name("the tenant's name", tenant, JOB_MAX_TENANT, e));
     TRY(check_record_id(id, e));
@@ -501,11 +510,9 @@ int queue_get(struct queue *q, const char *tenant, const char *id, struct queue_
         return queue_get(q, tenant, same_as, record, e);
     if (reply_count(pairs) == 0)
         return err_set(e, ERR_NOT_FOUND, "tenant %s has no job %s, or it is not admitted yet", tenant, id);
-    ARGS(&a, "TIME");
-    TRY(queue_command(q, &a, 0, &time, e));
+    TRY(queue_time(q, &record->now_ms, e));
     snprintf(record->id, sizeof record->id, "%s", id);
     fill_record(record, pairs);
-    record->now_ms = reply_number(reply_at(time, 0)) * 1000 + reply_number(reply_at(time, 1)) / 1000;
     return 0;
 }
 

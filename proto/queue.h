@@ -150,6 +150,29 @@ struct queue_record {
 int queue_get(struct queue *q, const char *tenant, const char *id, struct queue_record *record, struct err *e);
 void queue_record_free(struct queue_record *record);
 
+// One row of a list of jobs.
+struct queue_listed {
+    char tenant[JOB_MAX_TENANT + 1];
+    char id[JOB_NAME_SIZE]; // or "@<entry>": a submission that was refused; another row may tell of it by its id
+    char entry[QUEUE_ENTRY_SIZE];
+    Ditfleet__V1__State state;
+    char pool[JOB_MODEL_SIZE];
+    char worker[JOB_MAX_NAME + 1]; // its last holder
+    char stage[32];
+    uint32_t step, steps;
+    uint64_t created_ms, updated_ms;
+    char error_code[32]; // of the last failed attempt
+};
+
+// One page of all records there are, in no order, each once or (while Redis rehashes) twice; jobs that come or go
+// meanwhile may be missed. No page holds the server up. cursor: "0" before the first page, "0" again after the last.
+// tenant NULL: of all. *list (count) is the caller's to free(); it may be empty before the last page.
+enum { QUEUE_CURSOR_SIZE = 24 };
+int queue_list(struct queue *q, const char *tenant, char cursor[QUEUE_CURSOR_SIZE], struct queue_listed **list,
+               size_t *count, struct err *e);
+// The server's clock, to tell ages by.
+int queue_time(struct queue *q, uint64_t *now_ms, struct err *e);
+
 // ---- admission
 
 // The price of a job in GPU-milliseconds, for fairness and the backlog.

@@ -45,7 +45,7 @@ static const struct user users[QUEUE_USERS] = {
                             {"%R~", "delayed", NULL},
                             {"%R~", "dlq", NULL}},
                            "+evalsha_ro +eval_ro +time +hgetall +hkeys +hget +xlen +zcard +zrange"},
-    [QUEUE_USER_OPERATOR] = {{{"~", "*", NULL}}, SCRIPT " +info +xread +wait"},
+    [QUEUE_USER_OPERATOR] = {{{"~", "*", NULL}}, SCRIPT " +info +xread +wait +scan"},
 };
 
 int queue_acl(const struct queue *q, enum queue_user kind, const char *user, const char *tenant,

@@ -1,5 +1,6 @@
 #include "ops/cli/cli.h"
 #include "ops/cli/manual.h"
+#include "ops/cli/nearest.h"
 
 #include <errno.h>
 #include <math.h>
@@ -103,6 +104,29 @@ static int set_job_flag(const struct cli_command *self, const struct job_rule *r
     return usage_error(self, "%s%s", err.text, "");
 }
 
+static int unknown_flag(const struct cli_command *self, const struct cli_flag *flags, int n_flags, bool job,
+                        const char *name)
+{
+    size_t count;
+    const struct job_rule *rules = job_rules(&count);
+    char job_flag[CLI_FLAG_NAME], meant[CLI_FLAG_NAME + 24] = "";
+    struct nearest nearest = {.typed = name};
+    for (int i = 0; i < n_flags; i++)
+        nearest_offer(&nearest, flags[i].name);
+    if (nearest.word)
+        snprintf(meant, sizeof meant, "; did you mean %s?", nearest.word);
+    for (size_t i = 0; job && i < count; i++) {
+        const int best = nearest.word ? nearest.distance : -1;
+        if (!cli_job_flag(self, &rules[i], job_flag))
+            continue;
+        nearest_offer(&nearest, job_flag);
+        if (nearest.word == job_flag &&
+            nearest.distance != best) // the buffer does not outlive this turn: kept in meant
+            snprintf(meant, sizeof meant, "; did you mean %s?", job_flag);
+    }
+    return usage_error(self, "unknown flag %s%s", name, meant);
+}
+
 // One flag at argv[*i], and its value, which may be the next argument. Returns -1 or an exit code.
 static int take_flag(const struct cli_command *self, const struct cli_flag *flags, int n_flags, Ditfleet__V1__Job *job,
                      int argc, char **argv, int *i)
@@ -113,7 +137,7 @@ static int take_flag(const struct cli_command *self, const struct cli_flag *flag
     const struct cli_flag *flag = cli_find_flag(flags, n_flags, name);
     const struct job_rule *rule = !flag && job && name[1] == '-' ? find_job_flag(self, name) : NULL;
     if (!flag && !rule)
-        return usage_error(self, "unknown flag %s%s", name, "");
+        return unknown_flag(self, flags, n_flags, job != NULL, name);
     const char *text = equals ? equals + 1 : NULL;
     if (flag && flag->kind == CLI_BOOL && text)
         return usage_error(self, "%s takes no value%s", name, "");

@@ -27,7 +27,8 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_generate, cli_submit, cli_show, cli_cancel, cli_status, cli_tenant, cli_bench,
-    cli_doctor, cli_plan, cli_tune, cli_backlog, cli_config, cli_model, cli_dead, cli_acl;
+    cli_doctor, cli_plan, cli_tune, cli_backlog, cli_config, cli_model, cli_dead, cli_acl, cli_jobs, cli_drain,
+    cli_resume;
 
 enum cli_kind { CLI_STRING, CLI_INT, CLI_DOUBLE, CLI_BOOL };
 

@@ -16,15 +16,29 @@ static const struct prose {
      "ditfleet generate --model ops/demo/model --prompt \"two yellow hearts\" --seed 8 -o hearts.png\n"
      "ditfleet generate --model /srv/models/flux.1-dev --device cuda --prompt \"a cat\" --memory-budget 24GiB"},
     {"submit",
-     "Puts one job into the queue and prints its id and its entry, the receipt. With --wait it shows the job's "
-     "progress until its end, and with -o it saves the picture. Ctrl-C ends the waiting, not the job. With --receipt "
-     "it "
+     "Puts one job, or those of a file, into the queue and prints ids and entries, the receipts. With --wait it shows "
+     "their progress until their end, and with -o it saves the pictures. Ctrl-C ends the waiting, not the jobs. If a "
+     "line of the file is wrong, none is submitted; with an --id the same command may be repeated, and does no job "
+     "twice. With --receipt it "
      "asks Redis how safe the submission is: on disks (WAITAOF, from 7.2 on) or in replicas' memory (WAIT); if less "
      "than "
      "asked for, the exit status is 1, though the job is in the queue.",
      "ditfleet submit --model demo --prompt \"a cyan heart\" --output-url \"http://127.0.0.1:9000/{id}.png\" --wait -o "
      "a.png\n"
-     "ditfleet submit --model demo --prompt \"a ring\" --output-file /srv/pictures/{id}.png --priority low --json"},
+     "ditfleet submit --model demo --prompt \"a ring\" --output-file /srv/pictures/{id}.png --priority low --json\n"
+     "ditfleet submit --model demo --output-file /srv/{id}.png --from prompts.txt --id monday --wait"},
+    {"jobs",
+     "Lists jobs, the newest first: those that wait, those that run and those that ended not longer ago than the "
+     "queue keeps them. Jobs in a tenant's door, not yet admitted, are not among them. Reads page by page: a long "
+     "list holds nobody up.",
+     "ditfleet jobs --state active\nditfleet jobs --state dead,expired --newer 1h --tenant acme --json"},
+    {"drain",
+     "The groups of this node, or GROUP, claim no more, finish the job they have within the grace time of the "
+     "configuration, and stop; what is not finished by then goes back to the queue. They "
+     "stay stopped until they are resumed or the supervisor starts anew.",
+     "ditfleet drain --wait --config /etc/ditfleet/ditfleet.conf\nditfleet drain flux"},
+    {"resume", "Starts the groups of this node, or GROUP, that were drained or are given up as failed.",
+     "ditfleet resume flux --config /etc/ditfleet/ditfleet.conf"},
     {"show",
      "Prints a job's record: its state, attempts, times, and once it is final its result. ID may be @ENTRY, which "
      "finds a submission that was refused.",
@@ -32,7 +46,8 @@ static const struct prose {
     {"cancel", "A job that waits is gone at once; one that runs stops at its next step. What is final stays as it is.",
      "ditfleet cancel cat-1 --tenant acme"},
     {"status",
-     "Prints what the supervisor of this node says of its groups and ranks, and what the queue holds. What cannot be "
+     "Shows what the supervisor of this node says of its groups and ranks, and what the queue holds, anew every second "
+     "until Ctrl-C; where the output is no terminal, once. What cannot be "
      "reached is said on standard error, and the rest is shown.",
      "ditfleet status --config /etc/ditfleet/ditfleet.conf\nditfleet status --json | jq .queue.jobs"},
     {"tenant",

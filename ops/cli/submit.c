@@ -1,4 +1,6 @@
-// ditfleet submit: a job into the queue and, with --wait, its picture out of it.
+// ditfleet submit: a job into the queue and, with --wait, its picture out of it. Of many: submit_many.c.
+#include "ops/cli/submit.h"
+
 #include <inttypes.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -7,66 +9,39 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "ops/cli/connect.h"
+#include "ops/cli/batch.h"
 #include "ops/cli/fetch.h"
 #include "ops/cli/json.h"
 #include "ops/cli/progress.h"
 #include "ops/cli/report.h"
 #include "proto/clock.h"
 
-enum { LOOK_MS = 250 };   // how often a waiting client looks for Ctrl-C
-#define AWAY_SECONDS 30.0 // so long may Redis be away, restarting or failing over, before it gives up
-
-struct submit {
-    struct connection connection;
-    const char *out;
-    bool wait, json;
-    int receipt; // replicas that are to confirm it; negative: nobody is
-    double receipt_s;
-    json_t *received; // what they confirmed; NULL: nothing was asked
-    Ditfleet__V1__Job *job;
-    char entry[QUEUE_ENTRY_SIZE];
-    struct progress progress;
-};
-
-static int give_id(Ditfleet__V1__Job *job, struct err *err)
+int submit_check(Ditfleet__V1__Job *job, struct err *err)
 {
     uint64_t random;
     char id[17];
-    if (*job->id)
-        return 0;
-    if (getrandom(&random, sizeof random, 0) != sizeof random)
-        return err_set(err, ERR_IO, "the system gave no random bytes for the job's id");
-    snprintf(id, sizeof id, "%016" PRIx64, random);
-    return job_set_field(job, "id", id, err);
-}
-
-static int check(struct submit *s, struct err *err)
-{
-    if (s->out && !s->wait)
-        return err_set(err, ERR_INVALID, "-o needs --wait: there is no picture to save before the job is done");
-    if (!s->job->output)
+    if (!job->output)
         return err_set(err, ERR_INVALID, "the job has no output; give --output-url URL or --output-file PATH");
-    TRY(give_id(s->job, err));
-    return job_validate(s->job, err);
+    if (!*job->id) {
+        if (getrandom(&random, sizeof random, 0) != sizeof random)
+            return err_set(err, ERR_IO, "the system gave no random bytes for the job's id");
+        snprintf(id, sizeof id, "%016" PRIx64, random);
+        TRY(job_set_field(job, "id", id, err));
+    }
+    return job_validate(job, err);
 }
 
-static int send_job(struct submit *s, struct queue *q, struct err *err)
+int submit_send(const struct submit *s, struct queue *q, struct submission *j, struct err *err)
 {
     void *bytes;
     size_t length;
-    TRY(job_pack(s->job, &bytes, &length, err));
-    int rc = queue_submit(q, connection_tenant(&s->connection), bytes, length, s->entry, err);
+    TRY(job_pack(j->job, &bytes, &length, err));
+    int rc = queue_submit(q, connection_tenant(&s->connection), bytes, length, j->entry, err);
     free(bytes);
-    if (rc == 0 && !s->json) {
-        printf("id       %s\nentry    %s\n", s->job->id, s->entry);
-        fflush(stdout);
-    }
     return rc;
 }
 
-// Asks how safe the submission is, and tells. An error, too, where it is less safe than was asked for.
-static int take_receipt(struct submit *s, struct queue *q, struct err *err)
+int submit_receipt(struct submit *s, struct queue *q, struct err *err)
 {
     struct queue_receipt r;
     bool confirmed;
@@ -84,14 +59,14 @@ static int take_receipt(struct submit *s, struct queue *q, struct err *err)
     if (confirmed)
         return 0;
     return err_set(err, ERR_TIMEOUT,
-                   "job %s is submitted, but not as safe as asked for (by %s: %s, %u of %d replicas); "
-                   "submit it again by the same id to ask again",
-                   s->job->id, by, own, r.replicas, s->receipt);
+                   "submitted, but not as safe as asked for (by %s: %s, %u of %d replicas); "
+                   "submit again by the same id to ask again",
+                   by, own, r.replicas, s->receipt);
 }
 
 // ---- waiting: SIGINT and SIGTERM are blocked meanwhile, and looked for
 
-static void block_signals(void)
+void submit_block_signals(void)
 {
     sigset_t stop;
     sigemptyset(&stop);
@@ -100,7 +75,7 @@ static void block_signals(void)
     sigprocmask(SIG_BLOCK, &stop, NULL);
 }
 
-static bool interrupted(void)
+bool submit_interrupted(void)
 {
     sigset_t pending;
     return sigpending(&pending) == 0 && (sigismember(&pending, SIGINT) || sigismember(&pending, SIGTERM));
@@ -108,45 +83,47 @@ static bool interrupted(void)
 
 static int on_event(void *arg, const Ditfleet__V1__Event *event)
 {
-    struct submit *s = arg;
-    progress_event(&s->progress, event);
-    return interrupted() ? ERR_CANCELLED : 0;
+    progress_event(arg, event);
+    return submit_interrupted() ? ERR_CANCELLED : 0;
 }
 
 // ERR_CANCELLED: by Ctrl-C.
-static int await_result(struct submit *s, struct queue *q, Ditfleet__V1__Result **result, struct err *err)
+static int await_result(const struct submit *s, struct queue *q, const struct submission *j,
+                        Ditfleet__V1__Result **result, struct err *err)
 {
+    struct progress progress = {.to = stderr, .terminal = isatty(2)};
     int rc;
     double away_at = 0;
     bool away = false, go_on;
     do {
         *err = (struct err){.code = ERR_NONE};
-        rc = queue_await(q, connection_tenant(&s->connection), s->job->id, s->entry, LOOK_MS, on_event, s, result, err);
+        rc = queue_await(q, connection_tenant(&s->connection), j->job->id, j->entry, SUBMIT_LOOK_MS, on_event,
+                         &progress, result, err);
         if (rc == ERR_UNAVAILABLE && !away)
             away_at = monotonic_seconds();
         away = rc == ERR_UNAVAILABLE;
         if (away)
-            nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
-        go_on = rc == ERR_TIMEOUT || (away && monotonic_seconds() - away_at < AWAY_SECONDS);
-    } while (go_on && !interrupted());
-    progress_clear(&s->progress);
+            nanosleep(&(struct timespec){.tv_nsec = SUBMIT_LOOK_MS * 1000000L}, NULL);
+        go_on = rc == ERR_TIMEOUT || (away && monotonic_seconds() - away_at < SUBMIT_AWAY_SECONDS);
+    } while (go_on && !submit_interrupted());
+    progress_clear(&progress);
     return go_on ? ERR_CANCELLED : rc;
 }
 
-static void tell_how_to_go_on(const struct submit *s, const char *why)
+static void tell_how_to_go_on(const struct submit *s, const char *id, const char *why)
 {
     char tenant[JOB_MAX_TENANT + 16] = "";
     if (s->connection.tenant)
         snprintf(tenant, sizeof tenant, " --tenant %s", s->connection.tenant);
     fprintf(stderr, "ditfleet: %s; job %s goes on\n  look:   ditfleet show %s%s\n  cancel: ditfleet cancel %s%s\n", why,
-            s->job->id, s->job->id, tenant, s->job->id, tenant);
+            id, id, tenant, id, tenant);
 }
 
-static int save_pictures(const struct submit *s, const Ditfleet__V1__Result *result, struct err *err)
+int submit_save(const struct submit *s, const char *to, const Ditfleet__V1__Result *result, struct err *err)
 {
-    for (size_t i = 0; s->out && i < result->n_images; i++) {
+    for (size_t i = 0; i < result->n_images; i++) {
         char path[4096];
-        cli_numbered(s->out, result->images[i]->index, (uint32_t)result->n_images, path, sizeof path);
+        cli_numbered(to, result->images[i]->index, (uint32_t)result->n_images, path, sizeof path);
         TRY(fetch_picture(result->images[i], path, err));
         if (!s->json)
             printf("saved    %s\n", path);
@@ -154,10 +131,10 @@ static int save_pictures(const struct submit *s, const Ditfleet__V1__Result *res
     return 0;
 }
 
-static void print_json(const struct submit *s, const Ditfleet__V1__Result *result)
+void submit_print_json(const struct submit *s, const struct submission *j, const Ditfleet__V1__Result *result)
 {
     json_t *object =
-        json_pack("{s:s,s:s,s:s}", "id", s->job->id, "entry", s->entry, "tenant", connection_tenant(&s->connection));
+        json_pack("{s:s,s:s,s:s}", "id", j->job->id, "entry", j->entry, "tenant", connection_tenant(&s->connection));
     if (s->received)
         json_object_set(object, "receipt", s->received);
     if (result)
@@ -165,25 +142,25 @@ static void print_json(const struct submit *s, const Ditfleet__V1__Result *resul
     json_print(object);
 }
 
-static int wait_and_save(struct submit *s, struct queue *q)
+static int wait_and_save(const struct submit *s, struct queue *q, const struct submission *j)
 {
     struct err err = {.code = ERR_NONE};
     Ditfleet__V1__Result *result = NULL;
-    int rc = await_result(s, q, &result, &err);
+    int rc = await_result(s, q, j, &result, &err);
     if (s->json)
-        print_json(s, result);
+        submit_print_json(s, j, result);
     if (rc == ERR_CANCELLED) {
-        tell_how_to_go_on(s, "stopped waiting");
+        tell_how_to_go_on(s, j->job->id, "stopped waiting");
         return CLI_INTERRUPTED;
     }
     if (rc != 0) {
-        tell_how_to_go_on(s, "lost sight of it");
+        tell_how_to_go_on(s, j->job->id, "lost sight of it");
         return cli_fail(&err);
     }
     if (!s->json)
         report_result(result);
     int code = report_outcome(result);
-    if (code == CLI_OK && save_pictures(s, result, &err) != 0) {
+    if (code == CLI_OK && s->out && submit_save(s, s->out, result, &err) != 0) {
         cli_fail(&err);
         code = CLI_FAILED;
     }
@@ -191,24 +168,54 @@ static int wait_and_save(struct submit *s, struct queue *q)
     return code;
 }
 
-static int submit(struct submit *s)
+static int submit_one(struct submit *s, struct queue *q, struct submission *j)
 {
     struct err err = {.code = ERR_NONE};
-    struct queue *q = NULL;
-    int rc = check(s, &err);
-    rc = rc ? rc : connection_open(&s->connection, &q, &err);
-    if (s->wait)
-        block_signals();
-    rc = rc ? rc : send_job(s, q, &err);
-    int code = rc ? cli_fail(&err) : CLI_OK;
-    if (rc == 0 && take_receipt(s, q, &err) != 0) {
+    int code = CLI_OK;
+    if (submit_send(s, q, j, &err) != 0)
+        return cli_fail(&err);
+    if (!s->json) {
+        printf("id       %s\nentry    %s\n", j->job->id, j->entry);
+        fflush(stdout);
+    }
+    if (submit_receipt(s, q, &err) != 0) {
         cli_fail(&err);
         code = CLI_FAILED;
     }
-    if (rc == 0 && s->wait)
-        code = wait_and_save(s, q); // the end says more than a receipt
-    else if (rc == 0 && s->json)
-        print_json(s, NULL);
+    if (s->wait)
+        return wait_and_save(s, q, j); // the end says more than a receipt
+    if (s->json)
+        submit_print_json(s, j, NULL);
+    return code;
+}
+
+// What the flags say together, and the jobs.
+static int take_jobs(struct submit *s, Ditfleet__V1__Job *base, struct batch *many, struct err *err)
+{
+    if (s->out && !s->wait)
+        return err_set(err, ERR_INVALID, "-o needs --wait: there is no picture to save before the job is done");
+    if (s->format && !s->from)
+        return err_set(err, ERR_INVALID, "--format is of --from FILE");
+    if (!s->from)
+        return submit_check(base, err);
+    if (s->out && !strstr(s->out, "{id}"))
+        return err_set(err, ERR_INVALID, "-o %.200s: of many jobs it needs {id}, as in pictures/{id}.png", s->out);
+    return batch_read(s->from, s->format, base, submit_check, many, err);
+}
+
+static int submit(struct submit *s, Ditfleet__V1__Job *base)
+{
+    struct err err = {.code = ERR_NONE};
+    struct queue *q = NULL;
+    struct batch many = {0};
+    int rc = take_jobs(s, base, &many, &err);
+    rc = rc ? rc : connection_open(&s->connection, &q, &err);
+    if (s->wait)
+        submit_block_signals();
+    int code = rc        ? cli_fail(&err)
+               : s->from ? submit_many(s, q, &many)
+                         : submit_one(s, q, &(struct submission){.job = base});
+    batch_free(&many);
     json_decref(s->received);
     connection_close(&s->connection, q);
     return code;
@@ -216,24 +223,32 @@ static int submit(struct submit *s)
 
 static int run(const struct cli_command *self, int argc, char **argv)
 {
-    struct submit s = {
-        .job = job_new(), .receipt = -1, .receipt_s = 5, .progress = {.to = stderr, .terminal = isatty(2)}};
+    struct submit s = {.receipt = -1, .receipt_s = 5};
+    Ditfleet__V1__Job *job = job_new();
     const struct cli_flag flags[] = {
         CONNECTION_FLAGS(s.connection),
         TENANT_FLAG(s.connection),
+        {"--from", "FILE",
+         "submit a job for each line: FILE.txt has prompts, FILE.csv names fields in its first line, FILE.jsonl has "
+         "objects; the other flags are for all of them, and --id gives ID-1, ID-2, ...",
+         CLI_STRING, &s.from, 0, 0},
+        {"--format", "txt|csv|jsonl", "what FILE is, where its name does not say; FILE may be - then", CLI_STRING,
+         &s.format, 0, 0},
         {"--wait", NULL, "show the progress and wait for the result", CLI_BOOL, &s.wait, 0, 0},
-        {"-o", "FILE", "with --wait: save the picture; of several, FILE-0, FILE-1, ...", CLI_STRING, &s.out, 0, 0},
+        {"-o", "FILE",
+         "with --wait: save the picture; of several, FILE-0, FILE-1, ...; with --from FILE has {id} in it", CLI_STRING,
+         &s.out, 0, 0},
         {"--receipt", "N", "wait until it is on Redis' disk (7.2 or newer) and N replicas have it; tell what is known",
          CLI_INT, &s.receipt, 0, 100},
         {"--receipt-timeout", "S", "seconds that this may take (default 5)", CLI_DOUBLE, &s.receipt_s, 0.001, 3600},
-        {"--json", NULL, "print one JSON object", CLI_BOOL, &s.json, 0, 0},
+        {"--json", NULL, "print one JSON object, or with --from one a line", CLI_BOOL, &s.json, 0, 0},
     };
-    int code = s.job ? cli_parse(self, flags, sizeof flags / sizeof *flags, s.job, argc, argv, NULL, NULL) : CLI_FAILED;
+    int code = job ? cli_parse(self, flags, sizeof flags / sizeof *flags, job, argc, argv, NULL, NULL) : CLI_FAILED;
     if (code < 0)
-        code = submit(&s);
-    job_free(s.job);
+        code = submit(&s, job);
+    job_free(job);
     return code;
 }
 
-const struct cli_command cli_submit = {"submit", "", "put a job into the queue; with --wait, see it through", run,
+const struct cli_command cli_submit = {"submit", "", "put jobs into the queue; with --wait, see them through", run,
                                        false};

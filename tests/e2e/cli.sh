@@ -14,7 +14,12 @@ job=(--model demo --prompt "a secret cat" --output-url "http://127.0.0.1:9/{id}.
 expect 2 "usage: ditfleet COMMAND" "$ditfleet"
 expect 0 "usage: ditfleet COMMAND" "$ditfleet" --help
 expect 2 "unknown command frobnicate" "$ditfleet" frobnicate
-for command in generate submit show cancel status tenant bench backlog dead acl; do
+expect 2 "unknown command sumbit; did you mean submit?" "$ditfleet" sumbit
+[[ $(wc -l <"$fleet/out") == 1 ]] || fail "more than the hint: $(<"$fleet/out")"
+expect 2 "unknown flag --promt; did you mean --prompt?" "$ditfleet" submit --promt x
+expect 2 "unknown flag --wiat; did you mean --wait?" "$ditfleet" submit --wiat
+expect 2 "unknown flag --num-inference-step; did you mean --num-inference-steps?" "$ditfleet" generate --num-inference-step=3
+for command in generate submit jobs show cancel dead status backlog drain resume plan tune bench doctor config model tenant acl; do
   expect 0 "usage: ditfleet $command" "$ditfleet" $command --help
   expect 2 "unknown flag --nonsense" "$ditfleet" $command --nonsense
 done
