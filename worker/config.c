@@ -156,6 +156,20 @@ void config_string(struct config *c, const char *key, char *out, int size)
     snprintf(out, (size_t)size, "%s", s ? s : "");
 }
 
+void config_path_or(struct config *c, const char *key, char *out, int size)
+{
+    json_t *v = value(c, key);
+    const char *s = json_string_value(v);
+    *out = 0;
+    if (!v)
+        return;
+    if (!s || !*s)
+        config_fail(c, ERR_INVALID, "%s must be the path of a file", key);
+    else if (snprintf(out, (size_t)size, "%.*s%s", *s == '/' ? 0 : (int)(strrchr(c->path, '/') + 1 - c->path), c->path,
+                      s) >= size)
+        config_fail(c, ERR_INVALID, "%s: path longer than %d bytes", key, size - 1);
+}
+
 void config_choice_or(struct config *c, const char *key, const char *const *names, int *out)
 {
     json_t *v = value(c, key);

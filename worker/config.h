@@ -31,6 +31,8 @@ void config_bool_or(struct config *c, const char *key, bool *out);
 void config_choice_or(struct config *c, const char *key, const char *const *names, int *out);
 // Copies the string, cut to size; *out becomes "" when the key is absent or not a string.
 void config_string(struct config *c, const char *key, char *out, int size);
+// A path to a file, relative to the JSON file's directory; as config_string when the key is absent or null.
+void config_path_or(struct config *c, const char *key, char *out, int size);
 // Refuse what this engine does not compute: a key that is set (not null, not false); another string than this.
 void config_refuse(struct config *c, const char *key);
 void config_require(struct config *c, const char *key, const char *value);

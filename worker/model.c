@@ -23,6 +23,23 @@ static int check_pipeline(const char *dir, struct err *err)
     return config_close(c, err);
 }
 
+// NULL where there is no ditfleet.json.
+static struct config *open_settings(const struct model *m, struct err *err)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s/ditfleet.json", m->dir);
+    return access(path, F_OK) == 0 ? config_open(m->dir, "ditfleet.json", err) : NULL;
+}
+
+static int find_transformer(struct model *m, struct err *err)
+{
+    struct config *c = open_settings(m, err);
+    if (!c)
+        return 0;
+    config_path_or(c, "transformer", m->transformer, sizeof m->transformer);
+    return config_close(c, err);
+}
+
 static int load_limits(struct model *m, struct err *err)
 {
     static const char *const precisions[] = {"default", "fp32", "bf16",
@@ -38,11 +55,10 @@ static int load_limits(struct model *m, struct err *err)
                                .min_side = m->side_multiple,
                                .max_side = 8192,
                                .max_pixels = (int64_t)4096 * 4096};
-    char path[1024];
-    snprintf(path, sizeof path, "%s/ditfleet.json", m->dir);
-    if (access(path, F_OK) != 0)
+    struct config *c = open_settings(m, err);
+    if (!c)
         return 0;
-    struct config *c = config_open(m->dir, "ditfleet.json", err);
+    config_path_or(c, "transformer", m->transformer, sizeof m->transformer); // known by now, and known to be a key
     config_int_or(c, "default_width", 16, 16384, &l->default_width);
     config_int_or(c, "default_height", 16, 16384, &l->default_height);
     config_int_or(c, "default_num_inference_steps", 1, SAMPLER_MAX_STEPS, &l->default_num_inference_steps);
@@ -143,18 +159,18 @@ static void fingerprint(struct model *m)
         snprintf(m->hash + 2 * i, 3, "%02x", digest[i]);
 }
 
-static int load_part(const char *dir, enum model_part which, const struct home *home, struct model_parts *to,
+static int load_part(const struct model *m, enum model_part which, const struct home *home, struct model_parts *to,
                      struct err *err)
 {
     char path[1024];
-    part(path, dir, model_part_name(which));
+    part(path, m->dir, model_part_name(which));
     switch (which) {
     case PART_CLIP:
         return clip_load(path, home, &to->clip, err);
     case PART_T5:
         return t5_load(path, home, &to->t5, err);
     case PART_DIT:
-        return flux_load(path, home, &to->dit, err);
+        return flux_load(path, *m->transformer ? m->transformer : NULL, home, &to->dit, err);
     default:
         return vae_load(path, home, &to->vae, err);
     }
@@ -222,7 +238,7 @@ static int load_parts(struct model *m, struct err *err)
     }
     for (enum model_part p = 0; p < PARTS; p++) {
         struct model_parts fresh;
-        TRY(load_part(m->dir, p, home, &fresh, err));
+        TRY(load_part(m, p, home, &fresh, err));
         use(m, p, &fresh);
         if (planned)
             m->plans = parts_of(m);
@@ -241,6 +257,7 @@ static int load(struct model *m, struct err *err)
     if (!m->home || !m->home->invention) { // else token ids are invented as well
         TRY(clip_tokenizer_load(part(path, m->dir, "tokenizer"), &m->clip_tokenizer, err));
         TRY(t5_tokenizer_load(part(path, m->dir, "tokenizer_2"), &m->t5_tokenizer, err));
+        TRY(find_transformer(m, err));
     }
     TRY(load_parts(m, err));
     m->dit->ops->info(m->dit, &m->info);
@@ -330,7 +347,7 @@ int model_save(const struct model *m, const char *dir, struct err *err)
 int model_bring(struct model *m, enum model_part which, struct err *err)
 {
     struct model_parts fresh;
-    TRY(load_part(m->dir, which, m->home, &fresh, err));
+    TRY(load_part(m, which, m->home, &fresh, err));
     use(m, which, &fresh);
     m->here |= 1U << which;
     m->placed_bytes[which] = weights_placed_bytes(weights_of(&fresh, which)); // as planned, or what became of the plan

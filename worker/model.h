@@ -11,7 +11,7 @@
 #include "worker/text/clip_tokenizer.h"
 #include "worker/text/t5_tokenizer.h"
 
-// What ditfleet.json beside model_index.json may say (all optional); its keys are these names.
+// What ditfleet.json beside model_index.json may say (all optional); its keys are these names, and "transformer".
 struct model_limits {
     int64_t default_width, default_height, default_num_inference_steps, default_max_sequence_length;
     double default_guidance_scale;
@@ -37,7 +37,8 @@ struct weights;
 
 struct model {
     char *dir;
-    char hash[65];                         // fingerprint of configurations and weights, hex
+    char transformer[1024]; // a file with the transformer's weights, as ditfleet.json says; "": its folder has them
+    char hash[65];          // fingerprint of configurations and weights, hex
     struct clip_tokenizer *clip_tokenizer; // both NULL when the weights are invented: so are token ids
     struct t5_tokenizer *t5_tokenizer;
     // The parts as operations use them. Of one that is away, the plan: shapes and types, so that it can be asked and

@@ -1,5 +1,6 @@
 #include "worker/weights.h"
 #include "worker/invent.h"
+#include "worker/original.h"
 #include "worker/ownership.h"
 
 #include <errno.h>
@@ -28,6 +29,7 @@ struct entry {
     struct tensor tensor;
     const struct shard *shard; // NULL: invented
     int64_t start;             // where its bytes begin in the shard's data
+    bool fetched;
 };
 
 // What is shared out as one: a block, a modulation, or all that every rank has.
@@ -57,6 +59,7 @@ struct weights {
     void *pieces, *buffers; // on the device, each as one: few pieces of memory can be opened to other ranks
     int64_t piece_bytes, buffer_bytes, second_at; // bytes of them; where the second buffer begins
     bool fp8;                                     // linear layers may be E4M3
+    const char *prefix;                           // not NULL: names are the authors', behind this
     struct tensor *placed;
     size_t n_placed, room_placed;
     struct shard *shards;
@@ -254,6 +257,7 @@ static int parse_header(struct weights *w, struct shard *s, struct err *err)
         if (rc != 0)
             continue;
         e->shard = s;
+        e->fetched = false;
         e->name = strdup(name);
         w->n_entries++;
     }
@@ -266,20 +270,23 @@ static int by_name(const void *a, const void *b)
     return strcmp(((const struct entry *)a)->name, ((const struct entry *)b)->name);
 }
 
-static int open_shards(struct weights *w, const char *dir, const char *const *names, int count, struct err *err)
+static int open_shard(struct weights *w, const char *path, struct err *err)
+{
+    struct shard *s = &w->shards[w->n_shards++];
+    if (!map_file(s, path, err))
+        return err->code;
+    return parse_header(w, s, err);
+}
+
+static int make_shards(struct weights *w, const char *of, int count, struct err *err)
 {
     w->shards = calloc((size_t)count + 1, sizeof *w->shards);
-    if (!w->shards)
-        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", dir);
-    for (int i = 0; i < count; i++) {
-        char path[MAX_PATH];
-        if (strchr(names[i], '/') || snprintf(path, sizeof path, "%s/%s", dir, names[i]) >= (int)sizeof path)
-            return err_set(err, ERR_CORRUPT, "%s: shard name %.80s is not a plain file name", dir, names[i]);
-        w->n_shards++;
-        if (!map_file(&w->shards[i], path, err))
-            return err->code;
-        TRY(parse_header(w, &w->shards[i], err));
-    }
+    return w->shards ? 0 : err_set(err, ERR_NO_MEMORY, "%s: out of memory", of);
+}
+
+// So that find finds them.
+static int sort_entries(struct weights *w, struct err *err)
+{
     if (w->n_entries > 0)
         qsort(w->entries, w->n_entries, sizeof *w->entries, by_name);
     for (size_t i = 1; i < w->n_entries; i++)
@@ -287,6 +294,18 @@ static int open_shards(struct weights *w, const char *dir, const char *const *na
             return err_set(err, ERR_CORRUPT, "%s: tensor %.120s is in %s too", w->entries[i].shard->path,
                            w->entries[i].name, w->entries[i - 1].shard->path);
     return 0;
+}
+
+static int open_shards(struct weights *w, const char *dir, const char *const *names, int count, struct err *err)
+{
+    TRY(make_shards(w, dir, count, err));
+    for (int i = 0; i < count; i++) {
+        char path[MAX_PATH];
+        if (strchr(names[i], '/') || snprintf(path, sizeof path, "%s/%s", dir, names[i]) >= (int)sizeof path)
+            return err_set(err, ERR_CORRUPT, "%s: shard name %.80s is not a plain file name", dir, names[i]);
+        TRY(open_shard(w, path, err));
+    }
+    return sort_entries(w, err);
 }
 
 // The distinct shard files that an index's weight_map names.
@@ -347,7 +366,7 @@ int weights_open(const char *dir, const char *stem, const struct home *home, str
     return 0;
 }
 
-static const struct entry *find(const struct weights *w, const char *name)
+static struct entry *find(const struct weights *w, const char *name)
 {
     const struct entry key = {.name = (char *)name};
     if (!w->home.invention)
@@ -356,6 +375,44 @@ static const struct entry *find(const struct weights *w, const char *name)
         if (by_name(&key, &w->entries[i]) == 0)
             return &w->entries[i];
     return NULL;
+}
+
+// How the one file there is names its tensors.
+static int find_naming(struct weights *w, const char *path, struct err *err)
+{
+    char probe[MAX_NAME];
+    for (int i = 0; original_prefixes[i]; i++) {
+        snprintf(probe, sizeof probe, "%s%s", original_prefixes[i], ORIGINAL_PROBE);
+        if (find(w, probe)) {
+            w->prefix = original_prefixes[i];
+            return 0;
+        }
+    }
+    if (find(w, "x_embedder.weight"))
+        return 0;
+    return err_set(err, ERR_CORRUPT,
+                   "%s: no FLUX.1 transformer: it has neither " ORIGINAL_PROBE " (the authors' names, with or without "
+                   "\"model.diffusion_model.\" before them) nor x_embedder.weight (diffusers' names)",
+                   path);
+}
+
+int weights_open_file(const char *path, const struct home *home, struct weights **out, struct err *err)
+{
+    *out = NULL;
+    struct weights *w = calloc(1, sizeof *w);
+    if (!w)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", path);
+    if (home)
+        w->home = *home;
+    int rc = make_shards(w, path, 1, err);
+    rc = rc ? rc : open_shard(w, path, err);
+    rc = rc ? rc : sort_entries(w, err);
+    rc = rc ? rc : find_naming(w, path, err);
+    if (rc != 0)
+        weights_free(w);
+    else
+        *out = w;
+    return rc;
 }
 
 bool weights_has(const struct weights *w, const char *name)
@@ -448,11 +505,11 @@ static int invent(struct weights *w, struct tensor *out, int dims, const int64_t
     return add_entry(w, name, *out, err);
 }
 
-static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name, struct err *err)
+// The file's own tensor of this name, whole.
+static int get_whole(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name,
+                     struct err *err)
 {
-    if (w->home.invention)
-        return invent(w, out, dims, n, name, err);
-    const struct entry *e = find(w, name);
+    struct entry *e = find(w, name);
     char found[96], expected[96];
     print_shape(expected, sizeof expected, dims, n);
     if (!e)
@@ -466,8 +523,50 @@ static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n
     if (e->tensor.dtype != DT_F32 && e->tensor.dtype != DT_BF16 && e->tensor.dtype != DT_F16)
         return err_set(err, ERR_UNSUPPORTED, "%s: tensor %s has dtype %s; F32, BF16 and F16 can be used",
                        e->shard->path, name, dtype_name(e->tensor.dtype));
+    e->fetched = true;
     *out = e->tensor;
     return 0;
+}
+
+// Exchanges the halves of a tensor's rows, in memory of its own.
+static int swap_halves(struct weights *w, struct tensor *t, const char *name, struct err *err)
+{
+    const size_t half = tensor_bytes(*t) / 2;
+    char *copy = own(w, 2 * half), *from = t->data;
+    if (!copy)
+        return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
+    if (!w->home.plan) { // a plan looks at shapes alone
+        memcpy(copy, from + half, half);
+        memcpy(copy + half, from, half);
+    }
+    t->data = copy;
+    return 0;
+}
+
+// By the name that the authors' file has for it: rows of a tensor that holds several.
+static int get_original(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name,
+                        struct err *err)
+{
+    struct original o;
+    int64_t whole[TENSOR_MAX_DIMS];
+    char full[MAX_NAME];
+    if (!original_of(name, &o))
+        return err_set(err, ERR_UNSUPPORTED, "%s: with its authors' names a transformer has no %s", w->shards[0].path,
+                       name);
+    snprintf(full, sizeof full, "%s%s", w->prefix, o.name);
+    memcpy(whole, n, (size_t)dims * sizeof *n);
+    whole[0] = n[0] / o.rows * o.whole;
+    TRY(get_whole(w, out, dims, whole, full, err));
+    out->data = (char *)out->data + tensor_bytes(*out) / (size_t)o.whole * (size_t)o.first;
+    out->n[0] = n[0];
+    return o.swapped ? swap_halves(w, out, full, err) : 0;
+}
+
+static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n, const char *name, struct err *err)
+{
+    if (w->home.invention)
+        return invent(w, out, dims, n, name, err);
+    return (w->prefix ? get_original : get_whole)(w, out, dims, n, name, err);
 }
 
 #define FORMAT_NAME(name, format)                                                                                      \
@@ -480,10 +579,30 @@ static int get(struct weights *w, struct tensor *out, int dims, const int64_t *n
 int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
 {
     FORMAT_NAME(name, name_format);
+    struct original o;
+    if (w->prefix && original_of(name, &o))
+        snprintf(name, sizeof name, "%s%s", w->prefix, o.name);
     const struct entry *e = find(w, name);
     return e ? err_set(err, ERR_CORRUPT, "%s: tensor %s is there, but by the configuration's %s it should not be",
                        e->shard ? e->shard->path : "invented weights", name, key)
              : 0;
+}
+
+int weights_refuse_rest(const struct weights *w, struct err *err)
+{
+    const struct entry *first = NULL;
+    size_t rest = 0;
+    char shape[96];
+    for (size_t i = w->n_entries; i-- > 0;)
+        if (w->entries[i].shard && !w->entries[i].fetched) {
+            first = &w->entries[i];
+            rest++;
+        }
+    if (!first)
+        return 0;
+    print_shape(shape, sizeof shape, first->tensor.dims, first->tensor.n);
+    return err_set(err, ERR_CORRUPT, "%s: tensor %.120s %s is no part of this model%s", first->shard->path, first->name,
+                   shape, rest > 1 ? ", and is not the only one" : "");
 }
 
 void weights_offer_fp8(struct weights *w, bool offered)

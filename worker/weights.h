@@ -1,6 +1,7 @@
 // weights.h: the tensors of one part of a checkpoint, memory-mapped from safetensors files.
 //
-// A part is a folder with NAME.safetensors, or NAME.safetensors.index.json and its shards. Nothing is read until a
+// A part is a folder with NAME.safetensors, or NAME.safetensors.index.json and its shards; a FLUX.1 transformer may be
+// one file of any name, and in it have its authors' names (worker/original.h). Nothing is read until a
 // tensor's pages are touched. Every offset is checked against the file; a tensor asked for must have the shape the
 // model's configuration implies, or the error names tensor, file, what is there and what was expected.
 #ifndef DITFLEET_WORKER_WEIGHTS_H
@@ -29,6 +30,9 @@ struct home {
 // stem: "diffusion_pytorch_model" or "model". What is fetched is placed in the home (NULL: none), and displaced by
 // weights_free, which frees w; the tensors point into it.
 int weights_open(const char *dir, const char *stem, const struct home *home, struct weights **out, struct err *err);
+// The same of a transformer in one file. Its tensors are asked for by diffusers' names, whichever the file has; errors
+// name them as the file does.
+int weights_open_file(const char *path, const struct home *home, struct weights **out, struct err *err);
 // Whether the linear layers fetched from here on may be E4M3 where the home asks for it; at first they may not.
 void weights_offer_fp8(struct weights *w, bool offered);
 void weights_free(struct weights *w);
@@ -36,6 +40,8 @@ bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.
 int weights_refuse(const struct weights *w, const char *key, struct err *err, const char *name_format, ...)
     __attribute__((format(printf, 4, 5)));
+// After everything is fetched: refuses what was not, with its name.
+int weights_refuse_rest(const struct weights *w, struct err *err);
 
 // ---- weights that not every rank has (worker/ownership.h)
 

@@ -75,8 +75,10 @@ static int newer_first(const void *a, const void *b)
     const struct queue_listed *x = a, *y = b;
     if (x->created_ms != y->created_ms)
         return x->created_ms < y->created_ms ? 1 : -1;
-    const int tenant = strcmp(x->tenant, y->tenant), entry = strcmp(x->entry, y->entry);
-    return tenant ? tenant : entry ? entry : (*x->id == '@') - (*y->id == '@');
+    // Of jobs that were admitted together the entries tell: stream ids, of which the longer is the later.
+    const int longer = (int)strlen(y->entry) - (int)strlen(x->entry), later = strcmp(y->entry, x->entry);
+    const int order = longer ? longer : later ? later : strcmp(x->tenant, y->tenant);
+    return order ? order : (*x->id == '@') - (*y->id == '@');
 }
 
 static bool same_submission(const struct queue_listed *x, const struct queue_listed *y)
@@ -158,8 +160,8 @@ static void print_row(const struct queue_listed *l, uint64_t now_ms)
         snprintf(where, sizeof where, "%s at %s", l->stage, l->worker);
     else if (*l->error_code)
         snprintf(where, sizeof where, "%s", l->error_code);
-    printf("%-24s %-10s %-20s %-12s %5s  %s\n", l->id, job_state_name(l->state), l->pool, l->tenant,
-           age(now_ms > l->created_ms ? now_ms - l->created_ms : 0, old), where);
+    printf("%-24s %-10s %-20s %-12s %5s%s%s\n", l->id, job_state_name(l->state), l->pool, l->tenant,
+           age(now_ms > l->created_ms ? now_ms - l->created_ms : 0, old), *where ? "  " : "", where);
 }
 
 static void print_table(const struct jobs *j, uint64_t now_ms)

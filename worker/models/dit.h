@@ -69,9 +69,10 @@ struct dit {
 // Block i, its weights being in their place (worker/ownership.c): how runners call ops->block.
 void dit_block(const struct dit *m, struct exec *x, struct dit_pass *p, int i);
 
-// FLUX.1 (dev and schnell). dir: the folder "transformer" of a diffusers directory.
+// FLUX.1 (dev and schnell). dir: the folder "transformer" of a diffusers directory. file: the weights in one file, by
+// diffusers' names or their authors'; NULL: they are in dir.
 struct home;
-int flux_load(const char *dir, const struct home *home, struct dit **out, struct err *err);
+int flux_load(const char *dir, const char *file, const struct home *home, struct dit **out, struct err *err);
 
 // Makes step the one that passes with this cond are of.
 static inline void dit_step(struct exec *x, const struct dit_cond *cond, int step)

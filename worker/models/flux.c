@@ -484,9 +484,12 @@ static int load_blocks(struct flux *f, const char *dir, struct err *err)
     return 0;
 }
 
-static int load_weights(struct flux *f, const char *dir, const struct home *home, struct err *err)
+static int load_weights(struct flux *f, const char *dir, const char *file, const struct home *home, struct err *err)
 {
-    TRY(weights_open(dir, "diffusion_pytorch_model", home, &f->dit.weights, err));
+    if (file)
+        TRY(weights_open_file(file, home, &f->dit.weights, err));
+    else
+        TRY(weights_open(dir, "diffusion_pytorch_model", home, &f->dit.weights, err));
     TRY(weights_divide(f->dit.weights, (int)(f->n_double + f->n_single), modulations(f), err));
     TRY(load_blocks(f, dir, err));
     weights_belong(f->dit.weights, WEIGHTS_COMMON, 0);
@@ -504,6 +507,7 @@ static int load_weights(struct flux *f, const char *dir, const struct home *home
     TRY(weights_linear1(f->dit.weights, &f->embed_image, f->dim, f->channels, true, err, "x_embedder"));
     TRY(weights_linear1(f->dit.weights, &f->embed_text, f->dim, f->text_dim, true, err, "context_embedder"));
     TRY(weights_linear1(f->dit.weights, &f->proj_out, f->channels, f->dim, true, err, "proj_out"));
+    TRY(weights_refuse_rest(f->dit.weights, err));
     return weights_settle(f->dit.weights, err);
 }
 
@@ -521,7 +525,7 @@ static void flux_free(struct dit *m)
 static const struct dit_ops ops = {
     .info = info, .prepare = prepare, .rope = rope, .embed = embed, .block = block, .head = head, .free = flux_free};
 
-int flux_load(const char *dir, const struct home *home, struct dit **out, struct err *err)
+int flux_load(const char *dir, const char *file, const struct home *home, struct dit **out, struct err *err)
 {
     *out = NULL;
     struct flux *f = calloc(1, sizeof *f);
@@ -530,7 +534,7 @@ int flux_load(const char *dir, const struct home *home, struct dit **out, struct
     f->dit.ops = &ops;
     int rc = load_config(f, dir, err);
     if (rc == 0)
-        rc = load_weights(f, dir, home, err);
+        rc = load_weights(f, dir, file, home, err);
     if (rc != 0) {
         flux_free(&f->dit);
         return rc;
