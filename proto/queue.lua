@@ -13,7 +13,7 @@ local STATE = { QUEUED = 1, DELAYED = 2, LEASED = 3, RUNNING = 4, UPLOADING = 5,
 
 -- Settings that `conf` may override; PROTOCOL.md explains them.
 local SETTINGS = {
-  retention_ms = 86400000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
+  retention_ms = 86400000, events_ms = 600000, max_attempts = 3, max_attempts_infra = 20, backoff_ms = 1000, backoff_cap_ms = 60000,
   check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0, max_speed = 64,
   turn_normal = 4, turn_low = 16,
 }
@@ -136,8 +136,8 @@ end
 local function tell(r, e, eta) -- an event for whoever watches this job
   local k = P .. 'ev:' .. r.tenant .. ':' .. r.id
   call('XADD', k, 'MAXLEN', '~', EVENT_MAX, '*', 'event', pb_event(r, e, eta))
-  -- Set where a life begins, ends or turns; the steps in between need not.
-  if not HELD[r.state] then call('PEXPIRE', k, r.keep_ms or conf('retention_ms')) end
+  -- Set where a life ends or turns; the steps in between need not.
+  if not HELD[r.state] then call('PEXPIRE', k, r.keep_ms or conf(FINAL[r.state] and 'events_ms' or 'retention_ms')) end
 end
 
 local woken = {}
@@ -272,7 +272,8 @@ local function move(r, state, set, e, eta)
   if FINAL[state] and state ~= 'DEAD' then set[n + 1], set[n + 2] = 'payload', '' end
   call('HSET', k, 'state', state, 'updated_ms', int(now()), unpack(set))
   if FINAL[state] then settle(r, k) end
-  tell(r, e, eta)
+  -- A stream takes 4 KB from its first entry on: a job that waits to be claimed for the first time has none.
+  if from ~= '' or FINAL[state] then tell(r, e, eta) end
 end
 
 local function fail_final(r, state, e, set) -- DEAD, CANCELLED or EXPIRED
@@ -486,8 +487,12 @@ local function admit_one(tenant, a)
   local why_not = no_time(r) or no_room(tenant, r.gpu_ms)
   if why_not then return refuse(tenant, a, why_not) end
   local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
-    'deadline_ms', a.deadline_ms, 'due_ms', a.not_before_ms, 'max_attempts', a.max_attempts, 'batch', a.batch,
-    'callback', a.callback, 'rank', int(r.rank), 'epoch', 0, 'created_ms', int(now()) }
+    'batch', a.batch, 'rank', int(r.rank), 'created_ms', int(now()) }
+  -- A field of a record takes 70 bytes: what says nothing is left out.
+  for name, value in pairs({ deadline_ms = a.deadline_ms, due_ms = a.not_before_ms, max_attempts = a.max_attempts,
+                             callback = a.callback }) do
+    if value ~= '0' and value ~= '' then set[#set + 1], set[#set + 2] = name, value end
+  end
   begin(r)
   if r.deadline_ms > 0 and r.deadline_ms <= now() then
     expire(r, set)

@@ -51,29 +51,27 @@ static const struct {
     {"proj_out", "final_layer.linear", 0, 1, 1, false},
 };
 
-// What follows the pattern in name, or NULL: another name. *number: the digits of #, NULL without one.
-static const char *match(const char *pattern, const char *name, const char **number)
+// Whether name begins as the pattern says. *rest: what follows it; *number: where the digits of # begin, else "".
+static bool match(const char *pattern, const char *name, const char **rest, const char **number)
 {
-    for (*number = NULL; *pattern; pattern++) {
-        if (*pattern != '#') {
-            if (*name++ != *pattern)
-                return NULL;
-            continue;
-        }
-        const size_t digits = strspn(name, "0123456789");
-        if (digits == 0)
-            return NULL;
-        *number = name;
-        name += digits;
+    for (*number = ""; *pattern; pattern++) {
+        const size_t digits = *pattern == '#' ? strspn(name, "0123456789") : 0;
+        if (digits == 0 && *name != *pattern)
+            return false;
+        if (digits > 0)
+            *number = name;
+        name += digits ? digits : 1;
     }
-    return name;
+    *rest = name;
+    return true;
 }
 
 bool original_of(const char *diffusers, struct original *out)
 {
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const char *number, *rest = match(names[i].diffusers, diffusers, &number);
-        if (!rest || (*rest && strcmp(rest, ".weight") != 0 && strcmp(rest, ".bias") != 0))
+        const char *rest, *number;
+        if (!match(names[i].diffusers, diffusers, &rest, &number) ||
+            (*rest && strcmp(rest, ".weight") != 0 && strcmp(rest, ".bias") != 0))
             continue;
         const char *from = names[i].original, *hash = strchr(from, '#');
         if (hash)

@@ -532,8 +532,9 @@ static int get_whole(struct weights *w, struct tensor *out, int dims, const int6
 static int swap_halves(struct weights *w, struct tensor *t, const char *name, struct err *err)
 {
     const size_t half = tensor_bytes(*t) / 2;
-    char *copy = own(w, 2 * half), *from = t->data;
-    if (!copy)
+    char *copy = own(w, 2 * half);
+    const char *from = t->data;
+    if (!copy || !from)
         return err_set(err, ERR_NO_MEMORY, "%s: out of memory", name);
     if (!w->home.plan) { // a plan looks at shapes alone
         memcpy(copy, from + half, half);
@@ -548,6 +549,7 @@ static int get_original(struct weights *w, struct tensor *out, int dims, const i
                         struct err *err)
 {
     struct original o;
+    struct tensor t = {0};
     int64_t whole[TENSOR_MAX_DIMS];
     char full[MAX_NAME];
     if (!original_of(name, &o))
@@ -556,8 +558,9 @@ static int get_original(struct weights *w, struct tensor *out, int dims, const i
     snprintf(full, sizeof full, "%s%s", w->prefix, o.name);
     memcpy(whole, n, (size_t)dims * sizeof *n);
     whole[0] = n[0] / o.rows * o.whole;
-    TRY(get_whole(w, out, dims, whole, full, err));
-    out->data = (char *)out->data + tensor_bytes(*out) / (size_t)o.whole * (size_t)o.first;
+    TRY(get_whole(w, &t, dims, whole, full, err));
+    *out = t;
+    out->data = (char *)t.data + tensor_bytes(t) / (size_t)o.whole * (size_t)o.first;
     out->n[0] = n[0];
     return o.swapped ? swap_halves(w, out, full, err) : 0;
 }

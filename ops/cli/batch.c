@@ -32,7 +32,7 @@ static int add_job(struct reader *r, Ditfleet__V1__Job **job, struct err *err)
 {
     struct batch *b = r->batch;
     if ((b->n & (b->n - 1)) == 0) { // full at each power of two
-        Ditfleet__V1__Job **more = realloc(b->jobs, (b->n ? 2 * b->n : 1) * sizeof *more);
+        Ditfleet__V1__Job **more = realloc(b->jobs, (b->n ? 2 * b->n : 1) * sizeof(Ditfleet__V1__Job *));
         if (!more)
             return no_memory(err);
         b->jobs = more;
@@ -51,7 +51,7 @@ static int add_job(struct reader *r, Ditfleet__V1__Job **job, struct err *err)
 
 static int read_prompt(struct reader *r, struct err *err)
 {
-    Ditfleet__V1__Job *job;
+    Ditfleet__V1__Job *job = NULL;
     char *text = r->at, *end = text + strcspn(text, "\n");
     r->at = end + (*end == '\n');
     if (end > text && end[-1] == '\r')
@@ -107,7 +107,7 @@ static int take_record(struct reader *r, char **cells, int *n, struct err *err)
 
 static int set_cells(struct reader *r, char *const *names, int n_names, char *const *cells, int n, struct err *err)
 {
-    Ditfleet__V1__Job *job;
+    Ditfleet__V1__Job *job = NULL;
     if (n == 1 && !*cells[0])
         return 0;
     if (n != n_names)
@@ -198,7 +198,7 @@ static int set_members(Ditfleet__V1__Job *job, const char *prefix, json_t *objec
 
 static int read_object(struct reader *r, struct err *err)
 {
-    Ditfleet__V1__Job *job;
+    Ditfleet__V1__Job *job = NULL;
     json_error_t why;
     char *text = r->at, *end = text + strcspn(text, "\n");
     r->at = end + (*end == '\n');
@@ -252,30 +252,29 @@ static int read_file(const char *path, char **text, struct err *err)
     return *text ? 0 : no_memory(err);
 }
 
-static int find_format(const char *path, const char *format, const char **found, struct err *err)
+// NULL after an error.
+static const char *find_format(const char *path, const char *format, struct err *err)
 {
     static const char *const formats[] = {"txt", "csv", "jsonl"};
     const char *dot = strrchr(path, '.');
     const char *name = format ? format : dot ? dot + 1 : "";
     for (size_t i = 0; i < sizeof formats / sizeof *formats; i++)
-        if (strcmp(name, formats[i]) == 0) {
-            *found = formats[i];
-            return 0;
-        }
-    return err_set(err, ERR_INVALID, "%.200s: what it holds is not said; give --format txt, csv or jsonl",
-                   format ? format : path);
+        if (strcmp(name, formats[i]) == 0)
+            return formats[i];
+    err_set(err, ERR_INVALID, "%.200s: what it holds is not said; give --format txt, csv or jsonl",
+            format ? format : path);
+    return NULL;
 }
 
 int batch_read(const char *path, const char *format, const Ditfleet__V1__Job *base, batch_check *check,
                struct batch *out, struct err *err)
 {
     char *text = NULL;
-    const char *kind = NULL;
     struct reader r = {.path = path, .base = base, .check = check, .batch = out, .line = 1};
     *out = (struct batch){0};
-    TRY(find_format(path, format, &kind, err));
-    int rc = read_file(path, &text, err);
-    if (rc == 0) {
+    const char *kind = find_format(path, format, err);
+    int rc = kind ? read_file(path, &text, err) : ERR_INVALID;
+    if (rc == 0 && text) {
         r.at = text;
         r.at += strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0; // a byte order mark
         rc = *kind == 'c' ? read_csv(&r, err) : each_line(&r, *kind == 't' ? read_prompt : read_object, err);

@@ -95,6 +95,9 @@ static int await_result(const struct submit *s, struct queue *q, const struct su
     int rc;
     double away_at = 0;
     bool away = false, go_on;
+    Ditfleet__V1__Event waits = DITFLEET__V1__EVENT__INIT; // of which nothing is told before it is claimed
+    waits.state = DITFLEET__V1__STATE__STATE_QUEUED;
+    progress_event(&progress, &waits);
     do {
         *err = (struct err){.code = ERR_NONE};
         rc = queue_await(q, connection_tenant(&s->connection), j->job->id, j->entry, SUBMIT_LOOK_MS, on_event,

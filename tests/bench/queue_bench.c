@@ -1,6 +1,8 @@
 // queue_bench.c: how many jobs a second pass through enqueue, admission, claim and finish, with no model.
 //
 //   queue_bench [JOBS [WORKERS [BATCH]]]
+//   queue_bench --depth JOBS: how long a claim takes with 1,000 and with JOBS queued, and what a queued job takes in
+//   memory
 //
 // Everything is the production path over one private Redis with an append-only file (everysec): producers that XADD one
 // job at a time, one admitter, workers that claim BATCH jobs and finish each. First the highest
@@ -184,6 +186,87 @@ static void run(struct bench *b, const char *what)
     queue_close(q);
 }
 
+// ---- a long queue
+
+static double used_memory(struct queue *q)
+{
+    struct err e = {0};
+    redisReply *reply;
+    must(redis_command(queue_redis(q), &reply, &e, "INFO memory"), &e);
+    const char *line = strstr(reply->str, "used_memory:");
+    const double bytes = line ? strtod(line + strlen("used_memory:"), NULL) : 0;
+    freeReplyObject(reply);
+    return bytes;
+}
+
+// Jobs from b->submitted on until so many are admitted.
+static void fill(struct bench *b, struct queue *q, unsigned depth)
+{
+    pthread_t producers[2];
+    struct err e = {0};
+    struct queue_admission admission = {.consumer = "bench"};
+    struct queue_admitted out;
+    b->jobs = depth;
+    for (int i = 0; i < 2; i++)
+        pthread_create(&producers[i], NULL, produce, b);
+    while (b->finished < depth) {
+        must(queue_admit(q, &admission, 100, &out, &e), &e);
+        b->finished += out.admitted;
+    }
+    for (int i = 0; i < 2; i++)
+        pthread_join(producers[i], NULL);
+    b->submitted = depth; // each producer took a number too many
+}
+
+// Claims one job and gives it back, so that the queue stays as long as it is.
+static void time_claims(struct queue *q, const char *what, double *p99)
+{
+    enum { CLAIMS = 5000 };
+    static const char *const pools[] = {"none@1"};
+    const struct queue_claim want = {"worker", "1", pools, 1, 60000, 1};
+    static double took[CLAIMS];
+    struct err e = {0};
+    for (int i = 0; i < CLAIMS; i++) {
+        struct queue_job job;
+        char cursor[QUEUE_ENTRY_SIZE];
+        size_t n;
+        const double start = seconds();
+        must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
+        took[i] = 1e3 * (seconds() - start);
+        if (n != 1)
+            _exit(1);
+        must(queue_release(q, &job.fence, &e), &e);
+        queue_job_free(&job);
+    }
+    qsort(took, CLAIMS, sizeof *took, by_value);
+    *p99 = took[CLAIMS * 99 / 100];
+    printf("%-16s claim p50 %.3f ms  p99 %.3f ms  longest %.3f ms\n", what, took[CLAIMS / 2], *p99, took[CLAIMS - 1]);
+    fflush(stdout);
+}
+
+static void depth(struct bench *b, unsigned jobs)
+{
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    char what[32];
+    double few, many;
+    must(queue_model_publish(q, "none", "1", &e), &e);
+    b->began = calloc(jobs, sizeof *b->began);
+    if (!b->began)
+        _exit(1);
+    const double empty = used_memory(q), start = seconds();
+    fill(b, q, 1000);
+    time_claims(q, "1000 queued", &few);
+    fill(b, q, jobs);
+    const double filled = seconds() - start, full = used_memory(q);
+    snprintf(what, sizeof what, "%u queued", jobs);
+    time_claims(q, what, &many);
+    printf("p99 %.2f x; %.0f bytes of Redis' memory a queued job; filled in %.0f s\n", many / few,
+           (full - empty) / jobs, filled);
+    free(b->began);
+    queue_close(q);
+}
+
 static unsigned number(int argc, char **argv, int i, unsigned fallback, unsigned most)
 {
     unsigned long n = argc > i ? strtoul(argv[i], NULL, 10) : fallback;
@@ -200,6 +283,11 @@ int main(int argc, char **argv)
         return 1;
     }
     struct bench b = {.url = server.url, .server = server.pid, .producers = 2};
+    if (argc > 1 && strcmp(argv[1], "--depth") == 0) {
+        depth(&b, number(argc, argv, 2, 1000000, 10000000));
+        private_redis_stop(&server);
+        return 0;
+    }
     b.jobs = number(argc, argv, 1, 20000, 1000000);
     b.workers = number(argc, argv, 2, 4, 32);
     b.batch = number(argc, argv, 3, 8, QUEUE_BATCH);

@@ -53,7 +53,7 @@ job = job_pb2.Job(id="module-1", model="shapes", prompt="x")
 job.output.url = "http://127.0.0.1:9/x.png"
 result = fleet.wait(job.id, fleet.submit(job), 30, lambda event: states.append(event.state))
 assert result.state == job_pb2.STATE_SUCCEEDED and result.used.prompt == "x", result
-assert states[0] == job_pb2.STATE_QUEUED and states[-1] == job_pb2.STATE_SUCCEEDED, states
+assert states[0] == job_pb2.STATE_LEASED and states[-1] == job_pb2.STATE_SUCCEEDED, states
 entry = fleet.redis.xadd("dit:{default}:in:default", {"job": b"\xff\xff\xff"}).decode()
 assert fleet.wait("none", entry, 30).error.code == "corrupt"
 PYTHON
