@@ -7,6 +7,7 @@
 
 #include "kernels/backend.h"
 #include "ops/cli/cli.h"
+#include "ops/cli/json.h"
 #include "ops/cli/ranks.h"
 #include "ops/cli/recorder.h"
 #include "proto/conf.h"
@@ -21,7 +22,7 @@ struct generate {
     struct plan want;   // degrees
     struct plan held;   // how the ranks have the transformer
     const char *blocks; // of each stage, as text
-    bool quiet, exact;
+    bool quiet, exact, json;
     Ditfleet__V1__Job *job;
     struct model *model;
     struct recorder *recorder;
@@ -126,7 +127,8 @@ static int write_file(const char *path, const void *bytes, size_t length, struct
     return ok ? 0 : err_set(err, ERR_IO, "%s: cannot be written (%s)", path, strerror(errno));
 }
 
-static int write_pictures(const struct generate *g, const struct engine_result *result, struct err *err)
+// files: their paths are added.
+static int write_pictures(const struct generate *g, const struct engine_result *result, json_t *files, struct err *err)
 {
     const Ditfleet__V1__Job *job = g->job;
     char plan[PLAN_TEXT], path[4096];
@@ -143,9 +145,28 @@ static int write_pictures(const struct generate *g, const struct engine_result *
         rc = write_file(path, p.bytes, p.len, err);
         picture_free(&p);
         TRY(rc);
-        printf("%s\n", path);
+        json_array_append_new(files, json_string(path));
+        if (!g->json)
+            printf("%s\n", path);
     }
     return 0;
+}
+
+// What it was asked to draw is left out: whoever asked knows it.
+static void print_json(const struct generate *g, const struct engine_result *r, json_t *files)
+{
+    char plan[PLAN_TEXT];
+    json_t *ranks = json_array();
+    plan_print(&r->plan, plan);
+    for (int i = 0; i < r->plan.ranks; i++)
+        json_array_append_new(ranks,
+                              json_pack("{s:f,s:f,s:f}", "compute_seconds", r->ranks[i].compute, "exchange_seconds",
+                                        r->ranks[i].exchange, "wait_seconds", r->ranks[i].wait));
+    json_print(json_pack("{s:O,s:i,s:i,s:i,s:I,s:s,s:s,s:f,s:f,s:f,s:o}", "files", files, "width", (int)g->job->width,
+                         "height", (int)g->job->height, "num_inference_steps", (int)g->job->num_inference_steps, "seed",
+                         (json_int_t)g->job->seed, "model_hash", g->model->hash, "plan", plan, "encode_seconds",
+                         r->encode_seconds, "denoise_seconds", r->denoise_seconds, "decode_seconds", r->decode_seconds,
+                         "ranks", ranks));
 }
 
 static void warn_cut(const struct engine_result *r)
@@ -165,8 +186,12 @@ static int generate(struct generate *g, struct err *err)
         return err_set(err, ERR_NO_MEMORY, "no memory to record latents");
     int rc = ranks_run(g->ranks, run_rank, g, err);
     if (rc == 0) {
+        json_t *files = json_array();
         warn_cut(&g->result);
-        rc = write_pictures(g, &g->result, err);
+        rc = write_pictures(g, &g->result, files, err);
+        if (rc == 0 && g->json)
+            print_json(g, &g->result, files);
+        json_decref(files);
     }
     if (rc == 0 && g->latents) {
         recorder_put(g->recorder, "image_u8",
@@ -214,6 +239,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--save-latents", "FILE", "also write embeddings, noise and every step's latents as safetensors", CLI_STRING,
          &g.latents, 0, 0},
         {"--quiet", NULL, "no progress, no figures", CLI_BOOL, &g.quiet, 0, 0},
+        {"--json", NULL, "print one JSON object: files, plan, seed, seconds", CLI_BOOL, &g.json, 0, 0},
     };
     struct err err = {.code = ERR_NONE};
     int rc = cli_parse(self, flags, sizeof flags / sizeof *flags, g.job, argc, argv, NULL, NULL);

@@ -44,7 +44,7 @@ static const struct prose {
      "finds a submission that was refused.",
      "ditfleet show cat-1\nditfleet show @1700000000000-0 --json"},
     {"cancel", "A job that waits is gone at once; one that runs stops at its next step. What is final stays as it is.",
-     "ditfleet cancel cat-1 --tenant acme"},
+     "ditfleet cancel cat-1 cat-2 --tenant acme"},
     {"status",
      "Shows what the supervisor of this node says of its groups and ranks, and what the queue holds, anew every second "
      "until Ctrl-C; where the output is no terminal, once. What cannot be "

@@ -41,7 +41,8 @@ expect 2 "exactly one" "$ditfleet" submit "${job[@]}" --output.file=/x/y
 expect 2 "needs {index}" "$ditfleet" submit "${job[@]}" --num-images 2
 expect 2 "prompt" "$ditfleet" submit "${job[@]}" --prompt $'\xff'
 expect 2 "missing argument: ID" "$ditfleet" show
-expect 2 "too many arguments" "$ditfleet" cancel a b
+expect 2 "too many arguments" "$ditfleet" show a b
+expect 2 "missing argument: ID..." "$ditfleet" cancel
 expect 2 "missing argument: add NAME | set NAME | list" "$ditfleet" tenant remove x
 expect 2 "--weight takes a number from 0.001 to 1000" "$ditfleet" tenant add x --weight 0
 expect 1 "missing.conf: cannot open" "$ditfleet" status --config "$fleet/missing.conf"
@@ -54,6 +55,8 @@ picture=(--model "$DITFLEET_SOURCE/ops/demo/model" --prompt "a ring" --width 48 
   --max-sequence-length 16 -o "$fleet/ring.png")
 expect 0 "cfg=1 ulysses=1 ring=3" "$ditfleet" generate "${picture[@]}" --ranks 3
 expect 0 "cfg=1 ulysses=2 ring=2" "$ditfleet" generate "${picture[@]}" --ranks 4 --ring-degree 2
+"$ditfleet" generate "${picture[@]}" --ranks 2 --seed 7 --quiet --json >"$printed"
+check 'd["files"] == [d["files"][0]] and d["seed"] == 7 and d["plan"] == "cfg=1 ulysses=2 ring=1" and len(d["ranks"]) == 2'
 expect 1 "on 6 ranks cfg=1 ulysses=2 ring=3 would do" "$ditfleet" generate "${picture[@]}" --ranks 6 --ring-degree 2
 
 # ---- a queue node, which admits
@@ -99,7 +102,9 @@ expect 0 "model demo@1 (default)" "$ditfleet" status --config "$fleet/ditfleet.c
 
 # ---- ends
 expect 0 "first CANCELLED" "$ditfleet" cancel first
-expect 0 "first CANCELLED" "$ditfleet" cancel first
+expect 0 '{"id":"first","state":"CANCELLED"}' "$ditfleet" cancel first --json
+expect 1 "has no job nope" "$ditfleet" cancel nope first # and the other is taken back all the same
+grep -q "first CANCELLED" "$fleet/out" || fail "one that fails kept the others"
 expect 0 "state    CANCELLED" "$ditfleet" show first
 expect 1 "is DEAD: not_found" "$ditfleet" submit "${job[@]}" --model unicorn --wait
 entry=$(sed -n 's/^entry *//p' "$fleet/out")
