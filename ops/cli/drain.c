@@ -9,15 +9,25 @@
 
 enum { LOOK_MS = 200 };
 
-// Whether a group of the status is one of those that were asked to drain and has not stopped.
+static const char *text(const json_t *object, const char *name)
+{
+    const char *value = json_string_value(json_object_get(object, name));
+    return value ? value : "";
+}
+
+// Whether a group of the status is one of those that were asked to drain, and still has workers.
 static bool still_drains(const json_t *group, const json_t *asked)
 {
     size_t i;
     json_t *name;
-    const char *own = json_string_value(json_object_get(group, "name"));
-    const char *state = json_string_value(json_object_get(group, "state"));
-    json_array_foreach(asked, i, name) if (own && state && strcmp(json_string_value(name), own) == 0) return strcmp(
-        state, "stopped") != 0;
+    const char *state = text(group, "state");
+    if (strcmp(state, "stopped") == 0 || strcmp(state, "failed") == 0)
+        return false;
+    json_array_foreach(asked, i, name)
+    {
+        if (strcmp(json_string_value(name), text(group, "name")) == 0)
+            return true;
+    }
     return false;
 }
 
@@ -29,7 +39,10 @@ static int await_stop(const char *path, const json_t *asked, struct err *err)
         size_t i;
         const int rc = control_request(path, "{\"cmd\":\"status\"}", &status, err);
         going = false;
-        json_array_foreach(json_object_get(status, "groups"), i, group) going = going || still_drains(group, asked);
+        json_array_foreach(json_object_get(status, "groups"), i, group)
+        {
+            going = going || still_drains(group, asked);
+        }
         json_decref(status);
         TRY(rc);
         if (going)
@@ -52,34 +65,44 @@ static int steer(const char *verb, const struct conf *conf, const char *group, b
     return wait ? await_stop(path, json_object_get(*reply, "groups"), err) : 0;
 }
 
+static void report(json_t *reply, bool json, const char *became)
+{
+    size_t i;
+    json_t *name;
+    if (json) {
+        json_print(json_incref(reply));
+        return;
+    }
+    json_array_foreach(json_object_get(reply, "groups"), i, name)
+    {
+        printf("%s %s\n", json_string_value(name), became);
+    }
+}
+
 static int run(const struct cli_command *self, int argc, char **argv)
 {
     struct connection c = {0};
     struct err err = {.code = ERR_NONE};
     bool json = false, wait = false;
     const bool drains = strcmp(self->name, "drain") == 0;
-    json_t *reply = NULL, *name;
-    size_t i;
+    json_t *reply = NULL;
     const struct cli_flag flags[] = {
         {"--config", "FILE", "the supervisor's configuration, to find it by", CLI_STRING, &c.config, 0, 0},
         {"--json", NULL, "print one JSON object", CLI_BOOL, &json, 0, 0},
         {"--wait", NULL, "until its workers are gone", CLI_BOOL, &wait, 0, 0}, // of drain alone
     };
     const char **operands = calloc((size_t)argc, sizeof *operands);
-    int n = 0, code = CLI_FAILED;
-    if (operands)
-        code = cli_parse(self, flags, drains ? 3 : 2, NULL, argc, argv, operands, &n);
+    int n = 0;
+    int code = operands ? cli_parse(self, flags, drains ? 3 : 2, NULL, argc, argv, operands, &n) : CLI_FAILED;
     if (code < 0 && n > 1)
         code = cli_operands(self, n, 1);
     if (code < 0) {
         int rc = connection_configure(&c, &err);
         rc = rc ? rc : steer(self->name, c.conf, n ? operands[0] : NULL, wait, &reply, &err);
         code = rc ? cli_fail(&err) : CLI_OK;
+        if (rc == 0)
+            report(reply, json, !drains ? "starts" : wait ? "stopped" : "drains");
     }
-    json_array_foreach(json_object_get(reply, "groups"), i, name) if (code == CLI_OK && !json)
-        printf("%s %s\n", json_string_value(name), drains ? wait ? "stopped" : "drains" : "starts");
-    if (code == CLI_OK && json)
-        json_print(json_incref(reply));
     json_decref(reply);
     connection_close(&c, NULL);
     free(operands);

@@ -90,6 +90,8 @@ static bool same_submission(const struct queue_listed *x, const struct queue_lis
 static void keep_newest(struct jobs *j)
 {
     size_t kept = 0;
+    if (j->n == 0)
+        return;
     qsort(j->list, j->n, sizeof *j->list, newer_first);
     for (size_t i = 0; i < j->n; i++)
         if (kept == 0 || !same_submission(&j->list[kept - 1], &j->list[i]))

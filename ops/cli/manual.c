@@ -33,9 +33,9 @@ static const struct prose {
      "list holds nobody up.",
      "ditfleet jobs --state active\nditfleet jobs --state dead,expired --newer 1h --tenant acme --json"},
     {"drain",
-     "The groups of this node, or GROUP, claim no more, finish the job they have within the grace time of the "
-     "configuration, and stop; what is not finished by then goes back to the queue. They "
-     "stay stopped until they are resumed or the supervisor starts anew.",
+     "The groups of this node, or GROUP, claim no more, finish the job they have if the grace time of the "
+     "configuration is long enough for it, give it back to the queue if not, and stop. They stay stopped until they "
+     "are resumed or the supervisor starts anew.",
      "ditfleet drain --wait --config /etc/ditfleet/ditfleet.conf\nditfleet drain flux"},
     {"resume", "Starts the groups of this node, or GROUP, that were drained or are given up as failed.",
      "ditfleet resume flux --config /etc/ditfleet/ditfleet.conf"},

@@ -71,6 +71,7 @@ may_not acme KEYS '*'
 expect 0 "state    SUCCEEDED" "$ditfleet" submit "${operator[@]}" "${picture[@]}" --id ours --wait
 expect 0 "state    SUCCEEDED" "$ditfleet" show mine "${operator[@]}" --tenant acme
 expect 0 "model demo@1 (default)" "$ditfleet" status "${operator[@]}" --config "$fleet/ditfleet.conf"
+expect 0 "mine                     SUCCEEDED" "$ditfleet" jobs "${operator[@]}" --tenant acme
 expect 0 "rate 3" "$ditfleet" tenant set acme --rate 3 --burst 60 "${operator[@]}"
 expect 0 "total gpu_seconds" "$ditfleet" backlog "${operator[@]}"
 expect 1 "is DEAD: not_found" "$ditfleet" submit "${operator[@]}" "${picture[@]}" --model unicorn --wait
@@ -86,6 +87,7 @@ may_not operator SET other x
 expect 0 "total gpu_seconds 0.000" "$ditfleet" backlog --redis "$(as scaler)"
 expect 1 "NOPERM" "$ditfleet" show mine --redis "$(as scaler)" --tenant acme
 expect 1 "NOPERM" "$ditfleet" submit "${picture[@]}" --redis "$(as scaler)"
+expect 1 "NOPERM" "$ditfleet" jobs --redis "$(as scaler)"
 expect 1 "NOPERM" "$ditfleet" cancel mine --redis "$(as scaler)"
 may_not scaler HGETALL "${P}job:acme:mine"
 may_not scaler HGET "${P}job:acme:mine" payload
