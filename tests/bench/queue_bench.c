@@ -3,10 +3,12 @@
 //   queue_bench [JOBS [WORKERS [BATCH]]]
 //   queue_bench --depth JOBS: how long a claim takes with 1,000 and with JOBS queued, and what a queued job takes in
 //   memory
+//   queue_bench --scripts N [CONNECTIONS]: how many scripts a second, of one kind and of a holder's four
 //
 // Everything is the production path over one private Redis with an append-only file (everysec): producers that XADD one
 // job at a time, one admitter, workers that claim BATCH jobs and finish each. First the highest
-// rate, then the delay from submission to commit at a steady 500 jobs a second.
+// rate, then the delay from submission to commit at a steady 500 jobs a second, each with the calls of every operation
+// that did something.
 #include "proto/queue.h"
 #include "tests/unit/private_redis.h"
 
@@ -15,6 +17,14 @@
 #include <stdatomic.h>
 #include <time.h>
 
+// Calls of one operation that did something, timed where they are made.
+struct timing {
+    const char *name;
+    atomic_uint n;
+    double *took; // (jobs) milliseconds
+};
+enum { ENQUEUE, ADMIT, CLAIM, FINISH, TIMINGS };
+
 struct bench {
     const char *url;
     pid_t server;
@@ -22,6 +32,7 @@ struct bench {
     double rate; // jobs a second of all producers; 0: as fast as they can
     atomic_uint submitted, finished, next_worker;
     double *began, *ended; // seconds by job
+    struct timing timing[TIMINGS];
 };
 
 static double seconds(void)
@@ -55,6 +66,14 @@ static void must(int rc, const struct err *e)
     _exit(1);
 }
 
+// No operation does something more often than there are jobs.
+static void timed(struct bench *b, int what, double start)
+{
+    struct timing *t = &b->timing[what];
+    if (t->took)
+        t->took[atomic_fetch_add(&t->n, 1)] = 1e3 * (seconds() - start);
+}
+
 static struct queue *open_queue(const struct bench *b)
 {
     struct queue *q;
@@ -84,6 +103,7 @@ static void *produce(void *arg)
         must(job_pack(job, &bytes, &length, &e), &e);
         b->began[i] = seconds();
         must(queue_submit(q, "default", bytes, length, entry, &e), &e);
+        timed(b, ENQUEUE, b->began[i]);
         free(bytes);
     }
     job_free(job);
@@ -98,8 +118,12 @@ static void *admit(void *arg)
     struct queue *q = open_queue(b);
     struct queue_admission admission = {.consumer = "bench"};
     struct queue_admitted out;
-    while (atomic_load(&b->finished) < b->jobs)
+    while (atomic_load(&b->finished) < b->jobs) {
+        const double start = seconds(); // a round waits for its first entry: where producers are slow, that is in it
         must(queue_admit(q, &admission, 100, &out, &e), &e);
+        if (out.read > 0)
+            timed(b, ADMIT, start);
+    }
     queue_close(q);
     return NULL;
 }
@@ -113,7 +137,9 @@ static void commit(struct bench *b, struct queue *q, struct queue_job *job)
     result.id = job->fence.id;
     result.state = DITFLEET__V1__STATE__STATE_SUCCEEDED;
     must(result_pack(&result, &bytes, &length, &e), &e);
+    const double start = seconds();
     must(queue_finish(q, &job->fence, bytes, length, &e), &e);
+    timed(b, FINISH, start);
     free(bytes);
     b->ended[strtoul(job->fence.id + 4, NULL, 10)] = seconds();
     atomic_fetch_add(&b->finished, 1);
@@ -133,7 +159,10 @@ static void *work(void *arg)
     while (jobs && atomic_load(&b->finished) < b->jobs) {
         size_t n;
         bool woken;
+        const double start = seconds();
         must(queue_claim(q, &want, jobs, &n, cursor, &e), &e);
+        if (n > 0)
+            timed(b, CLAIM, start);
         for (size_t i = 0; i < n; i++)
             commit(b, q, &jobs[i]);
         if (n == 0)
@@ -150,6 +179,28 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+static void time_each(struct bench *b)
+{
+    static const char *const names[TIMINGS] = {"enqueue", "admit", "claim", "finish"};
+    for (int i = 0; i < TIMINGS; i++) {
+        b->timing[i] = (struct timing){.name = names[i], .took = calloc(b->jobs, sizeof(double))};
+        if (!b->timing[i].took)
+            _exit(1);
+    }
+}
+
+static void print_timings(struct bench *b)
+{
+    for (int i = 0; i < TIMINGS; i++) {
+        struct timing *t = &b->timing[i];
+        qsort(t->took, t->n, sizeof *t->took, by_value);
+        printf("  %-8s %6u calls  p50 %7.3f ms  p99 %7.3f ms\n", t->name, t->n, t->took[t->n / 2],
+               t->took[(size_t)t->n * 99 / 100]);
+        free(t->took);
+        t->took = NULL;
+    }
+}
+
 static void run(struct bench *b, const char *what)
 {
     pthread_t threads[64];
@@ -163,6 +214,7 @@ static void run(struct bench *b, const char *what)
     b->ended = calloc(b->jobs, sizeof *b->ended);
     if (!b->began || !b->ended)
         _exit(1);
+    time_each(b);
     double start = seconds(), server = cpu_seconds(b->server), clients = cpu_seconds(getpid());
     for (unsigned i = 0; i < b->producers; i++)
         pthread_create(&threads[n++], NULL, produce, b);
@@ -181,6 +233,7 @@ static void run(struct bench *b, const char *what)
            "clients %.0f us\n",
            what, b->jobs, b->workers, b->batch, b->jobs / wall, 1e3 * b->ended[b->jobs / 2],
            1e3 * b->ended[(size_t)b->jobs * 99 / 100], server, clients);
+    print_timings(b);
     free(b->began);
     free(b->ended);
     queue_close(q);
@@ -267,6 +320,87 @@ static void depth(struct bench *b, unsigned jobs)
     queue_close(q);
 }
 
+// ---- scripts a second
+
+// What a holder does with a job, but for its end: 4 scripts, until each of b->jobs rounds is taken.
+static void *hold(void *arg)
+{
+    static const char *const pools[] = {"none@1"};
+    static const struct queue_progress progress = {
+        .state = DITFLEET__V1__STATE__STATE_RUNNING, .stage = "denoise", .step = 1, .steps = 20};
+    struct bench *b = arg;
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    char name[32], cursor[QUEUE_ENTRY_SIZE];
+    snprintf(name, sizeof name, "worker-%u", atomic_fetch_add(&b->next_worker, 1));
+    const struct queue_claim want = {name, "1", pools, 1, 60000, 1};
+    while (atomic_fetch_add(&b->finished, 1) < b->jobs) {
+        struct queue_job job;
+        size_t n;
+        must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
+        if (n != 1)
+            _exit(1);
+        must(queue_progress(q, &job.fence, &progress, &e), &e);
+        must(queue_beat(q, &job.fence, 60000, &e), &e);
+        must(queue_release(q, &job.fence, &e), &e);
+        queue_job_free(&job);
+    }
+    queue_close(q);
+    return NULL;
+}
+
+static void *renew(void *arg)
+{
+    static const char *const pools[] = {"none@1"};
+    struct bench *b = arg;
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    struct queue_job job;
+    char name[32], cursor[QUEUE_ENTRY_SIZE];
+    size_t n;
+    snprintf(name, sizeof name, "worker-%u", atomic_fetch_add(&b->next_worker, 1));
+    const struct queue_claim want = {name, "1", pools, 1, 60000, 1};
+    must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
+    if (n != 1)
+        _exit(1);
+    while (atomic_fetch_add(&b->finished, 1) < b->jobs)
+        must(queue_beat(q, &job.fence, 60000, &e), &e);
+    must(queue_release(q, &job.fence, &e), &e);
+    queue_job_free(&job);
+    queue_close(q);
+    return NULL;
+}
+
+static void rate(struct bench *b, const char *what, void *thread(void *), unsigned scripts_a_round, unsigned rounds)
+{
+    pthread_t threads[32];
+    b->jobs = rounds;
+    b->finished = 0;
+    const double start = seconds(), server = cpu_seconds(b->server);
+    for (unsigned i = 0; i < b->workers; i++)
+        pthread_create(&threads[i], NULL, thread, b);
+    for (unsigned i = 0; i < b->workers; i++)
+        pthread_join(threads[i], NULL);
+    const double n = (double)rounds * scripts_a_round;
+    printf("%-34s %u connections  %7.0f scripts/s  Redis' CPU %.0f us a script\n", what, b->workers,
+           n / (seconds() - start), 1e6 * (cpu_seconds(b->server) - server) / n);
+}
+
+static void scripts(struct bench *b, unsigned n)
+{
+    struct err e = {0};
+    struct queue *q = open_queue(b);
+    must(queue_model_publish(q, "none", "1", &e), &e);
+    b->began = calloc(1000, sizeof *b->began);
+    if (!b->began)
+        _exit(1);
+    fill(b, q, 1000);
+    rate(b, "beat", renew, 1, n);
+    rate(b, "claim + progress + beat + release", hold, 4, n / 4 + 1);
+    free(b->began);
+    queue_close(q);
+}
+
 static unsigned number(int argc, char **argv, int i, unsigned fallback, unsigned most)
 {
     unsigned long n = argc > i ? strtoul(argv[i], NULL, 10) : fallback;
@@ -285,6 +419,12 @@ int main(int argc, char **argv)
     struct bench b = {.url = server.url, .server = server.pid, .producers = 2};
     if (argc > 1 && strcmp(argv[1], "--depth") == 0) {
         depth(&b, number(argc, argv, 2, 1000000, 10000000));
+        private_redis_stop(&server);
+        return 0;
+    }
+    if (argc > 1 && strcmp(argv[1], "--scripts") == 0) {
+        b.workers = number(argc, argv, 3, 4, 32);
+        scripts(&b, number(argc, argv, 2, 100000, 10000000));
         private_redis_stop(&server);
         return 0;
     }
