@@ -1,4 +1,5 @@
-"""No-op jobs for RQ, Celery and BullMQ; each counts itself in Redis, so that the end is seen alike. REDIS_SOCKET is the server's."""
+"""No-op jobs for RQ, Celery and BullMQ; each counts itself in Redis, so that the end is seen alike. REDIS_SOCKET is the
+server's."""
 import asyncio
 import os
 
