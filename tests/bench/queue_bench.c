@@ -241,15 +241,16 @@ static void run(struct bench *b, const char *what)
 
 // ---- a long queue
 
-static double used_memory(struct queue *q)
+// A number of INFO; field ends in a colon.
+static double info(struct queue *q, const char *section, const char *field)
 {
     struct err e = {0};
     redisReply *reply;
-    must(redis_command(queue_redis(q), &reply, &e, "INFO memory"), &e);
-    const char *line = strstr(reply->str, "used_memory:");
-    const double bytes = line ? strtod(line + strlen("used_memory:"), NULL) : 0;
+    must(redis_command(queue_redis(q), &reply, &e, "INFO %s", section), &e);
+    const char *line = strstr(reply->str, field);
+    const double value = line ? strtod(line + strlen(field), NULL) : 0;
     freeReplyObject(reply);
-    return bytes;
+    return value;
 }
 
 // Jobs from b->submitted on until so many are admitted.
@@ -271,53 +272,75 @@ static void fill(struct bench *b, struct queue *q, unsigned depth)
     b->submitted = depth; // each producer took a number too many
 }
 
-// Claims one job and gives it back, so that the queue stays as long as it is.
-static void time_claims(struct queue *q, const char *what, double *p99)
+// Claims one job and gives it back, so that the queue stays as long as it is. Milliseconds of the claim.
+static double time_claim(struct queue *q)
 {
-    enum { CLAIMS = 5000 };
     static const char *const pools[] = {"none@1"};
     const struct queue_claim want = {"worker", "1", pools, 1, 60000, 1};
-    static double took[CLAIMS];
     struct err e = {0};
-    for (int i = 0; i < CLAIMS; i++) {
-        struct queue_job job;
-        char cursor[QUEUE_ENTRY_SIZE];
-        size_t n;
-        const double start = seconds();
-        must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
-        took[i] = 1e3 * (seconds() - start);
-        if (n != 1)
-            _exit(1);
-        must(queue_release(q, &job.fence, &e), &e);
-        queue_job_free(&job);
-    }
-    qsort(took, CLAIMS, sizeof *took, by_value);
-    *p99 = took[CLAIMS * 99 / 100];
-    printf("%-16s claim p50 %.3f ms  p99 %.3f ms  longest %.3f ms\n", what, took[CLAIMS / 2], *p99, took[CLAIMS - 1]);
-    fflush(stdout);
+    struct queue_job job;
+    char cursor[QUEUE_ENTRY_SIZE];
+    size_t n;
+    const double start = seconds();
+    must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
+    const double took = 1e3 * (seconds() - start);
+    if (n != 1)
+        _exit(1);
+    must(queue_release(q, &job.fence, &e), &e);
+    queue_job_free(&job);
+    return took;
 }
 
-static void depth(struct bench *b, unsigned jobs)
+// By turns, so that whatever else the machine does is in both. Returns the second's p99 by the first's.
+static double compare_claims(struct queue *q[2], const unsigned depths[2])
 {
+    enum { CLAIMS = 10000 };
+    static double took[2][CLAIMS];
+    for (int i = 0; i < CLAIMS; i++)
+        for (int k = 0; k < 2; k++)
+            took[k][i] = time_claim(q[k]);
+    for (int k = 0; k < 2; k++) {
+        qsort(took[k], CLAIMS, sizeof(double), by_value);
+        printf("%8u queued  claim p50 %.3f ms  p99 %.3f ms  longest %.3f ms\n", depths[k], took[k][CLAIMS / 2],
+               took[k][CLAIMS * 99 / 100], took[k][CLAIMS - 1]);
+    }
+    return took[1][CLAIMS * 99 / 100] / took[0][CLAIMS * 99 / 100];
+}
+
+// Fills a server's queue; *bytes is what a job takes of its memory.
+static struct queue *filled(const struct private_redis *server, unsigned jobs, double *bytes)
+{
+    struct bench b = {.url = server->url, .server = server->pid, .began = calloc(jobs, sizeof(double))};
     struct err e = {0};
-    struct queue *q = open_queue(b);
-    char what[32];
-    double few, many;
-    must(queue_model_publish(q, "none", "1", &e), &e);
-    b->began = calloc(jobs, sizeof *b->began);
-    if (!b->began)
+    if (!b.began)
         _exit(1);
-    const double empty = used_memory(q), start = seconds();
-    fill(b, q, 1000);
-    time_claims(q, "1000 queued", &few);
-    fill(b, q, jobs);
-    const double filled = seconds() - start, full = used_memory(q);
-    snprintf(what, sizeof what, "%u queued", jobs);
-    time_claims(q, what, &many);
-    printf("p99 %.2f x; %.0f bytes of Redis' memory a queued job; filled in %.0f s\n", many / few,
-           (full - empty) / jobs, filled);
-    free(b->began);
-    queue_close(q);
+    struct queue *q = open_queue(&b);
+    must(queue_model_publish(q, "none", "1", &e), &e);
+    const double empty = info(q, "memory", "used_memory:");
+    fill(&b, q, jobs);
+    *bytes = (info(q, "memory", "used_memory:") - empty) / jobs;
+    free(b.began);
+    return q;
+}
+
+// Twice: at once, while Redis may be rewriting the file that filling it made long, and when it is done with that.
+static void depth(const struct private_redis *few, const struct private_redis *many, unsigned jobs)
+{
+    const unsigned depths[] = {1000, jobs};
+    double bytes;
+    struct queue *q[] = {filled(few, depths[0], &bytes), NULL};
+    const double start = seconds();
+    q[1] = filled(many, jobs, &bytes);
+    printf("%.0f bytes of Redis' memory a queued job; filled in %.0f s\n", bytes, seconds() - start);
+    for (int round = 0; round < 2; round++) {
+        while (round == 1 && info(q[1], "persistence", "aof_rewrite_in_progress:") > 0)
+            nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+        const bool rewrites = info(q[1], "persistence", "aof_rewrite_in_progress:") > 0;
+        const double ratio = compare_claims(q, depths);
+        printf("p99 %.2f x, %s\n", ratio, rewrites ? "while the append-only file is rewritten" : "no rewrite");
+    }
+    for (int k = 0; k < 2; k++)
+        queue_close(q[k]);
 }
 
 // ---- scripts a second
@@ -410,7 +433,7 @@ static unsigned number(int argc, char **argv, int i, unsigned fallback, unsigned
 int main(int argc, char **argv)
 {
     static const char *const durable[] = {"--appendonly", "yes", "--appendfsync", "everysec", NULL};
-    struct private_redis server = {0};
+    struct private_redis server = {0}, other = {0};
     if (private_redis_start(&server, durable) != 0) {
         fprintf(stderr, "queue_bench: no Redis server could be started; install redis-tools\n");
         private_redis_stop(&server);
@@ -418,9 +441,12 @@ int main(int argc, char **argv)
     }
     struct bench b = {.url = server.url, .server = server.pid, .producers = 2};
     if (argc > 1 && strcmp(argv[1], "--depth") == 0) {
-        depth(&b, number(argc, argv, 2, 1000000, 10000000));
+        const int rc = private_redis_start(&other, durable);
+        if (rc == 0)
+            depth(&server, &other, number(argc, argv, 2, 1000000, 10000000));
+        private_redis_stop(&other);
         private_redis_stop(&server);
-        return 0;
+        return rc ? 1 : 0;
     }
     if (argc > 1 && strcmp(argv[1], "--scripts") == 0) {
         b.workers = number(argc, argv, 3, 4, 32);
