@@ -272,20 +272,29 @@ static void fill(struct bench *b, struct queue *q, unsigned depth)
     b->submitted = depth; // each producer took a number too many
 }
 
+// There is one, or the measurement is worth nothing.
+static void claim_one(struct queue *q, const char *worker, struct queue_job *job)
+{
+    static const char *const pools[] = {"none@1"};
+    const struct queue_claim want = {worker, "1", pools, 1, 60000, 1};
+    struct err e = {0};
+    char cursor[QUEUE_ENTRY_SIZE];
+    size_t n;
+    must(queue_claim(q, &want, job, &n, cursor, &e), &e);
+    if (n != 1) {
+        fprintf(stderr, "queue_bench: no job to claim\n");
+        _exit(1);
+    }
+}
+
 // Claims one job and gives it back, so that the queue stays as long as it is. Milliseconds of the claim.
 static double time_claim(struct queue *q)
 {
-    static const char *const pools[] = {"none@1"};
-    const struct queue_claim want = {"worker", "1", pools, 1, 60000, 1};
     struct err e = {0};
     struct queue_job job;
-    char cursor[QUEUE_ENTRY_SIZE];
-    size_t n;
     const double start = seconds();
-    must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
+    claim_one(q, "worker", &job);
     const double took = 1e3 * (seconds() - start);
-    if (n != 1)
-        _exit(1);
     must(queue_release(q, &job.fence, &e), &e);
     queue_job_free(&job);
     return took;
@@ -348,21 +357,16 @@ static void depth(const struct private_redis *few, const struct private_redis *m
 // What a holder does with a job, but for its end: 4 scripts, until each of b->jobs rounds is taken.
 static void *hold(void *arg)
 {
-    static const char *const pools[] = {"none@1"};
     static const struct queue_progress progress = {
         .state = DITFLEET__V1__STATE__STATE_RUNNING, .stage = "denoise", .step = 1, .steps = 20};
     struct bench *b = arg;
     struct err e = {0};
     struct queue *q = open_queue(b);
-    char name[32], cursor[QUEUE_ENTRY_SIZE];
+    char name[32];
     snprintf(name, sizeof name, "worker-%u", atomic_fetch_add(&b->next_worker, 1));
-    const struct queue_claim want = {name, "1", pools, 1, 60000, 1};
     while (atomic_fetch_add(&b->finished, 1) < b->jobs) {
         struct queue_job job;
-        size_t n;
-        must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
-        if (n != 1)
-            _exit(1);
+        claim_one(q, name, &job);
         must(queue_progress(q, &job.fence, &progress, &e), &e);
         must(queue_beat(q, &job.fence, 60000, &e), &e);
         must(queue_release(q, &job.fence, &e), &e);
@@ -374,18 +378,13 @@ static void *hold(void *arg)
 
 static void *renew(void *arg)
 {
-    static const char *const pools[] = {"none@1"};
     struct bench *b = arg;
     struct err e = {0};
     struct queue *q = open_queue(b);
     struct queue_job job;
-    char name[32], cursor[QUEUE_ENTRY_SIZE];
-    size_t n;
+    char name[32];
     snprintf(name, sizeof name, "worker-%u", atomic_fetch_add(&b->next_worker, 1));
-    const struct queue_claim want = {name, "1", pools, 1, 60000, 1};
-    must(queue_claim(q, &want, &job, &n, cursor, &e), &e);
-    if (n != 1)
-        _exit(1);
+    claim_one(q, name, &job);
     while (atomic_fetch_add(&b->finished, 1) < b->jobs)
         must(queue_beat(q, &job.fence, 60000, &e), &e);
     must(queue_release(q, &job.fence, &e), &e);
@@ -409,19 +408,12 @@ static void rate(struct bench *b, const char *what, void *thread(void *), unsign
            n / (seconds() - start), 1e6 * (cpu_seconds(b->server) - server) / n);
 }
 
-static void scripts(struct bench *b, unsigned n)
+static void scripts(struct bench *b, const struct private_redis *server, unsigned n)
 {
-    struct err e = {0};
-    struct queue *q = open_queue(b);
-    must(queue_model_publish(q, "none", "1", &e), &e);
-    b->began = calloc(1000, sizeof *b->began);
-    if (!b->began)
-        _exit(1);
-    fill(b, q, 1000);
+    double bytes;
+    queue_close(filled(server, 1000, &bytes));
     rate(b, "beat", renew, 1, n);
     rate(b, "claim + progress + beat + release", hold, 4, n / 4 + 1);
-    free(b->began);
-    queue_close(q);
 }
 
 static unsigned number(int argc, char **argv, int i, unsigned fallback, unsigned most)
@@ -450,7 +442,7 @@ int main(int argc, char **argv)
     }
     if (argc > 1 && strcmp(argv[1], "--scripts") == 0) {
         b.workers = number(argc, argv, 3, 4, 32);
-        scripts(&b, number(argc, argv, 2, 100000, 10000000));
+        scripts(&b, &server, number(argc, argv, 2, 100000, 10000000));
         private_redis_stop(&server);
         return 0;
     }
