@@ -78,14 +78,21 @@ expect 1 "json-c DEAD not_found" "$ditfleet" submit "${job[@]}" "${to[@]}" --fro
 grep -q "^2 succeeded, 1 failed" "$printed" || fail "the total is not told: $(<"$printed")"
 [[ -s sink/other-json-b.png ]] || fail "json-b has not its own output"
 
+# Steps enough for 0.8 s of bars and 3 s of looking, whatever this build takes for one.
+"$ditfleet" submit --model demo --width 256 --height 256 --num-inference-steps 3 "${to[@]}" --prompt x --wait --json >"$printed" 2>/dev/null
+read -r bars long < <(python3 -c '
+import json, sys
+step = json.load(open(sys.argv[1]))["result"]["timing"]["denoise_seconds"] / 3
+print(max(3, round(0.8 / step)), max(4, round(3 / (2.3 * step))))' "$printed")
+
 # A bar for each job in work and one for all, no wider and no higher than the terminal.
-script -qec "stty rows 10 cols 60; '$ditfleet' submit --model demo --width 256 --height 256 ${to[*]@Q} --from three.txt --id bars --wait" bars >/dev/null
+script -qec "stty rows 10 cols 60; '$ditfleet' submit --model demo --width 256 --height 256 --num-inference-steps $bars ${to[*]@Q} --from three.txt --id bars --wait" bars >/dev/null
 grep -q $'bars-1 .*denoise  \[' bars || fail "no bar of a job: $(cat -A bars)"
 grep -q '\] 1/3, 0 failed, 1 in work, 1 waiting' bars || fail "no bar of all: $(cat -A bars)"
 grep -q '3 succeeded, 0 failed' bars || fail "no end: $(cat -A bars)"
 
 # Ctrl-C ends the waiting, and says how to look.
-"$ditfleet" submit --model demo --width 384 --height 384 "${to[@]}" --from three.txt --num-inference-steps 40 --id long --wait >"$printed" 2>&1 &
+"$ditfleet" submit --model demo --width 384 --height 384 "${to[@]}" --from three.txt --num-inference-steps "$long" --id long --wait >"$printed" 2>&1 &
 waiting=$!
 running() { "$ditfleet" jobs --state running --json | grep -q long-1; }
 fleet_wait supervisor 10 running
@@ -99,7 +106,7 @@ expect 0 "long-3                   QUEUED     demo@1               default" "$di
 grep -q "long-1 .*denoise" "$printed" || fail "it is not told where long-1 is: $(<"$printed")"
 grep -q t-1 "$printed" && fail "a job that ended is active"
 "$ditfleet" jobs --json --limit 2 >"$printed"
-check 'd["matched"] == 14 and [j["id"] for j in d["jobs"]][:1] == ["long-3"] and len(d["jobs"]) == 2'
+check 'd["matched"] == 15 and [j["id"] for j in d["jobs"]][:1] == ["long-3"] and len(d["jobs"]) == 2'
 "$ditfleet" jobs --json --limit 0 --model demo --state succeeded,running --newer 1h --older 0s >"$printed"
 check '{j["id"] for j in d["jobs"]} >= {"t-1", "t-2", "t-3", "csv-a", "csv-b", "json-a", "json-b", "bars-1", "long-1"}'
 check 'd["jobs"] == sorted(d["jobs"], key=lambda j: -j["created_ms"])'

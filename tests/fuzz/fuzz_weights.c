@@ -52,6 +52,8 @@ static void use(struct weights *w)
     remove_file("saved.safetensors");
 }
 
+unsigned char fuzz_sink; // what is stored here was read
+
 static void use_as_transformer(const char *name)
 {
     static const char *const names[] = {"x_embedder.weight", "transformer_blocks.0.attn.to_k.weight",
@@ -60,7 +62,6 @@ static void use_as_transformer(const char *name)
     struct tensor t;
     struct weights *w;
     struct err err = {0};
-    static volatile unsigned char sum; // so that all of it is read
     snprintf(path, sizeof path, "%s/%s", fuzz_folder, name);
     if (!fuzz_good(weights_open_file(path, &nowhere, &w, &err), &err))
         return;
@@ -69,7 +70,7 @@ static void use_as_transformer(const char *name)
             const int dims = strstr(names[i], "bias") ? 1 : 2;
             if (fuzz_good(weights_get(w, &t, dims, rows, dims == 1 ? 1 : 2, 1, 1, &err, "%s", names[i]), &err))
                 for (size_t byte = 0; byte < tensor_bytes(t); byte++)
-                    sum = ((const unsigned char *)t.data)[byte];
+                    fuzz_sink ^= ((const unsigned char *)t.data)[byte];
         }
     fuzz_good(weights_refuse(w, "num_layers", &err, "transformer_blocks.%d.norm1.linear.weight", 1), &err);
     fuzz_good(weights_refuse_rest(w, &err), &err);
