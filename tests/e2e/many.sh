@@ -78,12 +78,12 @@ expect 1 "json-c DEAD not_found" "$ditfleet" submit "${job[@]}" "${to[@]}" --fro
 grep -q "^2 succeeded, 1 failed" "$printed" || fail "the total is not told: $(<"$printed")"
 [[ -s sink/other-json-b.png ]] || fail "json-b has not its own output"
 
-# Steps enough for 0.8 s of bars and 3 s of looking, whatever this build takes for one.
+# Steps enough for 0.8 s of bars and 5 s of looking, whatever this build takes for one.
 "$ditfleet" submit --model demo --width 256 --height 256 --num-inference-steps 3 "${to[@]}" --prompt x --wait --json >"$printed" 2>/dev/null
 read -r bars long < <(python3 -c '
 import json, sys
 step = json.load(open(sys.argv[1]))["result"]["timing"]["denoise_seconds"] / 3
-print(max(3, round(0.8 / step)), max(4, round(3 / (2.3 * step))))' "$printed")
+print(max(3, round(0.8 / step)), max(8, round(5 / (2.3 * step))))' "$printed")
 
 # A bar for each job in work and one for all, no wider and no higher than the terminal.
 script -qec "stty rows 10 cols 60; '$ditfleet' submit --model demo --width 256 --height 256 --num-inference-steps $bars ${to[*]@Q} --from three.txt --id bars --wait" bars >/dev/null
