@@ -1,7 +1,9 @@
-// test_comm.c: ranks as forked processes and as threads exchange bytes whose value every rank can compute; then they
-// stall, disagree, abort and die. Ranks that are threads share one mapping, so a race detector sees them.
+// test_comm.c: ranks as forked processes and as threads, over shared memory and over TCP, exchange bytes whose value
+// every rank can compute; then they stall, disagree, abort and die. Threads of shared memory have one mapping, so a
+// race detector sees them.
 #include <errno.h>
 #include <fcntl.h>
+#include <netdb.h>
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -12,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -54,9 +57,16 @@ static uint64_t mix(uint64_t x) // splitmix64
 
 typedef int (*rank_fn)(struct comm *c, const void *arg);
 
+// Ranks that do not come stay until those that miss them are done: over TCP they would be known to have left.
+static atomic_int *done; // shared with processes
+
+enum way { SHM, SHM_THREADS, TCP, TCP_THREADS, WAYS };
+
 struct crew {
-    bool threads;
+    bool threads, tcp;
     int size, fd;
+    struct comm_tcp_meeting where;
+    int listeners[COMM_MAX_RANKS];
     rank_fn fn;
     const void *arg;
     void *region; // threads
@@ -74,8 +84,9 @@ static int run_rank(struct rank *r)
     struct crew *w = r->crew;
     struct comm *c = NULL;
     struct err err = {0};
-    int code = w->threads ? comm_shm_attach_mapped(w->region, w->bytes, r->rank, &c, &err)
-                          : comm_shm_attach(w->fd, r->rank, &c, &err);
+    int code = w->tcp       ? comm_tcp_join(&w->where, w->listeners[r->rank], r->rank, 20000, &c, &err)
+               : w->threads ? comm_shm_attach_mapped(w->region, w->bytes, r->rank, &c, &err)
+                            : comm_shm_attach(w->fd, r->rank, &c, &err);
     if (code != 0) {
         fprintf(stderr, "rank %d: %s\n", r->rank, err.text);
         return 1;
@@ -94,19 +105,42 @@ static void *thread_main(void *arg)
     return NULL;
 }
 
-static void start(struct crew *w, bool threads, int size, int64_t slab, rank_fn fn, const void *arg)
+static void open_region(struct crew *w, int64_t slab)
 {
     struct err err = {0};
-    *w = (struct crew){.threads = threads, .size = size, .fn = fn, .arg = arg};
-    w->fd = comm_shm_region(size, slab, &err);
+    struct stat st;
+    w->fd = comm_shm_region(w->size, slab, &err);
     assert_true(w->fd >= 0);
-    if (threads) {
-        struct stat st;
-        assert_int_equal(fstat(w->fd, &st), 0);
-        w->bytes = st.st_size;
-        w->region = mmap(NULL, (size_t)w->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, w->fd, 0);
-        assert_true(w->region != MAP_FAILED);
+    if (!w->threads)
+        return;
+    assert_int_equal(fstat(w->fd, &st), 0);
+    w->bytes = st.st_size;
+    w->region = mmap(NULL, (size_t)w->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, w->fd, 0);
+    assert_true(w->region != MAP_FAILED);
+}
+
+// Odd ranks are at ::1, where the host has it.
+static void listen_all(struct crew *w)
+{
+    struct err err = {0};
+    w->fd = -1;
+    w->where = (struct comm_tcp_meeting){.size = w->size, .secret = "between us"};
+    for (int r = 0; r < w->size; r++) {
+        w->listeners[r] = r % 2 ? comm_tcp_listen("::1", w->where.places[r], &err) : -1;
+        if (w->listeners[r] < 0)
+            w->listeners[r] = comm_tcp_listen("127.0.0.1", w->where.places[r], &err);
+        assert_true(w->listeners[r] >= 0);
     }
+}
+
+static void start(struct crew *w, enum way way, int size, int64_t slab, rank_fn fn, const void *arg)
+{
+    const bool threads = way == SHM_THREADS || way == TCP_THREADS;
+    *w = (struct crew){.threads = threads, .tcp = way >= TCP, .size = size, .fn = fn, .arg = arg};
+    if (w->tcp)
+        listen_all(w);
+    else
+        open_region(w, slab);
     for (int i = 0; i < size; i++) {
         struct rank *r = &w->ranks[i];
         r->crew = w;
@@ -135,16 +169,20 @@ static int finish(struct crew *w)
             failed += status != 0;
         }
     }
-    if (w->threads)
+    if (w->region)
         munmap(w->region, (size_t)w->bytes);
-    close(w->fd);
+    for (int i = 0; w->tcp && i < w->size; i++)
+        close(w->listeners[i]);
+    if (w->fd >= 0)
+        close(w->fd);
     return failed;
 }
 
-static int run_ranks(bool threads, int size, int64_t slab, rank_fn fn, const void *arg)
+static int run_ranks(enum way way, int size, int64_t slab, rank_fn fn, const void *arg)
 {
     struct crew w;
-    start(&w, threads, size, slab, fn, arg);
+    atomic_store(done, 0);
+    start(&w, way, size, slab, fn, arg);
     return finish(&w);
 }
 
@@ -286,9 +324,9 @@ static void traffic_is_delivered(void **state)
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         struct traffic roomy = {.seed = 100 + i, .rounds = 120, .longest = 3000};
         struct traffic tight = {.seed = 200 + i, .rounds = 40, .longest = 1000};
-        for (int threads = 0; threads < 2; threads++) {
-            assert_int_equal(run_ranks(threads, sizes[i], 65536, traffic_rank, &roomy), 0);
-            assert_int_equal(run_ranks(threads, sizes[i], 300, traffic_rank, &tight), 0);
+        for (enum way way = SHM; way < WAYS; way++) {
+            assert_int_equal(run_ranks(way, sizes[i], 65536, traffic_rank, &roomy), 0);
+            assert_int_equal(run_ranks(way, sizes[i], 300, traffic_rank, &tight), 0);
         }
     }
 }
@@ -297,8 +335,8 @@ static void long_messages_go_in_pieces(void **state)
 {
     (void)state;
     struct traffic t = {.seed = 7, .rounds = 16, .longest = 300000};
-    for (int threads = 0; threads < 2; threads++)
-        assert_int_equal(run_ranks(threads, 3, 4096, traffic_rank, &t), 0);
+    for (enum way way = SHM; way < WAYS; way++)
+        assert_int_equal(run_ranks(way, 3, 4096, traffic_rank, &t), 0);
 }
 
 // ---- groups
@@ -372,12 +410,12 @@ static void groups_are_reused(void **state)
 {
     (void)state;
     int hoarded = 1000;
-    for (int threads = 0; threads < 2; threads++)
-        assert_int_equal(run_ranks(threads, 2, 4096, hoarder_rank, &hoarded), 0);
+    for (enum way way = SHM; way < WAYS; way++)
+        assert_int_equal(run_ranks(way, 2, 4096, hoarder_rank, &hoarded), 0);
     int turns = 3400; // 10,200 groups a rank
-    assert_int_equal(run_ranks(false, 4, 4096, groups_rank, &turns), 0);
+    assert_int_equal(run_ranks(SHM, 4, 4096, groups_rank, &turns), 0);
     turns = 400;
-    assert_int_equal(run_ranks(true, 4, 4096, groups_rank, &turns), 0);
+    assert_int_equal(run_ranks(SHM_THREADS, 4, 4096, groups_rank, &turns), 0);
 }
 
 // Uneven traffic in a group of a group, strided, of 8.
@@ -399,8 +437,8 @@ static void groups_nest(void **state)
 {
     (void)state;
     struct traffic t = {.seed = 11, .rounds = 24, .longest = 500};
-    for (int threads = 0; threads < 2; threads++)
-        assert_int_equal(run_ranks(threads, 8, 1024, nested_rank, &t), 0);
+    for (enum way way = SHM; way < WAYS; way++)
+        assert_int_equal(run_ranks(way, 8, 1024, nested_rank, &t), 0);
 }
 
 static int too_many_rank(struct comm *c, const void *arg)
@@ -436,8 +474,8 @@ static int bad_group_rank(struct comm *c, const void *arg)
 static void wrong_groups_are_refused(void **state)
 {
     (void)state;
-    assert_int_equal(run_ranks(false, 2, 4096, too_many_rank, NULL), 0);
-    assert_int_equal(run_ranks(true, 3, 4096, bad_group_rank, NULL), 0);
+    assert_int_equal(run_ranks(SHM, 2, 4096, too_many_rank, NULL), 0);
+    assert_int_equal(run_ranks(SHM_THREADS, 3, 4096, bad_group_rank, NULL), 0);
 }
 
 // ---- waits that end badly
@@ -458,34 +496,48 @@ static int failed_with(struct comm *c, enum err_code code, const char *words)
     return 0;
 }
 
+static int stay_away(int until)
+{
+    for (double end = now_ms() + 60000; atomic_load(done) < until && now_ms() < end;)
+        sleep_ms(1);
+    return atomic_load(done) < until;
+}
+
+static int missed(int failed)
+{
+    atomic_fetch_add(done, 1);
+    return failed;
+}
+
 static int stall_rank(struct comm *c, const void *arg)
 {
     (void)arg;
     comm_barrier(c);
     CHECK(comm_check(c, NULL) == 0);
     if (comm_rank(c) % 2 == 1)
-        return 0;
+        return stay_away(2);
     comm_set_timeout(c, 100);
     double before = now_ms();
     int word = 0;
     comm_broadcast(c, &word, sizeof word, 0);
     double took = now_ms() - before;
     CHECK(took >= 99 && took < 5000);
-    return failed_with(c, ERR_TIMEOUT, "broadcast 2 of rank") || failed_with(c, ERR_TIMEOUT, "missing ranks 1,3 of");
+    return missed(failed_with(c, ERR_TIMEOUT, "broadcast 2 of rank") ||
+                  failed_with(c, ERR_TIMEOUT, "missing ranks 1,3 of"));
 }
 
 static int group_stall_rank(struct comm *c, const void *arg)
 {
     int absent = *(const int *)arg;
     if (comm_rank(c) == absent)
-        return 0;
+        return stay_away(1);
     comm_set_timeout(c, 80);
     struct comm *g = NULL;
     struct err err = {0};
     CHECK(comm_group(c, 1, 2, 2, &g, &err) == ERR_TIMEOUT && g == NULL);
     char words[64];
     snprintf(words, sizeof words, "missing ranks %d of", absent);
-    return failed_with(c, ERR_TIMEOUT, words);
+    return missed(failed_with(c, ERR_TIMEOUT, words));
 }
 
 static int only_13(struct comm *c, const void *arg)
@@ -496,10 +548,10 @@ static int only_13(struct comm *c, const void *arg)
 static void waits_time_out(void **state)
 {
     (void)state;
-    for (int threads = 0; threads < 2; threads++) {
-        assert_int_equal(run_ranks(threads, 4, 4096, stall_rank, NULL), 0);
+    for (enum way way = SHM; way < WAYS; way++) {
+        assert_int_equal(run_ranks(way, 4, 4096, stall_rank, NULL), 0);
         for (int absent = 1; absent < 4; absent += 2)
-            assert_int_equal(run_ranks(threads, 4, 4096, only_13, &absent), 0);
+            assert_int_equal(run_ranks(way, 4, 4096, only_13, &absent), 0);
     }
 }
 
@@ -511,13 +563,13 @@ static int broken_ring_rank(struct comm *c, const void *arg)
     if (comm_rank(c) == 1) {
         if (*told)
             comm_abort(c, "rank 1 fell ill");
-        return 0;
+        return *told ? 0 : stay_away(2);
     }
     comm_set_timeout(c, *told ? 20000 : 80);
     double before = now_ms();
     comm_shift(c, out, 10 + comm_rank(c), in, comm_rank(c) == 0 ? 12 : 0);
     CHECK(now_ms() - before < 5000);
-    return failed_with(c, *told ? ERR_UNAVAILABLE : ERR_TIMEOUT, *told ? "fell ill" : "missing ranks 1 of");
+    return missed(failed_with(c, *told ? ERR_UNAVAILABLE : ERR_TIMEOUT, *told ? "fell ill" : "missing ranks 1 of"));
 }
 
 // Rank 1 comes late: the others waited for it, and it for nobody. Then bytes are moved.
@@ -550,16 +602,16 @@ static int late_rank(struct comm *c, const void *arg)
 static void waiting_is_told_from_moving(void **state)
 {
     (void)state;
-    for (int threads = 0; threads < 2; threads++)
-        assert_int_equal(run_ranks(threads, 3, 65536, late_rank, NULL), 0);
+    for (enum way way = SHM; way < WAYS; way++)
+        assert_int_equal(run_ranks(way, 3, 65536, late_rank, NULL), 0);
 }
 
 static void broken_rings_end(void **state)
 {
     (void)state;
-    for (int threads = 0; threads < 2; threads++)
+    for (enum way way = SHM; way < WAYS; way++)
         for (int told = 0; told < 2; told++)
-            assert_int_equal(run_ranks(threads, 3, 4096, broken_ring_rank, &(const bool){told}), 0);
+            assert_int_equal(run_ranks(way, 3, 4096, broken_ring_rank, &(const bool){told}), 0);
 }
 
 static int until_stopped_rank(struct comm *c, const void *arg)
@@ -581,13 +633,13 @@ static int until_stopped_rank(struct comm *c, const void *arg)
 static void abort_wakes_everybody(void **state)
 {
     (void)state;
-    for (int threads = 0; threads < 2; threads++) {
+    for (enum way way = SHM; way <= SHM_THREADS; way++) {
         struct crew w;
         struct comm *watcher = NULL;
         struct err err = {0};
-        start(&w, threads, 3, 4096, until_stopped_rank, NULL);
-        assert_int_equal(threads ? comm_shm_attach_mapped(w.region, w.bytes, -1, &watcher, &err)
-                                 : comm_shm_attach(w.fd, -1, &watcher, &err),
+        start(&w, way, 3, 4096, until_stopped_rank, NULL);
+        assert_int_equal(way == SHM_THREADS ? comm_shm_attach_mapped(w.region, w.bytes, -1, &watcher, &err)
+                                            : comm_shm_attach(w.fd, -1, &watcher, &err),
                          0);
         sleep_ms(60);
         comm_abort(watcher, "rank 7 was hit by a meteor");
@@ -609,19 +661,19 @@ static int abort_own_rank(struct comm *c, const void *arg)
 {
     (void)arg;
     if (comm_rank(c) == 1)
-        return 0; // never calls
+        return stay_away(1); // never calls
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, abort_thread, c) == 0);
     comm_barrier(c);
     pthread_join(thread, NULL);
-    return failed_with(c, ERR_UNAVAILABLE, "the lease is lost");
+    return missed(failed_with(c, ERR_UNAVAILABLE, "the lease is lost"));
 }
 
 static void abort_comes_from_any_thread(void **state)
 {
     (void)state;
-    for (int threads = 0; threads < 2; threads++)
-        assert_int_equal(run_ranks(threads, 2, 4096, abort_own_rank, NULL), 0);
+    for (enum way way = SHM; way < WAYS; way++)
+        assert_int_equal(run_ranks(way, 2, 4096, abort_own_rank, NULL), 0);
 }
 
 // Works until something fails, then expects it to be this.
@@ -656,7 +708,7 @@ static void killed_rank_hangs_nobody(void **state)
         struct err err = {0};
         struct comm *watcher = NULL;
         bool tell = i % 2 == 1;
-        start(&w, false, 3, 1024, busy_rank, tell ? "rank 2 died" : "timeout");
+        start(&w, SHM, 3, 1024, busy_rank, tell ? "rank 2 died" : "timeout");
         assert_int_equal(comm_shm_attach(w.fd, -1, &watcher, &err), 0);
         sleep_ms(10 + (int)(mix((uint64_t)i) % 8));
         double killed = now_ms();
@@ -705,6 +757,8 @@ static int mismatch_rank(struct comm *c, const void *arg)
     }
     CHECK(out[0] == 0 && out[200] == 0 && out[400] == 0);
     enum err_code code = comm_check(c, NULL);
+    if (kind < 4 && code == ERR_UNAVAILABLE) // over TCP another may see it first, and stop this one
+        return failed_with(c, code, " called ");
     if (kind < 4 || comm_rank(c) == 0)
         return code != ERR_INTERNAL;
     return code != ERR_UNAVAILABLE || failed_with(c, code,
@@ -733,11 +787,162 @@ static int bad_counts_rank(struct comm *c, const void *arg)
 static void mismatch_is_told(void **state)
 {
     (void)state;
-    for (int threads = 0; threads < 2; threads++) {
+    for (enum way way = SHM; way < WAYS; way++) {
         for (int kind = 0; kind < 6; kind++)
-            assert_int_equal(run_ranks(threads, 3, 4096, mismatch_rank, &kind), 0);
-        assert_int_equal(run_ranks(threads, 2, 4096, bad_counts_rank, NULL), 0);
+            assert_int_equal(run_ranks(way, 3, 4096, mismatch_rank, &kind), 0);
+        assert_int_equal(run_ranks(way, 2, 4096, bad_counts_rank, NULL), 0);
     }
+}
+
+// ---- TCP: who is gone, who is strange
+
+// Computes, as it were, and hears of the end all the same.
+static int thinking_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    comm_barrier(c);
+    CHECK(comm_check(c, NULL) == 0);
+    if (comm_rank(c) == 1) // waits for ever
+        comm_barrier(c);
+    for (double end = now_ms() + 20000; comm_check(c, NULL) == 0 && now_ms() < end;)
+        sleep_ms(1);
+    return failed_with(c, ERR_UNAVAILABLE, "rank 2 ended, or the way to its host did");
+}
+
+static void a_killed_rank_is_known_to_all(void **state)
+{
+    (void)state;
+    struct crew w;
+    start(&w, TCP, 4, 0, thinking_rank, NULL);
+    sleep_ms(300);
+    const double killed = now_ms();
+    kill(w.ranks[2].pid, SIGKILL);
+    assert_int_equal(finish(&w), 1);
+    assert_true(now_ms() - killed < 2000);
+}
+
+static int leaving_rank(struct comm *c, const void *arg)
+{
+    (void)arg;
+    comm_barrier(c);
+    if (comm_rank(c) == 2)
+        return 0;
+    comm_barrier(c);
+    return failed_with(c, ERR_UNAVAILABLE, "rank 2 of the whole has left");
+}
+
+static void who_leaves_is_not_waited_for(void **state)
+{
+    (void)state;
+    for (enum way way = TCP; way < WAYS; way++)
+        assert_int_equal(run_ranks(way, 3, 0, leaving_rank, NULL), 0);
+}
+
+static int call_place(const char *place)
+{
+    const struct addrinfo want = {.ai_flags = AI_NUMERICHOST, .ai_socktype = SOCK_STREAM};
+    struct addrinfo *found = NULL;
+    char host[COMM_TCP_PLACE];
+    const char *colon = strrchr(place, ':');
+    const bool ipv6 = *place == '[';
+    snprintf(host, sizeof host, "%.*s", (int)(colon - place) - 2 * ipv6, place + ipv6);
+    assert_int_equal(getaddrinfo(host, colon + 1, &want, &found), 0);
+    const int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(connect(fd, found->ai_addr, found->ai_addrlen), 0);
+    freeaddrinfo(found);
+    return fd;
+}
+
+// Callers that say nothing, nonsense, or half of something; a rank of another group; then those that are expected.
+static void strangers_are_turned_away(void **state)
+{
+    (void)state;
+    struct crew w = {.tcp = true, .size = 2, .fn = traffic_rank};
+    struct traffic t = {.seed = 3, .rounds = 10, .longest = 100};
+    int fds[80];
+    uint8_t noise[4096];
+    memset(noise, 0x5a, sizeof noise);
+    listen_all(&w);
+    for (int i = 0; i < 80; i++) {
+        fds[i] = call_place(w.where.places[0]);
+        if (i >= 40) // those before stay silent
+            send(fds[i], noise, i % 2 ? sizeof noise : 10, MSG_NOSIGNAL);
+        if (i % 4 == 0) {
+            close(fds[i]);
+            fds[i] = -1;
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        w.ranks[i] = (struct rank){.crew = &w, .rank = i};
+        w.arg = &t;
+        if ((w.ranks[i].pid = fork()) == 0)
+            _exit(run_rank(&w.ranks[i]));
+    }
+    assert_int_equal(finish(&w), 0);
+    for (int i = 0; i < 80; i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
+}
+
+struct meeter {
+    struct comm_tcp_meeting where;
+    int listener, rank, timeout_ms, code;
+    struct err err;
+    pthread_t thread;
+};
+
+static void *meet_alone(void *arg)
+{
+    struct meeter *m = arg;
+    struct comm *c = NULL;
+    m->code = comm_tcp_join(&m->where, m->listener, m->rank, m->timeout_ms, &c, &m->err);
+    comm_free(c);
+    return NULL;
+}
+
+// change[r]: rank r was told something else; each has to refuse, or miss, the other.
+static void assert_no_meeting(const struct comm_tcp_meeting told[2], const int listeners[2], const char *says0,
+                              const char *says1)
+{
+    struct meeter m[2];
+    for (int r = 0; r < 2; r++) {
+        m[r] = (struct meeter){.where = told[r], .listener = listeners[r], .rank = r, .timeout_ms = 700};
+        assert_int_equal(pthread_create(&m[r].thread, NULL, meet_alone, &m[r]), 0);
+    }
+    for (int r = 0; r < 2; r++)
+        pthread_join(m[r].thread, NULL);
+    assert_int_not_equal(m[0].code, 0);
+    assert_int_not_equal(m[1].code, 0);
+    assert_non_null(strstr(m[0].err.text, says0));
+    assert_non_null(strstr(m[1].err.text, says1));
+}
+
+static void only_one_group_meets(void **state)
+{
+    (void)state;
+    struct crew w = {.tcp = true, .size = 2};
+    struct comm *c = NULL;
+    struct err err = {0};
+    listen_all(&w);
+    struct comm_tcp_meeting told[2] = {w.where, w.where};
+    snprintf(told[1].secret, sizeof told[1].secret, "between others");
+    assert_no_meeting(told, w.listeners, "did not come", "hung up");
+    told[1] = w.where;
+    told[1].size = 3; // rank 2 is nowhere
+    assert_no_meeting(told, w.listeners, "did not come", "did not come");
+    told[1] = w.where;
+    snprintf(told[1].places[0], COMM_TCP_PLACE, "127.0.0.1:1");
+    assert_no_meeting(told, w.listeners, "rank 1, of", "rank 0, at 127.0.0.1:1, cannot be reached: Connection refused");
+    snprintf(told[1].places[0], COMM_TCP_PLACE, "nowhere");
+    assert_int_equal(comm_tcp_join(&told[1], w.listeners[1], 1, 100, &c, &err), ERR_INVALID);
+    assert_int_equal(comm_tcp_join(&told[0], w.listeners[0], 2, 100, &c, &err), ERR_INVALID);
+    for (int r = 0; r < 2; r++)
+        close(w.listeners[r]);
+    char place[COMM_TCP_PLACE];
+    assert_int_equal(comm_tcp_listen("203.0.113.7", place, &err), -1);
+    assert_non_null(strstr(err.text, "no address of this machine"));
+    assert_int_equal(comm_tcp_listen("gpu1", place, &err), -1);
+    assert_int_equal(err.code, ERR_INVALID);
 }
 
 // ---- attaching
@@ -855,7 +1060,6 @@ static void dry_counts(void **state)
 
 static int latency_rank(struct comm *c, const void *arg)
 {
-    (void)arg;
     enum { TURNS = 4000, BIG = 1 << 20, WIDE = 30 };
     int64_t counts[2] = {64, 64}, offsets[2] = {0, 64}, big[2] = {BIG, BIG};
     uint8_t in[128] = {0}, out[128], *wide = calloc(3, BIG);
@@ -871,8 +1075,8 @@ static int latency_rank(struct comm *c, const void *arg)
     double t3 = now_ms();
     free(wide);
     if (comm_rank(c) == 0)
-        printf("2 processes: barrier %.2f us, all_to_all of 64 bytes %.2f us, all_gather of 1 MiB each %.0f us\n",
-               (t1 - t0) * 1e3 / TURNS, (t2 - t1) * 1e3 / TURNS, (t3 - t2) * 1e3 / WIDE);
+        printf("%s: barrier %.2f us, all_to_all of 64 bytes %.2f us, all_gather of 1 MiB each %.0f us\n",
+               (const char *)arg, (t1 - t0) * 1e3 / TURNS, (t2 - t1) * 1e3 / TURNS, (t3 - t2) * 1e3 / WIDE);
     fflush(stdout);
     return comm_check(c, NULL);
 }
@@ -880,7 +1084,8 @@ static int latency_rank(struct comm *c, const void *arg)
 static void latency(void **state)
 {
     (void)state;
-    assert_int_equal(run_ranks(false, 2, 4 << 20, latency_rank, NULL), 0);
+    assert_int_equal(run_ranks(SHM, 2, 4 << 20, latency_rank, "shared memory"), 0);
+    assert_int_equal(run_ranks(TCP, 2, 0, latency_rank, "TCP"), 0);
 }
 
 static void nothing_stays_mapped(void **state)
@@ -896,6 +1101,9 @@ static void nothing_stays_mapped(void **state)
 
 int main(void)
 {
+    done = mmap(NULL, sizeof *done, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (done == MAP_FAILED)
+        return 1;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(traffic_is_delivered),
         cmocka_unit_test(long_messages_go_in_pieces),
@@ -909,6 +1117,10 @@ int main(void)
         cmocka_unit_test(abort_comes_from_any_thread),
         cmocka_unit_test(killed_rank_hangs_nobody),
         cmocka_unit_test(mismatch_is_told),
+        cmocka_unit_test(a_killed_rank_is_known_to_all),
+        cmocka_unit_test(who_leaves_is_not_waited_for),
+        cmocka_unit_test(strangers_are_turned_away),
+        cmocka_unit_test(only_one_group_meets),
         cmocka_unit_test(foreign_descriptors_are_refused),
         cmocka_unit_test(self_copies),
         cmocka_unit_test(dry_counts),

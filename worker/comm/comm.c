@@ -105,6 +105,17 @@ int comm_fail_aborted(struct comm *c)
     return first->code;
 }
 
+int comm_fail_late(struct comm *c, enum comm_op op, const char *did_not, uint64_t missing)
+{
+    char list[256] = "";
+    size_t used = 0;
+    for (int r = 0; r < COMM_MAX_RANKS; r++)
+        if (missing & rank_bit(r))
+            used += (size_t)snprintf(list + used, sizeof list - used, "%s%d", used > 0 ? "," : "", r);
+    return comm_fail(c, ERR_TIMEOUT, op, "missing ranks %s of the whole: they did not %s within %d ms",
+                     used > 0 ? list : "not known", did_not, c->root->timeout_ms);
+}
+
 int comm_check(struct comm *c, struct err *err)
 {
     if (c->root->error.code == ERR_NONE && comm_aborted(c))

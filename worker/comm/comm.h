@@ -1,5 +1,6 @@
-// comm.h: what ranks of a group say to each other. Backends: self (one rank), shm (processes of one host), link (their
-// devices), dry (counts bytes). A collective is called by every rank of the communicator in the same order.
+// comm.h: what ranks of a group say to each other. Backends: self (one rank), shm (processes of one host), tcp (of
+// several), link (their devices), dry (counts bytes). A collective is called by every rank of the communicator in the
+// same order.
 //
 // Errors are sticky, as in kernels.h: after a failure in any communicator of this rank every call returns at once and
 // comm_check of each reports the first one. Ranks that call different collectives, or disagree about sizes, get
@@ -93,5 +94,24 @@ int comm_shm_region(int size, int64_t slab_bytes, struct err *err);
 // once in a region's life (else ERR_CONFLICT); a group that lost a rank gets a new region.
 // ERR_CORRUPT: fd is not a region of this version. Calls of one rank come from one thread at a time, but comm_abort.
 int comm_shm_attach(int fd, int rank, struct comm **out, struct err *err);
+
+// ---- tcp: processes of several hosts
+enum { COMM_TCP_PLACE = 64, COMM_TCP_SECRET = 40 };
+// Where the ranks of a group are, which all of them are told alike.
+struct comm_tcp_meeting {
+    int size;
+    char secret[COMM_TCP_SECRET];                // proves who belongs to it; zeros behind its end
+    char places[COMM_MAX_RANKS][COMM_TCP_PLACE]; // by rank: "10.0.0.1:4000", "[fd00::1]:4000"
+};
+// A socket that other ranks call at this address of the host's, an IPv4 or IPv6 address as text; place: where that is.
+// Returns the descriptor (close-on-exec), or -1 with *err. It is made before any rank starts, so that nobody calls in
+// vain; the rank it is for inherits it.
+int comm_tcp_listen(const char *address, char place[COMM_TCP_PLACE], struct err *err);
+// Meets the other ranks within timeout_ms, all of which do so at once; the listener stays the caller's. What is sent is
+// neither encrypted nor proven later: for networks that strangers have no part in. ERR_TIMEOUT, ERR_UNAVAILABLE: which
+// rank did not come, or cannot be reached. A rank that ends without comm_free, or whose host is silent for 5 s, is an
+// abort of all.
+int comm_tcp_join(const struct comm_tcp_meeting *where, int listener, int rank, int timeout_ms, struct comm **out,
+                  struct err *err);
 
 #endif

@@ -8,6 +8,7 @@
 
 #include "worker/comm/comm.h"
 
+struct message;
 enum comm_op { COMM_BARRIER, COMM_ALL_TO_ALL, COMM_ALL_GATHER, COMM_BROADCAST, COMM_GROUP, COMM_EXCHANGE };
 
 // Called with checked arguments, never after a failure. A failure is told by comm_fail.
@@ -19,6 +20,7 @@ struct comm_ops {
     void (*all_gather)(struct comm *c, const void *send, void *recv, const int64_t *counts);
     void (*broadcast)(struct comm *c, void *buffer, int64_t bytes, int root);
     void (*barrier)(struct comm *c);
+    int (*move)(struct comm *c, const struct message *m); // of backends that have the four above from message.h
     // Makes the backend's struct with rank and size set; comm.c links it to root and parent.
     int (*group)(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
     struct comm_times (*times)(struct comm *c);                        // NULL: as the host's clock has them
@@ -64,6 +66,12 @@ void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, s
 int comm_fail(struct comm *c, enum err_code code, enum comm_op op, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 int comm_fail_aborted(struct comm *c); // as above, with the abort's reason
+// ERR_TIMEOUT: these ranks of the whole, a bit each, did not do it within the timeout.
+int comm_fail_late(struct comm *c, enum comm_op op, const char *did_not, uint64_t missing);
+static inline uint64_t rank_bit(int rank)
+{
+    return UINT64_C(1) << rank;
+}
 static inline bool comm_aborted(const struct comm *c)
 {
     return atomic_load(&c->root->note->chosen) != 0;

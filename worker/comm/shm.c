@@ -27,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "worker/comm/comm_internal.h"
+#include "worker/comm/message.h"
 
 #define REGION_MAGIC    UINT64_C(0x6d68732d74666964) // "dift-shm"
 #define REGION_VERSION  1
@@ -129,11 +129,6 @@ static struct block *block_of(const struct shm_comm *c)
     return &c->at->blocks[c->block];
 }
 
-static uint64_t bit(int i)
-{
-    return UINT64_C(1) << i;
-}
-
 static uint64_t all_members(const struct shm_comm *c)
 {
     return ALL_BITS >> (64 - c->base.size);
@@ -220,23 +215,15 @@ static int wait_until(const struct shm_comm *c, const _Atomic uint64_t *word, ui
 // Records what wait_until returned. missing: world ranks.
 static int fail_wait(struct shm_comm *c, int code, enum comm_op op, const char *did_not, uint64_t missing)
 {
-    if (code == ERR_UNAVAILABLE)
-        return comm_fail_aborted(&c->base);
-    char list[256] = "";
-    size_t used = 0;
-    for (int r = 0; r < COMM_MAX_RANKS; r++)
-        if (missing & bit(r))
-            used += (size_t)snprintf(list + used, sizeof list - used, "%s%d", used > 0 ? "," : "", r);
-    return comm_fail(&c->base, ERR_TIMEOUT, op, "missing ranks %s of the whole: they did not %s within %d ms",
-                     used > 0 ? list : "not known", did_not, c->base.root->timeout_ms);
+    return code == ERR_UNAVAILABLE ? comm_fail_aborted(&c->base) : comm_fail_late(&c->base, op, did_not, missing);
 }
 
 static uint64_t world_bits(const struct shm_comm *c, uint64_t members)
 {
     uint64_t bits = 0;
     for (int i = 0; i < c->base.size; i++)
-        if (members & bit(i))
-            bits |= bit(c->members[i]);
+        if (members & rank_bit(i))
+            bits |= rank_bit(c->members[i]);
     return bits;
 }
 
@@ -245,7 +232,7 @@ static int meet(struct shm_comm *c, enum comm_op op)
 {
     struct block *b = block_of(c);
     uint64_t target = ++c->round;
-    uint64_t arrived = atomic_fetch_or(&b->arrived, bit(c->base.rank)) | bit(c->base.rank);
+    uint64_t arrived = atomic_fetch_or(&b->arrived, rank_bit(c->base.rank)) | rank_bit(c->base.rank);
     if (arrived == all_members(c)) {
         atomic_store(&b->arrived, 0);
         atomic_store(&b->round, target);
@@ -265,36 +252,10 @@ static int meet(struct shm_comm *c, enum comm_op op)
 
 // ---- messages
 
-// What a collective sends and expects. The stream is the pieces in rank order; nothing goes to oneself through it.
-struct message {
-    enum comm_op op;
-    const int64_t *counts; // posted for the others to compare: n_counts of them
-    int n_counts;
-    struct {
-        const uint8_t *from;
-        int64_t bytes;
-    } out[COMM_MAX_RANKS];
-    int64_t total; // of out
-    struct {
-        uint8_t *to;
-        int64_t bytes;
-        int64_t begin; // where it starts in that rank's stream
-        int64_t total; // of that rank's stream
-    } in[COMM_MAX_RANKS];
+// Where what a member sends to this rank begins in that member's stream, and how long the stream is.
+struct source {
+    int64_t begin, total;
 };
-
-static void message_out(struct message *m, int rank, const void *base, int64_t offset, int64_t bytes)
-{
-    m->out[rank].from = bytes > 0 ? (const uint8_t *)base + offset : NULL;
-    m->out[rank].bytes = bytes;
-    m->total += bytes;
-}
-
-static void message_in(struct message *m, int rank, void *base, int64_t offset, int64_t bytes)
-{
-    m->in[rank].to = bytes > 0 ? (uint8_t *)base + offset : NULL;
-    m->in[rank].bytes = bytes;
-}
 
 // Streams of every length send a first piece; the others end with their last byte.
 static bool has_piece(const struct shm_comm *c, int64_t round, int64_t total)
@@ -314,6 +275,15 @@ static struct part part_of(const struct shm_comm *c, int64_t round, int64_t begi
     return (struct part){.in_bytes = from - begin, .in_piece = from - start, .n = to - from};
 }
 
+// Of this rank's own: the pieces in rank order, or the one for everybody.
+static int64_t stream_bytes(const struct shm_comm *c, const struct message *m)
+{
+    int64_t total = 0;
+    for (int i = 0; i < c->base.size; i++)
+        total += m->out[i].bytes;
+    return total;
+}
+
 static int post(struct shm_comm *c, const struct message *m, int64_t round)
 {
     struct attachment *at = c->at;
@@ -325,7 +295,7 @@ static int post(struct shm_comm *c, const struct message *m, int64_t round)
         w->sequence = c->base.sequence;
         w->op = m->op;
         w->block = c->block;
-        w->total = m->total;
+        w->total = stream_bytes(c, m);
         memcpy(w->counts, m->counts, (size_t)m->n_counts * sizeof *m->counts);
     }
     int64_t begin = 0;
@@ -335,7 +305,7 @@ static int post(struct shm_comm *c, const struct message *m, int64_t round)
             memcpy(w->data + p.in_piece, m->out[i].from + p.in_bytes, (size_t)p.n);
         begin += m->out[i].bytes;
     }
-    atomic_store(&w->readers, world_bits(c, all_members(c) & ~bit(c->base.rank)));
+    atomic_store(&w->readers, world_bits(c, all_members(c) & ~rank_bit(c->base.rank)));
     block_of(c)->window[(c->round + 1) & 1][c->base.rank] = (uint8_t)at->next_window;
     at->next_window ^= 1;
     return 0;
@@ -347,19 +317,18 @@ static struct window *posted_by(const struct shm_comm *c, int member)
 }
 
 // Compares what member i posted first with what we do, and finds our place in its stream.
-static int agree_with(struct shm_comm *c, struct message *m, int i)
+static int agree_with(struct shm_comm *c, const struct message *m, int i, struct source *source)
 {
     const struct window *w = posted_by(c, i);
     if (w->op != m->op || w->sequence != c->base.sequence || w->block != c->block)
         return comm_fail(&c->base, ERR_INTERNAL, m->op, "rank %d called another collective (kind %u, number %llu)", i,
                          w->op, (unsigned long long)w->sequence);
-    m->in[i].begin = 0;
-    m->in[i].total = w->total;
+    *source = (struct source){.total = w->total};
     int64_t sends = m->in[i].bytes;
     if (m->op == COMM_ALL_TO_ALL) {
         sends = w->counts[c->base.rank];
         for (int r = 0; r < c->base.rank; r++)
-            m->in[i].begin += r == i ? 0 : w->counts[r];
+            source->begin += r == i ? 0 : w->counts[r];
     } else if (memcmp(w->counts, m->counts, (size_t)m->n_counts * sizeof *m->counts) != 0) {
         return comm_fail(&c->base, ERR_INTERNAL, m->op, "rank %d called it with other sizes or another root", i);
     }
@@ -370,103 +339,53 @@ static int agree_with(struct shm_comm *c, struct message *m, int i)
 }
 
 // Stops everybody on a disagreement: ranks that see none would wait for us.
-static int agree(struct shm_comm *c, struct message *m, int64_t *rounds)
+static int agree(struct shm_comm *c, const struct message *m, struct source *sources, int64_t *rounds)
 {
-    int64_t longest = m->total;
+    int64_t longest = stream_bytes(c, m);
     for (int i = 0; i < c->base.size; i++) {
         if (i == c->base.rank)
             continue;
-        int code = agree_with(c, m, i);
+        int code = agree_with(c, m, i, &sources[i]);
         if (code != 0) {
             comm_abort(&c->base, c->base.root->error.text);
             return code;
         }
-        longest = m->in[i].total > longest ? m->in[i].total : longest;
+        longest = sources[i].total > longest ? sources[i].total : longest;
     }
     *rounds = longest > 0 ? (longest + c->at->piece - 1) / c->at->piece : 1;
     return 0;
 }
 
-static void take(struct shm_comm *c, const struct message *m, int64_t round)
+static void take(struct shm_comm *c, const struct message *m, const struct source *sources, int64_t round)
 {
     for (int step = 1; step < c->base.size; step++) { // each starts with another, so that they do not queue up
         int i = (c->base.rank + step) % c->base.size;
-        if (!has_piece(c, round, m->in[i].total))
+        if (!has_piece(c, round, sources[i].total))
             continue;
         struct window *w = posted_by(c, i);
-        struct part p = part_of(c, round, m->in[i].begin, m->in[i].bytes);
+        struct part p = part_of(c, round, sources[i].begin, m->in[i].bytes);
         if (p.n > 0)
             memcpy(m->in[i].to + p.in_bytes, w->data + p.in_piece, (size_t)p.n);
-        if (atomic_fetch_and(&w->readers, ~bit(c->at->rank)) == bit(c->at->rank))
+        if (atomic_fetch_and(&w->readers, ~rank_bit(c->at->rank)) == rank_bit(c->at->rank))
             wake(c->at, c->members[i]);
     }
 }
 
-static int exchange(struct shm_comm *c, struct message *m)
+static int shm_move(struct comm *base, const struct message *m)
 {
-    if (c->base.size == 1)
-        return 0;
+    struct shm_comm *c = (struct shm_comm *)base;
+    struct source sources[COMM_MAX_RANKS];
+    const int64_t own = stream_bytes(c, m);
     int64_t rounds = 1;
     for (int64_t round = 0; round < rounds; round++) {
-        if (has_piece(c, round, m->total))
+        if (has_piece(c, round, own))
             TRY(post(c, m, round));
         TRY(meet(c, m->op));
         if (round == 0)
-            TRY(agree(c, m, &rounds));
-        take(c, m, round);
+            TRY(agree(c, m, sources, &rounds));
+        take(c, m, sources, round);
     }
     return 0;
-}
-
-// ---- collectives
-
-static void shm_all_to_all(struct comm *base, const void *send, const int64_t *send_counts, const int64_t *send_offsets,
-                           void *recv, const int64_t *recv_counts, const int64_t *recv_offsets)
-{
-    struct message m = {.op = COMM_ALL_TO_ALL, .counts = send_counts, .n_counts = base->size};
-    int me = base->rank;
-    for (int r = 0; r < base->size; r++) {
-        if (r == me)
-            continue;
-        message_out(&m, r, send, send_offsets[r], send_counts[r]);
-        message_in(&m, r, recv, recv_offsets[r], recv_counts[r]);
-    }
-    if (exchange((struct shm_comm *)base, &m) == 0)
-        comm_copy(recv, recv_offsets[me], send, send_offsets[me], send_counts[me]);
-}
-
-static void shm_all_gather(struct comm *base, const void *send, void *recv, const int64_t *counts)
-{
-    struct message m = {.op = COMM_ALL_GATHER, .counts = counts, .n_counts = base->size};
-    int64_t offset = 0, mine = 0;
-    for (int r = 0; r < base->size; r++) {
-        if (r == base->rank)
-            mine = offset;
-        else
-            message_in(&m, r, recv, offset, counts[r]);
-        offset += counts[r];
-    }
-    message_out(&m, base->rank, send, 0, counts[base->rank]);
-    if (exchange((struct shm_comm *)base, &m) == 0)
-        comm_copy(recv, mine, send, 0, counts[base->rank]);
-}
-
-static void shm_broadcast(struct comm *base, void *buffer, int64_t bytes, int root)
-{
-    const int64_t counts[2] = {bytes, root};
-    struct message m = {.op = COMM_BROADCAST, .counts = counts, .n_counts = 2};
-    if (base->rank == root)
-        message_out(&m, root, buffer, 0, bytes);
-    else
-        message_in(&m, root, buffer, 0, bytes);
-    exchange((struct shm_comm *)base, &m);
-}
-
-static void shm_barrier(struct comm *base)
-{
-    const int64_t none = 0;
-    struct message m = {.op = COMM_BARRIER, .counts = &none, .n_counts = 1};
-    exchange((struct shm_comm *)base, &m);
 }
 
 // ---- groups
@@ -476,7 +395,8 @@ static void shm_barrier(struct comm *base)
 #define DOOR_SLOT_MASK UINT64_C(0xff)
 static uint64_t door_key(uint32_t parent, int first, int stride, int count)
 {
-    return bit(63) | (uint64_t)parent << 32 | (uint64_t)first << 24 | (uint64_t)stride << 16 | (uint64_t)count << 8;
+    return rank_bit(63) | (uint64_t)parent << 32 | (uint64_t)first << 24 | (uint64_t)stride << 16 |
+           (uint64_t)count << 8;
 }
 
 static struct block *lent_by(const struct attachment *at, int leader, int slot)
@@ -496,7 +416,7 @@ static int choose_slot(struct shm_comm *c, int *slot)
             uint64_t holders = atomic_load(&lent_by(c->at, c->at->rank, *slot)->holders);
             if (holders == 0)
                 return 0;
-            leaving = leaving || (holders & bit(0)) == 0;
+            leaving = leaving || (holders & rank_bit(0)) == 0;
         }
         if (!leaving)
             break;
@@ -524,7 +444,7 @@ static int lead_group(struct shm_comm *g, uint64_t key)
     atomic_store(&b->holders, all_members(g));
     atomic_store(door, key | (uint64_t)slot);
     wake_members(g);
-    uint64_t others = all_members(g) & ~bit(0);
+    uint64_t others = all_members(g) & ~rank_bit(0);
     int code = wait_until(g, &b->arrived, ALL_BITS, others);
     if (code != 0)
         return fail_wait(g, code, COMM_GROUP, "come", world_bits(g, others & ~atomic_load(&b->arrived)));
@@ -539,7 +459,7 @@ static int join_group(struct shm_comm *g, uint64_t key)
     const _Atomic uint64_t *door = &g->at->header->ranks[leader].door;
     int code = wait_until(g, door, ~DOOR_SLOT_MASK, key);
     if (code != 0)
-        return fail_wait(g, code, COMM_GROUP, "open it", bit(leader));
+        return fail_wait(g, code, COMM_GROUP, "open it", rank_bit(leader));
     g->block = 1 + (uint32_t)leader * BLOCKS_PER_RANK + (uint32_t)(atomic_load(door) & DOOR_SLOT_MASK);
     return meet(g, COMM_GROUP);
 }
@@ -549,8 +469,8 @@ static void shm_free(struct comm *base)
     struct shm_comm *c = (struct shm_comm *)base;
     struct attachment *at = c->at;
     if (c->block != 0) {
-        uint64_t before = atomic_fetch_and(&block_of(c)->holders, ~bit(base->rank));
-        if (before == bit(base->rank)) {
+        uint64_t before = atomic_fetch_and(&block_of(c)->holders, ~rank_bit(base->rank));
+        if (before == rank_bit(base->rank)) {
             atomic_store(&at->header->ranks[c->members[0]].returned, 1);
             wake(at, c->members[0]);
         }
@@ -593,10 +513,11 @@ static void shm_wake(struct comm *base)
 }
 
 static const struct comm_ops shm_ops = {
-    .all_to_all = shm_all_to_all,
-    .all_gather = shm_all_gather,
-    .broadcast = shm_broadcast,
-    .barrier = shm_barrier,
+    .all_to_all = message_all_to_all,
+    .all_gather = message_all_gather,
+    .broadcast = message_broadcast,
+    .barrier = message_barrier,
+    .move = shm_move,
     .group = shm_group,
     .wake = shm_wake,
     .free = shm_free,
