@@ -13,6 +13,7 @@ enum { KEY_MAX_QUEUE = 64, KEY_SIZE = 320 }; // a key with queue, tenant and id 
 #define KEY_MODELS "%smodels"    // HASH, the registry
 #define KEY_LIVE   "%slive"      // ZSET, every non-final job
 #define KEY_WAKE   "%swake"      // STREAM, something became ready
+#define KEY_NODES  "%sgroup:%s"  // prefix, worker group: HASH, where its nodes stand
 #define KEY_GROUP  "admit"       // the doors' consumer group
 
 #endif

@@ -1,7 +1,8 @@
-// queue_lua.h: where the script's text lies; see queue_lua.c.
+// queue_lua.h: where the scripts' texts lie; see queue_lua.c.
 #ifndef DITFLEET_QUEUE_LUA_H
 #define DITFLEET_QUEUE_LUA_H
 
-extern const char queue_lua_start[], queue_lua_end[];
+extern const char queue_lua_start[], queue_lua_end[];   // queue.lua
+extern const char gather_lua_start[], gather_lua_end[]; // gather.lua
 
 #endif
