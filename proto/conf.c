@@ -22,7 +22,7 @@ enum type { STRING, SECRET, INT, SECONDS, SIZE, LIST, ENUM };
 // NULL when value is fine, else what is allowed.
 typedef const char *check(const char *value);
 static check check_name, check_redis, check_absolute, check_path_or_empty, check_host_port, check_http, check_model,
-    check_listen, check_blocks, check_gpus, check_spot;
+    check_listen, check_blocks, check_gpus, check_spot, check_address, check_nodes;
 
 struct key {
     const char *section, *name;
@@ -52,6 +52,10 @@ static const struct key keys[] = {
      .doc = "name of the queue, the tag in its keys dit:{queue}:..."},
     {"fleet", "node", STRING, AT(fleet.node), 0, 64, "", check_name,
      .doc = "name of this node, unique in the fleet; empty: the host name"},
+    {"fleet", "address", STRING, AT(fleet.address), 0, 46, "", check_address,
+     .doc =
+         "IPv4 or IPv6 address by which the other nodes reach this one, on a network of their own: what ranks say to "
+         "each other there is not encrypted; needed where a group has nodes"},
     {"fleet", "state_dir", STRING, AT(fleet.state_dir), 1, 90, "/run/ditfleet", check_absolute,
      .doc = "directory of the lock file and the control socket"},
     {"fleet", "worker_program", STRING, AT(fleet.worker_program), 0, 180, "", check_path_or_empty,
@@ -134,6 +138,10 @@ static const struct key keys[] = {
          "some cost of speed; CPU ranks are so by themselves"},
     {"group", "ranks", INT, IN(ranks), 1, 64, "1",
      .doc = "processes that make one image together; with device = cuda as many as GPUs, which need not be said"},
+    {"group", "nodes", STRING, IN(nodes), 0, 180, "", check_nodes,
+     .doc =
+         "nodes that the group spans, in the order of its ranks, and how many each has: a:2, b:2; each node's file has "
+         "this line. Rank 0's node claims the jobs. Empty: this node alone"},
     {"group", "threads", INT, IN(threads), 0, 1024, "0",
      .doc = "threads that a rank computes with; 0: cores / ranks, at least 1"},
     {"group", "model", LIST, IN(model), 1, 180, NULL, check_model,
@@ -298,6 +306,42 @@ static const char *check_gpus(const char *v)
             if (gpus[i] == gpus[j])
                 return "each GPU once";
     return n >= 0 ? NULL : "whole numbers from 0 to 63, commas between them: 0,1";
+}
+
+static const char *check_address(const char *v)
+{
+    unsigned char bytes[sizeof(struct in6_addr)];
+    return !*v || inet_pton(AF_INET, v, bytes) == 1 || inet_pton(AF_INET6, v, bytes) == 1
+               ? NULL
+               : "an IPv4 or IPv6 address, say 10.0.0.1 or fd00::1; or nothing";
+}
+
+// Nodes of text, which has been checked where out is not NULL: how many, -1: it is none such.
+static int read_nodes(const char *text, struct conf_node *out)
+{
+    int n = 0, ranks = 0;
+    for (const char *at = text; *at; n++) {
+        at += strspn(at, " ");
+        const char *colon = at + strcspn(at, ":,");
+        char *end = NULL;
+        const long count = *colon == ':' && isdigit((unsigned char)colon[1]) ? strtol(colon + 1, &end, 10) : 0;
+        if (n == CONF_MAX_NODES || count < 1 || !name_bytes(at, (size_t)(colon - at)) || (ranks += (int)count) > 64 ||
+            count > 64 || (*end && (*end != ',' || !end[1])))
+            return -1;
+        if (out) {
+            snprintf(out[n].name, sizeof out[n].name, "%.*s", (int)(colon - at), at);
+            out[n].ranks = (int)count;
+        }
+        at = *end ? end + 1 : end;
+    }
+    return n;
+}
+
+static const char *check_nodes(const char *v)
+{
+    return read_nodes(v, NULL) >= 0 && read_nodes(v, NULL) != 1
+               ? NULL
+               : "two or more NODE:RANKS, commas between them, 64 ranks in all: a:2, b:2; or nothing";
 }
 
 static const char *check_model(const char *v)
@@ -665,18 +709,60 @@ static int split_models(struct parser *p, struct conf_group *g)
     return 0;
 }
 
+// Which of the ranks are this node's.
+static int place_ranks(struct parser *p, struct conf_group *g)
+{
+    char section[80], what[200];
+    int ranks = 0;
+    name_section(g, section);
+    g->local_ranks = g->ranks;
+    if (!*g->nodes)
+        return 0;
+    g->n_nodes = read_nodes(g->nodes, g->spans);
+    g->my_node = -1;
+    for (int i = 0; i < g->n_nodes; ranks += g->spans[i++].ranks) {
+        for (int j = 0; j < i; j++)
+            if (strcmp(g->spans[i].name, g->spans[j].name) == 0)
+                return fail_at(p, p->line, ERR_INVALID, section, "nodes",
+                               "names a node twice; give all its ranks once");
+        if (strcmp(g->spans[i].name, p->conf->fleet.node) != 0)
+            continue;
+        g->my_node = i;
+        g->first_rank = ranks;
+        g->local_ranks = g->spans[i].ranks;
+    }
+    if (g->my_node < 0) {
+        snprintf(what, sizeof what, "does not name this node, which is %.64s ([fleet] node)", p->conf->fleet.node);
+        return fail_at(p, p->line, ERR_INVALID, section, "nodes", what);
+    }
+    if (g->ranks != 1 && g->ranks != ranks) {
+        snprintf(what, sizeof what, "is %d, and nodes has %d; leave it out", g->ranks, ranks);
+        return fail_at(p, p->line, ERR_INVALID, section, "ranks", what);
+    }
+    g->ranks = ranks;
+    return *p->conf->fleet.address ? 0
+                                   : fail_at(p, p->line, ERR_INVALID, "fleet", "address",
+                                             "is needed: a group has nodes, and the others have to reach this one");
+}
+
 // The GPUs of a group: one for each rank, none of them another's.
 static int check_gpu_ranks(struct parser *p, struct conf_group *g)
 {
     char section[80], what[200];
     name_section(g, section);
     g->n_gpus = conf_numbers(*g->gpu ? g->gpu : "0", 0, CONF_MAX_GPUS - 1, g->gpus, CONF_MAX_GPUS);
-    if (g->ranks != 1 && g->ranks != g->n_gpus) {
+    if (g->n_nodes > 0 && g->local_ranks != g->n_gpus) {
+        snprintf(what, sizeof what, "names %d for the %d ranks of this node; there is one for each", g->n_gpus,
+                 g->local_ranks);
+        return fail_at(p, p->line, ERR_INVALID, section, "gpu", what);
+    }
+    if (g->n_nodes == 0 && g->ranks != 1 && g->ranks != g->n_gpus) {
         snprintf(what, sizeof what, "is %d; with device = cuda there is one for each GPU, and gpu names %d", g->ranks,
                  g->n_gpus);
         return fail_at(p, p->line, ERR_INVALID, section, "ranks", what);
     }
-    g->ranks = g->n_gpus;
+    if (g->n_nodes == 0)
+        g->ranks = g->local_ranks = g->n_gpus;
     for (const struct conf_group *other = p->conf->groups; other < g; other++)
         for (int i = 0; i < g->n_gpus; i++)
             for (int j = 0; j < other->n_gpus; j++)
@@ -739,6 +825,7 @@ static int finish(struct parser *p)
     if (c->callback.backoff_max_s < c->callback.backoff_min_s)
         return fail_at(p, p->line, ERR_INVALID, "callback", "backoff_max", "is below backoff_min");
     for (int i = 0; i < c->n_groups; i++) {
+        TRY(place_ranks(p, &c->groups[i]));
         TRY(check_device(p, &c->groups[i]));
         TRY(check_weights(p, &c->groups[i]));
         TRY(split_models(p, &c->groups[i]));
@@ -889,13 +976,15 @@ int conf_group_threads(const struct conf_group *g)
     cpu_set_t cpus;
     if (g->threads > 0)
         return g->threads;
+    const int here = g->local_ranks > 0 ? g->local_ranks : g->ranks;
     int cores = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : (int)sysconf(_SC_NPROCESSORS_ONLN);
-    return cores / g->ranks > 1 ? cores / g->ranks : 1;
+    return cores / here > 1 ? cores / here : 1;
 }
 
 const char *conf_worker_id(const struct conf *c, const char *group, char out[CONF_WORKER_ID_BYTES])
 {
-    snprintf(out, CONF_WORKER_ID_BYTES, "%s.%s", c->fleet.node, group);
+    const struct conf_group *g = conf_group_find(c, group);
+    snprintf(out, CONF_WORKER_ID_BYTES, "%s.%s", g && g->n_nodes > 0 ? g->spans[0].name : c->fleet.node, group);
     return out;
 }
 
@@ -942,6 +1031,30 @@ char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g)
             print_value(to, k, group ? (const char *)g + k->offset : (const char *)c + k->offset);
     }
     fprintf(to, "callbacks=%d\n", *c->callback.secret_file != 0); // all that admission asks about them
+    if (fclose(to) != 0) {
+        free(text);
+        return NULL;
+    }
+    return text;
+}
+
+char *conf_group_terms(const struct conf_group *g)
+{
+    static const char *const each_nodes_own[] = {"gpu", "ranks", "threads", "model", "slab", "memory_budget"};
+    char *text = NULL;
+    size_t n = 0;
+    FILE *to = open_memstream(&text, &n);
+    if (!to)
+        return NULL;
+    for (const struct key *k = keys; k < keys + KEYS; k++) {
+        bool own = strcmp(k->section, "group") != 0;
+        for (size_t i = 0; i < sizeof each_nodes_own / sizeof *each_nodes_own; i++)
+            own |= strcmp(k->name, each_nodes_own[i]) == 0;
+        if (!own)
+            print_value(to, k, (const char *)g + k->offset);
+    }
+    for (int i = 0; i < g->model.count; i++)
+        fprintf(to, "group.model=%s@%s\n", g->models[i].name, g->models[i].version);
     if (fclose(to) != 0) {
         free(text);
         return NULL;

@@ -26,7 +26,14 @@ struct conf_model {
 
 enum conf_device { CONF_DEVICE_CPU, CONF_DEVICE_CUDA };
 
-#define CONF_MAX_GPUS 64
+#define CONF_MAX_GPUS  64
+#define CONF_MAX_NODES 64
+
+// One node of a group that has several, and how many of the group's ranks it has.
+struct conf_node {
+    char name[65];
+    int ranks;
+};
 
 // [group NAME]: ranks that make one image together.
 struct conf_group {
@@ -35,13 +42,17 @@ struct conf_group {
     char *gpu;  // "0,1": of each rank, as nvidia-smi counts; "": as "0", and on the CPU
     int n_gpus; // the same, taken apart; 0 on the CPU
     short gpus[CONF_MAX_GPUS];
-    int precision;      // a Ditfleet__V1__Precision of proto/job.h that all its jobs compute in; 0: the models' own
-    int exact;          // cuda: 1: pictures have the bits of one GPU, by Ulysses and guidance parallelism
-    int ranks;          // processes, 1 to 64
-    int threads;        // threads a rank computes with; 0: conf_group_threads decides
-    int cfg_degree;     // 0: the planner decides
-    int ulysses_degree; // 0: the planner decides
-    int ring_degree;    // 0: the planner decides
+    int precision; // a Ditfleet__V1__Precision of proto/job.h that all its jobs compute in; 0: the models' own
+    int exact;     // cuda: 1: pictures have the bits of one GPU, by Ulysses and guidance parallelism
+    int ranks;     // processes, 1 to 64, of all nodes
+    char *nodes;   // "a:2, b:2", in the order of ranks; "": this node alone
+    struct conf_node spans[CONF_MAX_NODES]; // (n_nodes), the same, taken apart
+    int n_nodes, my_node;                   // 0: this node alone; else the place of this node among them
+    int first_rank, local_ranks;            // of the ranks, those on this node
+    int threads;                            // threads a rank computes with; 0: conf_group_threads decides
+    int cfg_degree;                         // 0: the planner decides
+    int ulysses_degree;                     // 0: the planner decides
+    int ring_degree;                        // 0: the planner decides
     int pipefusion_degree, num_pipeline_patch, warmup_steps;
     char *pipefusion_blocks;   // "2,4": of each stage; "": as even as can be
     int data_degree;           // 0: as a job's images can be dealt
@@ -64,6 +75,7 @@ struct conf {
     } redis;
     struct {
         char *node;           // default: the host name
+        char *address;        // by which other nodes reach this one, IPv4 or IPv6; "": no group spans nodes
         char *state_dir;      // lock file and control.sock
         char *worker_program; // "": ditfleet-worker beside the program that runs
     } fleet;
@@ -139,13 +151,17 @@ void conf_print_doc(FILE *to);
 
 // NULL when there is no such group.
 const struct conf_group *conf_group_find(const struct conf *c, const char *name);
-// threads, or max(1, cores this process may use / ranks) when it is 0.
+// threads, or max(1, cores this process may use / its ranks here) when it is 0.
 int conf_group_threads(const struct conf_group *g);
-// The name under which a group holds jobs, "node.group", the same over restarts. Returns out.
+// The name under which a group holds jobs, "node.group", the same over restarts; the node is that of rank 0. Returns
+// out.
 enum { CONF_WORKER_ID_BYTES = 128 };
 const char *conf_worker_id(const struct conf *c, const char *group, char out[CONF_WORKER_ID_BYTES]);
 // Every value that a worker of this group reads, as text (malloc, caller frees); two equal texts need no restart.
 // Redis and fleet settings are not in it. NULL: out of memory.
 char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g);
+// What all nodes of a group that spans some have to say alike, as lines "key=value" (malloc, caller frees). NULL: out
+// of memory.
+char *conf_group_terms(const struct conf_group *g);
 
 #endif

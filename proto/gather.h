@@ -8,11 +8,9 @@
 #include "proto/queue.h"
 
 enum {
-    GATHER_MAX_NODES = 64,
-    GATHER_NAME = 65, // of a node, with its zero
     GATHER_MARK = 17, // of an offer or a formation: 16 hexadecimal digits and a zero
     GATHER_SECRET = 25,
-    GATHER_TERMS = 1024,
+    GATHER_TERMS = 4096,
     GATHER_PLACES = 64 * 64,
     GATHER_REASON = 400,
 };

@@ -2,8 +2,10 @@
 // are made before the fork.
 #include "supervisor/child.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <ifaddrs.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,9 +17,9 @@
 enum { NUMBER = 16 };
 
 struct arguments {
-    char rank[NUMBER], ranks[NUMBER], control_fd[NUMBER], shm_fd[NUMBER];
-    const char *argv[20];
-    char visible[256];
+    char rank[NUMBER], ranks[NUMBER], control_fd[NUMBER], fds[CHILD_MOST_FDS][NUMBER];
+    const char *argv[24];
+    char visible[256], interface[64];
     const char **envp; // malloc
 };
 
@@ -35,20 +37,48 @@ static bool is_one_of(const char *variable, const char *const *names)
     return false;
 }
 
+// NCCL's variable that names the interface with this address. False: none has it.
+static bool interface_of(const char *address, char *out, size_t n)
+{
+    struct ifaddrs *all = NULL;
+    bool found = false;
+    if (getifaddrs(&all) != 0)
+        return false;
+    for (const struct ifaddrs *i = all; i && !found; i = i->ifa_next) {
+        char text[INET6_ADDRSTRLEN] = "";
+        const int family = i->ifa_addr ? i->ifa_addr->sa_family : AF_UNSPEC;
+        if (family == AF_INET)
+            inet_ntop(family, &((struct sockaddr_in *)i->ifa_addr)->sin_addr, text, sizeof text);
+        if (family == AF_INET6)
+            inet_ntop(family, &((struct sockaddr_in6 *)i->ifa_addr)->sin6_addr, text, sizeof text);
+        found = strcmp(text, address) == 0;
+        if (found)
+            snprintf(out, n, "NCCL_SOCKET_IFNAME==%s", i->ifa_name); // the second "=": this very name
+    }
+    freeifaddrs(all);
+    return found;
+}
+
 static int make_arguments(const struct child *c, struct arguments *a, struct err *err)
 {
     snprintf(a->rank, NUMBER, "%d", c->rank);
     snprintf(a->ranks, NUMBER, "%d", c->ranks);
     snprintf(a->control_fd, NUMBER, "%d", CHILD_CONTROL_FD);
-    snprintf(a->shm_fd, NUMBER, "%d", CHILD_SHM_FD);
-    const char *argv[] = {
-        c->program, "--config",      c->config,      "--group",      c->group,      "--rank",   a->rank,   "--ranks",
-        a->ranks,   "--incarnation", c->incarnation, "--control-fd", a->control_fd, "--shm-fd", a->shm_fd, NULL};
+    const char *argv[] = {c->program,     "--config",     c->config,    "--group", c->group,
+                          "--rank",       a->rank,        "--ranks",    a->ranks,  "--incarnation",
+                          c->incarnation, "--control-fd", a->control_fd};
+    size_t words = sizeof argv / sizeof *argv;
     memcpy(a->argv, argv, sizeof argv);
+    for (int i = 0; i < c->n_fds; i++) {
+        snprintf(a->fds[i], NUMBER, "%d", CHILD_FIRST_FD + i);
+        a->argv[words++] = c->fds[i].option;
+        a->argv[words++] = a->fds[i];
+    }
+    a->argv[words] = NULL;
     size_t n = 0, kept = 0;
     while (environ[n])
         n++;
-    a->envp = malloc((n + 4) * sizeof *a->envp);
+    a->envp = malloc((n + 5) * sizeof *a->envp);
     if (!a->envp)
         return err_set(err, ERR_NO_MEMORY, "cannot start rank %d of group %s: out of memory", c->rank, c->group);
     for (size_t i = 0; i < n; i++)
@@ -60,16 +90,19 @@ static int make_arguments(const struct child *c, struct arguments *a, struct err
         a->envp[kept++] = "CUDA_DEVICE_ORDER=PCI_BUS_ID"; // as nvidia-smi counts
         if (!getenv("NCCL_NVLS_ENABLE"))
             a->envp[kept++] = "NCCL_NVLS_ENABLE=0"; // nothing here needs NVLink's multicast
+        if (c->address && !getenv("NCCL_SOCKET_IFNAME") && interface_of(c->address, a->interface, sizeof a->interface))
+            a->envp[kept++] = a->interface;
     }
     a->envp[kept] = NULL;
     return 0;
 }
 
-// Runs in the child. control and shm are moved out of the way first, since either may sit where the other must go.
-_Noreturn static void become_worker(const struct arguments *a, pid_t parent, int control, int shm)
+// Runs in the child. The descriptors are moved out of the way first, since any may sit where another must go.
+_Noreturn static void become_worker(const struct arguments *a, pid_t parent, int control, const struct child *c)
 {
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigset_t none;
+    int high[1 + CHILD_MOST_FDS];
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != parent)
         _exit(127); // the supervisor died before the line above took effect
     setpgid(0, 0);
@@ -77,11 +110,15 @@ _Noreturn static void become_worker(const struct arguments *a, pid_t parent, int
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    int control_high = fcntl(control, F_DUPFD_CLOEXEC, 10), shm_high = fcntl(shm, F_DUPFD_CLOEXEC, 10);
-    if (null < 0 || control_high < 0 || shm_high < 0 || dup2(null, 0) < 0 || dup2(control_high, CHILD_CONTROL_FD) < 0 ||
-        dup2(shm_high, CHILD_SHM_FD) < 0)
+    for (int i = 0; i <= c->n_fds; i++)
+        if ((high[i] = fcntl(i == 0 ? control : c->fds[i - 1].fd, F_DUPFD_CLOEXEC, 10)) < 0)
+            _exit(127);
+    if (null < 0 || dup2(null, 0) < 0)
         _exit(127);
-    close_range(CHILD_SHM_FD + 1, ~0U, 0);
+    for (int i = 0; i <= c->n_fds; i++)
+        if (dup2(high[i], CHILD_CONTROL_FD + i) < 0)
+            _exit(127);
+    close_range((unsigned)(CHILD_FIRST_FD + c->n_fds), ~0U, 0);
     execve(a->argv[0], (char *const *)a->argv, (char *const *)a->envp);
     _exit(127);
 }
@@ -100,7 +137,7 @@ int child_spawn(const struct child *c, pid_t *pid, int *control_fd, struct err *
     fcntl(pair[0], F_SETFL, O_NONBLOCK);
     pid_t child = fork();
     if (child == 0)
-        become_worker(&a, parent, pair[1], c->shm_fd);
+        become_worker(&a, parent, pair[1], c);
     int error = errno;
     free((void *)a.envp);
     close(pair[1]);

@@ -20,14 +20,16 @@
 #include "worker/comm/comm.h"
 
 enum event {
-    E_START, // somebody wants it to run
-    E_READY, // the last rank said READY
-    E_EXIT,  // a rank's process ended
-    E_FAULT, // a rank hangs, is silent or speaks nonsense
-    E_DRAIN, // stop in good order
-    E_KILL,  // stop at once
-    E_EMPTY, // the last process is gone
-    E_DUE,   // the time that the state set has come
+    E_START,  // somebody wants it to run
+    E_READY,  // the last rank said READY
+    E_EXIT,   // a rank's process ended
+    E_FAULT,  // a rank hangs, is silent or speaks nonsense
+    E_DRAIN,  // stop in good order
+    E_KILL,   // stop at once
+    E_EMPTY,  // the last process is gone
+    E_DUE,    // the time that the state set has come
+    E_FORMED, // all nodes have offered their ranks
+    E_OVER,   // another node's ranks are gone
     EVENTS,
 };
 
@@ -35,7 +37,7 @@ struct happening {
     enum event event;
     int rank;         // E_EXIT, E_FAULT
     int status;       // E_EXIT: as of waitpid
-    const char *text; // E_FAULT: what was wrong
+    const char *text; // E_FAULT, E_OVER: what was wrong
 };
 
 // What the group is to become once its processes are gone.
@@ -73,12 +75,16 @@ struct group {
     time_t failed_at;
     struct rank *ranks; // (n_ranks), of the incarnation that runs or ran last
     int n_ranks, live, ready;
+    int first_rank;                // of the ranks here among all of the group
+    bool spans;                    // nodes, as it was started last
+    struct span *span;             // NULL: it has never done so
+    char waits_for[GATHER_REASON]; // in GROUP_GATHERING
 };
 
 static const char *const state_names[] = {
-    [GROUP_STOPPED] = "stopped",   [GROUP_STARTING] = "starting", [GROUP_READY] = "ready",
-    [GROUP_DRAINING] = "draining", [GROUP_KILLING] = "killing",   [GROUP_BACKOFF] = "backoff",
-    [GROUP_FAILED] = "failed",
+    [GROUP_STOPPED] = "stopped", [GROUP_GATHERING] = "gathering", [GROUP_STARTING] = "starting",
+    [GROUP_READY] = "ready",     [GROUP_DRAINING] = "draining",   [GROUP_KILLING] = "killing",
+    [GROUP_BACKOFF] = "backoff", [GROUP_FAILED] = "failed",
 };
 static_assert(sizeof state_names / sizeof *state_names == GROUP_STATES, "every state has a name");
 
@@ -212,27 +218,32 @@ static int on_readable(sd_event_source *source, int fd, uint32_t events, void *a
     return 0;
 }
 
-static int spawn_rank(struct group *g, int i, int shm_fd, struct err *err)
+// common: what all ranks are given: the region that they share, or where they meet.
+static int spawn_rank(struct group *g, int i, int common, struct err *err)
 {
     struct rank *r = &g->ranks[i];
-    const struct child c = {
+    struct child c = {
         .program = g->env->worker_program,
         .config = g->conf->path,
         .group = g->name,
         .incarnation = g->incarnation,
-        .rank = i,
-        .ranks = g->n_ranks,
+        .rank = g->first_rank + i,
+        .ranks = g->my->ranks,
         .gpus = g->my->device != CONF_DEVICE_CUDA ? NULL
                 : *g->my->gpu                     ? g->my->gpu
                                                   : "0",
-        .shm_fd = shm_fd,
+        .address = g->spans ? g->conf->fleet.address : NULL,
+        .fds = {{g->spans ? "--meeting-fd" : "--shm-fd", common}},
+        .n_fds = 1,
     };
+    if (g->spans)
+        c.fds[c.n_fds++] = (struct child_fd){"--listen-fd", span_listener(g->span, i)};
     TRY(child_spawn(&c, &r->pid, &r->fd, err));
     g->live++;
     int rc = sd_event_add_io(g->env->event, &r->source, r->fd, EPOLLIN, on_readable, r);
     if (rc < 0)
-        return err_set(err, ERR_NO_MEMORY, "cannot watch rank %d: %s", i, strerror(-rc));
-    log_line(g->env->log, LOG_INFO, "rank.spawned", "group=%s of_rank=%d pid=%d incarnation=%s", g->name, i,
+        return err_set(err, ERR_NO_MEMORY, "cannot watch rank %d: %s", c.rank, strerror(-rc));
+    log_line(g->env->log, LOG_INFO, "rank.spawned", "group=%s of_rank=%d pid=%d incarnation=%s", g->name, c.rank,
              (int)r->pid, g->incarnation);
     return 0;
 }
@@ -250,21 +261,32 @@ static void remember_incarnation(struct group *g)
         fclose(f);
 }
 
+// A group that spans nodes has one name for all of them.
 static void new_incarnation(struct group *g)
 {
+    if (g->spans) {
+        snprintf(g->incarnation, sizeof g->incarnation, "%s", span_formation(g->span));
+        return;
+    }
     uint64_t number = 0;
     while (getrandom(&number, sizeof number, 0) != (ssize_t)sizeof number)
         ;
     snprintf(g->incarnation, sizeof g->incarnation, "%016" PRIx64, number);
 }
 
-static int spawn_ranks(struct group *g, struct err *err)
+static void remember_configuration(struct group *g)
 {
     free(g->fingerprint);
     g->fingerprint = conf_group_fingerprint(g->conf, g->my);
+}
+
+static int spawn_ranks(struct group *g, struct err *err)
+{
+    remember_configuration(g);
     free(g->ranks);
-    struct rank *ranks = g->ranks = calloc((size_t)g->my->ranks, sizeof *ranks);
-    g->n_ranks = ranks ? g->my->ranks : 0;
+    struct rank *ranks = g->ranks = calloc((size_t)g->my->local_ranks, sizeof *ranks);
+    g->n_ranks = ranks ? g->my->local_ranks : 0;
+    g->first_rank = g->my->first_rank;
     g->live = g->ready = 0;
     if (!ranks || !g->fingerprint)
         return err_set(err, ERR_NO_MEMORY, "group %s: out of memory", g->name);
@@ -273,13 +295,15 @@ static int spawn_ranks(struct group *g, struct err *err)
         ranks[i] = (struct rank){.group = g, .number = i, .fd = -1, .started_at = now};
     new_incarnation(g);
     remember_incarnation(g);
-    int shm_fd = comm_shm_region(g->n_ranks, g->my->slab_bytes, err);
-    if (shm_fd < 0)
+    int common = g->spans ? span_meeting(g->span, err) : comm_shm_region(g->n_ranks, g->my->slab_bytes, err);
+    if (common < 0)
         return err->code;
     int rc = 0;
     for (int i = 0; i < g->n_ranks && rc == 0; i++)
-        rc = spawn_rank(g, i, shm_fd, err);
-    close(shm_fd);
+        rc = spawn_rank(g, i, common, err);
+    close(common);
+    if (g->spans)
+        span_withdraw(g->span);
     return rc;
 }
 
@@ -310,19 +334,39 @@ static void begin_killing(struct group *g, const char *why)
     begin_killing_for(g, ERR_UNAVAILABLE, why);
 }
 
-static void start(struct group *g, const struct happening *h)
+static void fail_to_start(struct group *g, const struct err *err)
+{
+    note_failure(g, err->text);
+    begin_killing(g, err->text);
+}
+
+static void spawn(struct group *g, const struct happening *h)
 {
     (void)h;
+    struct err err = {0};
+    change_state(g, GROUP_STARTING, INFINITY);
+    if (spawn_ranks(g, &err) != 0)
+        fail_to_start(g, &err);
+}
+
+static void start(struct group *g, const struct happening *h)
+{
     struct err err = {0};
     g->fatal = false;
     g->goal = GOAL_RUN;
     if (g->state == GROUP_BACKOFF)
         g->restarts++;
-    change_state(g, GROUP_STARTING, INFINITY);
-    if (spawn_ranks(g, &err) != 0) {
-        note_failure(g, err.text);
-        begin_killing(g, err.text);
+    g->spans = g->my->n_nodes > 0;
+    if (!g->spans) {
+        spawn(g, h);
+        return;
     }
+    if (!g->span && span_new(&g->span, &err) != 0)
+        g->spans = false;
+    change_state(g, GROUP_GATHERING, INFINITY);
+    remember_configuration(g);
+    if (!g->span || span_offer(g->span, g->conf, g->my, &err) != 0)
+        fail_to_start(g, &err);
 }
 
 static void all_ready(struct group *g, const struct happening *h)
@@ -341,7 +385,7 @@ static void healthy(struct group *g, const struct happening *h)
 static void fault(struct group *g, const struct happening *h)
 {
     char text[400];
-    snprintf(text, sizeof text, "rank %d (pid %d) %s", h->rank, (int)g->ranks[h->rank].pid, h->text);
+    snprintf(text, sizeof text, "rank %d (pid %d) %s", g->first_rank + h->rank, (int)g->ranks[h->rank].pid, h->text);
     note_failure(g, text);
     begin_killing(g, text);
 }
@@ -349,13 +393,14 @@ static void fault(struct group *g, const struct happening *h)
 static void describe_exit(const struct rank *r, int status, char *out, size_t n)
 {
     const char *bye = *r->bye ? ": " : "", *reason = r->bye;
+    const int number = r->group->first_rank + r->number;
     if (WIFSIGNALED(status))
-        snprintf(out, n, "rank %d was killed by signal %d (%s)%s%s", r->number, WTERMSIG(status),
+        snprintf(out, n, "rank %d was killed by signal %d (%s)%s%s", number, WTERMSIG(status),
                  sigabbrev_np(WTERMSIG(status)) ? sigabbrev_np(WTERMSIG(status)) : "?", bye, reason);
     else if (WEXITSTATUS(status) == 127 && !*r->bye)
-        snprintf(out, n, "rank %d could not be executed (exit status 127): see [fleet] worker_program", r->number);
+        snprintf(out, n, "rank %d could not be executed (exit status 127): see [fleet] worker_program", number);
     else
-        snprintf(out, n, "rank %d exited with status %d%s%s", r->number, WEXITSTATUS(status), bye, reason);
+        snprintf(out, n, "rank %d exited with status %d%s%s", number, WEXITSTATUS(status), bye, reason);
 }
 
 static bool is_fatal(int status)
@@ -386,9 +431,20 @@ static bool speaks_against_job(const struct group *g, int status)
     return false;
 }
 
+// Rank 0 told it to leave: its node drains, and this one may not have heard yet.
+static void drained_by_others(struct group *g)
+{
+    g->goal = g->goal == GOAL_RUN ? GOAL_REFORM : g->goal;
+    change_state(g, GROUP_DRAINING, g->conf->restart.grace_s);
+}
+
 static void rank_lost(struct group *g, const struct happening *h)
 {
     char text[400];
+    if (g->state == GROUP_READY && g->spans && WIFEXITED(h->status) && WEXITSTATUS(h->status) == 0) {
+        drained_by_others(g);
+        return;
+    }
     describe_exit(&g->ranks[h->rank], h->status, text, sizeof text);
     g->fatal |= is_fatal(h->status);
     note_failure(g, text);
@@ -420,7 +476,14 @@ static void drain(struct group *g, const struct happening *h)
     change_state(g, GROUP_DRAINING, g->conf->restart.grace_s);
     for (int i = 0; i < g->n_ranks; i++)
         if (g->ranks[i].fd >= 0 && msg_send(g->ranks[i].fd, &m, &err) != 0)
-            log_line(g->env->log, LOG_WARN, "rank.drain", "group=%s of_rank=%d error=\"%s\"", g->name, i, err.text);
+            log_line(g->env->log, LOG_WARN, "rank.drain", "group=%s of_rank=%d error=\"%s\"", g->name,
+                     g->first_rank + i, err.text);
+}
+
+static void others_gone(struct group *g, const struct happening *h)
+{
+    note_failure(g, h->text);
+    begin_killing(g, h->text);
 }
 
 static void grace_over(struct group *g, const struct happening *h)
@@ -462,6 +525,8 @@ static void settle(struct group *g, const struct happening *h)
 {
     (void)h;
     bool ran = g->state == GROUP_DRAINING || g->state == GROUP_KILLING;
+    if (g->span)
+        span_withdraw(g->span);
     if (ran)
         release(g, ERR_UNAVAILABLE, "its processes are gone");
     if (g->goal == GOAL_RUN && ran)
@@ -473,24 +538,28 @@ static void settle(struct group *g, const struct happening *h)
 }
 
 typedef void action(struct group *g, const struct happening *h);
-#define ROW(on_start, on_ready, on_exit_, on_fault, on_drain, on_kill, on_empty, on_due)                               \
+#define ROW(on_start, on_ready, on_exit_, on_fault, on_drain, on_kill, on_empty, on_due, on_formed, on_over)           \
     {                                                                                                                  \
         [E_START] = (on_start), [E_READY] = (on_ready), [E_EXIT] = (on_exit_), [E_FAULT] = (on_fault),                 \
-        [E_DRAIN] = (on_drain), [E_KILL] = (on_kill), [E_EMPTY] = (on_empty), [E_DUE] = (on_due)                       \
+        [E_DRAIN] = (on_drain), [E_KILL] = (on_kill), [E_EMPTY] = (on_empty), [E_DUE] = (on_due),                      \
+        [E_FORMED] = (on_formed), [E_OVER] = (on_over)                                                                 \
     }
-static_assert(EVENTS == 8, "ROW names every event");
+static_assert(EVENTS == 10, "ROW names every event");
+#define never impossible
 // clang-format off
 static action *const table[][EVENTS] = {
-    //                      START   READY       EXIT            FAULT       DRAIN   KILL      EMPTY       DUE
-    [GROUP_STOPPED]  = ROW(start,  impossible, impossible,     impossible, settle, settle,   impossible, impossible),
-    [GROUP_STARTING] = ROW(ignore, all_ready,  rank_lost,      fault,      drain,  kill_now, impossible, impossible),
-    [GROUP_READY]    = ROW(ignore, impossible, rank_lost,      fault,      drain,  kill_now, impossible, healthy),
-    [GROUP_DRAINING] = ROW(ignore, ignore,     rank_left,      fault,      ignore, kill_now, settle,     grace_over),
-    [GROUP_KILLING]  = ROW(ignore, ignore,     rank_lost_late, ignore,     ignore, ignore,   settle,     kill_again),
-    [GROUP_BACKOFF]  = ROW(start,  impossible, impossible,     impossible, settle, settle,   impossible, start),
-    [GROUP_FAILED]   = ROW(start,  impossible, impossible,     impossible, settle, settle,   impossible, impossible),
+    //                       START   READY      EXIT            FAULT   DRAIN   KILL      EMPTY   DUE         FORMED  OVER
+    [GROUP_STOPPED]   = ROW(start,  never,     never,          never,  settle, settle,   never,  never,      ignore, ignore),
+    [GROUP_GATHERING] = ROW(ignore, never,     never,          never,  settle, settle,   never,  never,      spawn,  ignore),
+    [GROUP_STARTING]  = ROW(ignore, all_ready, rank_lost,      fault,  drain,  kill_now, never,  never,      ignore, others_gone),
+    [GROUP_READY]     = ROW(ignore, never,     rank_lost,      fault,  drain,  kill_now, never,  healthy,    ignore, others_gone),
+    [GROUP_DRAINING]  = ROW(ignore, ignore,    rank_left,      fault,  ignore, kill_now, settle, grace_over, ignore, ignore),
+    [GROUP_KILLING]   = ROW(ignore, ignore,    rank_lost_late, ignore, ignore, ignore,   settle, kill_again, ignore, ignore),
+    [GROUP_BACKOFF]   = ROW(start,  never,     never,          never,  settle, settle,   never,  start,      ignore, ignore),
+    [GROUP_FAILED]    = ROW(start,  never,     never,          never,  settle, settle,   never,  never,      ignore, ignore),
 };
 // clang-format on
+#undef never
 static_assert(sizeof table / sizeof *table == GROUP_STATES, "every state has a row");
 
 static void group_raise(struct group *g, struct happening h)
@@ -527,6 +596,7 @@ void group_free(struct group *g)
         close_control(&g->ranks[i]);
     free(g->ranks);
     free(g->fingerprint);
+    span_free(g->span);
     free(g);
 }
 
@@ -567,6 +637,56 @@ void group_kill(struct group *g)
     group_raise(g, (struct happening){.event = E_KILL});
 }
 
+const struct span_nodes *group_nodes(const struct group *g)
+{
+    return g->spans ? span_nodes(g->span) : NULL;
+}
+
+static enum gather_phase phase_of(enum group_state state)
+{
+    switch (state) {
+    case GROUP_GATHERING:
+        return GATHER_OFFER;
+    case GROUP_STARTING:
+    case GROUP_READY:
+        return GATHER_RUN;
+    case GROUP_DRAINING:
+        return GATHER_DRAIN;
+    default:
+        return GATHER_AWAY;
+    }
+}
+
+void group_report(const struct group *g, struct gather_node *out)
+{
+    char reason[GATHER_REASON] = "";
+    if (g->state == GROUP_STOPPED)
+        snprintf(reason, sizeof reason, "stopped");
+    else if (g->state == GROUP_FAILED || g->state == GROUP_BACKOFF || g->state == GROUP_KILLING)
+        snprintf(reason, sizeof reason, "%s: %.300s", state_names[g->state], g->last_failure);
+    span_report(g->span, phase_of(g->state), g->incarnation, reason, out);
+}
+
+void group_hear(struct group *g, const struct gather_view *view, double now)
+{
+    char why[GATHER_REASON];
+    if (!g->spans)
+        return;
+    const enum span_news news = span_hear(g->span, phase_of(g->state), g->incarnation, view, now, why);
+    if (g->state == GROUP_GATHERING && strcmp(why, g->waits_for) != 0) {
+        memcpy(g->waits_for, why, sizeof why);
+        log_line(g->env->log, LOG_INFO, "group.waits", "group=%s for=\"%s\"", g->name, why);
+    }
+    if (news == SPAN_FORMED)
+        group_raise(g, (struct happening){.event = E_FORMED});
+    if (news == SPAN_OVER)
+        group_raise(g, (struct happening){.event = E_OVER, .text = why});
+    if (news == SPAN_DRAIN && (g->state == GROUP_STARTING || g->state == GROUP_READY)) {
+        g->goal = g->goal == GOAL_RUN ? GOAL_REFORM : g->goal; // it comes back when they do
+        group_raise(g, (struct happening){.event = E_DRAIN});
+    }
+}
+
 bool group_child_exited(struct group *g, pid_t pid, int status)
 {
     for (int i = 0; i < g->n_ranks; i++) {
@@ -581,8 +701,8 @@ bool group_child_exited(struct group *g, pid_t pid, int status)
         r->hello = r->ready = false;
         r->beat = (struct msg){0}; // status must not show the job of a dead rank
         g->live--;
-        log_line(g->env->log, LOG_INFO, "rank.exited", "group=%s of_rank=%d pid=%d %s=%d reason=\"%s\"", g->name, i,
-                 (int)pid, WIFSIGNALED(status) ? "signal" : "status",
+        log_line(g->env->log, LOG_INFO, "rank.exited", "group=%s of_rank=%d pid=%d %s=%d reason=\"%s\"", g->name,
+                 g->first_rank + i, (int)pid, WIFSIGNALED(status) ? "signal" : "status",
                  WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status), r->bye);
         bool killing = g->state == GROUP_KILLING;
         group_raise(g, (struct happening){.event = E_EXIT, .rank = i, .status = status});
@@ -683,10 +803,11 @@ bool group_settled(const struct group *g)
 
 static json_t *rank_status(const struct rank *r, double now)
 {
-    return json_pack("{s:i,s:i,s:b,s:s,s:i,s:i,s:I,s:s,s:f,s:f}", "rank", r->number, "pid", (int)r->pid, "ready",
-                     r->ready, "stage", r->pid > 0 ? stage_name(r->beat.stage) : "gone", "step", (int)r->beat.step,
-                     "steps", (int)r->beat.steps, "progress", (json_int_t)r->beat.progress, "job", r->beat.job,
-                     "busy_seconds", r->beat.busy_seconds, "beat_age_seconds", r->hello ? now - r->beat_at : -1.0);
+    return json_pack("{s:i,s:i,s:b,s:s,s:i,s:i,s:I,s:s,s:f,s:f}", "rank", r->group->first_rank + r->number, "pid",
+                     (int)r->pid, "ready", r->ready, "stage", r->pid > 0 ? stage_name(r->beat.stage) : "gone", "step",
+                     (int)r->beat.step, "steps", (int)r->beat.steps, "progress", (json_int_t)r->beat.progress, "job",
+                     r->beat.job, "busy_seconds", r->beat.busy_seconds, "beat_age_seconds",
+                     r->hello ? now - r->beat_at : -1.0);
 }
 
 json_t *group_status(const struct group *g)
@@ -697,11 +818,12 @@ json_t *group_status(const struct group *g)
         json_array_append_new(ranks, rank_status(&g->ranks[i], now));
     for (int i = 0; g->my && i < g->my->model.count; i++)
         json_array_append_new(models, json_sprintf("%s@%s", g->my->models[i].name, g->my->models[i].version));
-    return json_pack("{s:s,s:s,s:s,s:s,s:f,s:f,s:i,s:s,s:I,s:o,s:o}", "name", g->name, "worker", g->worker, "state",
-                     state_names[g->state], "incarnation", g->incarnation, "state_seconds", now - g->since,
+    return json_pack("{s:s,s:s,s:s,s:s,s:f,s:f,s:i,s:s,s:I,s:s,s:s,s:o,s:o}", "name", g->name, "worker", g->worker,
+                     "state", state_names[g->state], "incarnation", g->incarnation, "state_seconds", now - g->since,
                      "next_seconds", isfinite(g->due) ? fmax(0, g->due - now) : -1.0, "restarts", (int)g->restarts,
-                     "last_failure", g->last_failure, "failed_at", (json_int_t)g->failed_at, "models", models, "ranks",
-                     ranks);
+                     "last_failure", g->last_failure, "failed_at", (json_int_t)g->failed_at, "nodes",
+                     g->my ? g->my->nodes : "", "waits_for", g->state == GROUP_GATHERING ? g->waits_for : "", "models",
+                     models, "ranks", ranks);
 }
 
 void group_numbers(const struct group *g, struct group_numbers *out)

@@ -1,9 +1,14 @@
 // group.h: a group of worker processes that live and die together.
 //
 //   STOPPED --start--> STARTING --every rank READY--> READY
+//   STOPPED --start, the group spans nodes--> GATHERING --all nodes offer--> STARTING
 //   STARTING|READY|DRAINING --a rank exits, hangs, is silent, breaks the protocol--> KILLING (SIGKILL to all, jobs
 //   released) KILLING --last rank gone--> BACKOFF --time--> STARTING,   or FAILED (exit status 125),   or STOPPED (told
 //   to stop) STARTING|READY --drain--> DRAINING --last rank gone--> STOPPED;   grace over: KILLING
+//
+// Of a group that spans nodes this is the life of its ranks on this node; what the others' supervisors say of theirs
+// comes by group_hear, and this one's state goes to them by group_report. Ranks that are lost anywhere are an end
+// everywhere, and so is a drain.
 //
 // Nothing here blocks or touches Redis: jobs are handed to env->release. A group never frees itself.
 #ifndef DITFLEET_SUPERVISOR_GROUP_H
@@ -16,11 +21,13 @@
 
 #include "proto/conf.h"
 #include "proto/msg.h"
+#include "supervisor/span.h"
 
 struct group;
 
 enum group_state {
     GROUP_STOPPED,
+    GROUP_GATHERING,
     GROUP_STARTING,
     GROUP_READY,
     GROUP_DRAINING,
@@ -62,6 +69,11 @@ bool group_child_exited(struct group *g, pid_t pid, int status);
 double group_next(const struct group *g);
 // Acts on what is due by now: hung ranks, the end of a backoff or of the grace time.
 void group_tick(struct group *g, double now);
+
+// Of a group that spans nodes: who they are, what the others are to hear, and what they say.
+const struct span_nodes *group_nodes(const struct group *g); // NULL: it does not span any
+void group_report(const struct group *g, struct gather_node *out);
+void group_hear(struct group *g, const struct gather_view *view, double now);
 
 const char *group_name(const struct group *g);
 enum group_state group_state(const struct group *g);

@@ -20,6 +20,7 @@
 #include "proto/clock.h"
 #include "supervisor/callback.h"
 #include "supervisor/control.h"
+#include "supervisor/gatherer.h"
 #include "supervisor/group.h"
 #include "supervisor/metrics.h"
 #include "supervisor/queue_thread.h"
@@ -41,6 +42,7 @@ struct supervisor {
     sd_event_source *timer;
     struct queue_thread *queue;
     struct queue_thread_status redis;
+    struct gatherer *gatherer; // NULL: no group has spanned nodes yet
     struct callback *callback; // NULL: none are made
     struct control *control;
     struct spot *spot;       // NULL: nobody is asked
@@ -149,6 +151,8 @@ static void free_orphans(struct supervisor *s)
 {
     for (int i = 0; i < s->n_groups; i++)
         if (group_orphaned(s->groups[i]) && group_state(s->groups[i]) == GROUP_STOPPED) {
+            if (s->gatherer)
+                gatherer_forget(s->gatherer, group_name(s->groups[i]));
             group_free(s->groups[i]);
             s->groups[i--] = s->groups[--s->n_groups];
         }
@@ -184,6 +188,19 @@ static void tell_metrics(struct supervisor *s)
     free(groups);
 }
 
+static void tell_nodes(struct supervisor *s)
+{
+    struct gather_node mine;
+    for (int i = 0; s->gatherer && i < s->n_groups; i++) {
+        if (!group_nodes(s->groups[i])) {
+            gatherer_forget(s->gatherer, group_name(s->groups[i]));
+            continue;
+        }
+        group_report(s->groups[i], &mine);
+        gatherer_say(s->gatherer, group_nodes(s->groups[i]), &mine);
+    }
+}
+
 static void arm_timer(struct supervisor *s)
 {
     double next = fmin(s->exit_at, s->tell_at), now = monotonic_seconds();
@@ -197,6 +214,7 @@ static void arm_timer(struct supervisor *s)
 static void tidy(struct supervisor *s)
 {
     queue_thread_status(s->queue, &s->redis);
+    tell_nodes(s);
     free_orphans(s);
     tell_systemd(s);
     tell_metrics(s);
@@ -226,6 +244,38 @@ static int on_queue(sd_event_source *source, int fd, uint32_t events, void *arg)
 {
     (void)source, (void)fd, (void)events, (void)arg; // tidy() follows, and reads it
     return 0;
+}
+
+// A view counts while it answers what is still so.
+static int on_nodes(sd_event_source *source, int fd, uint32_t events, void *arg)
+{
+    (void)source, (void)fd, (void)events;
+    struct supervisor *s = arg;
+    gatherer_rest(s->gatherer);
+    for (int i = 0; i < s->n_groups; i++) {
+        struct gather_node said, mine;
+        struct gather_view view;
+        if (!group_nodes(s->groups[i]) || !gatherer_hear(s->gatherer, group_name(s->groups[i]), &said, &view))
+            continue;
+        group_report(s->groups[i], &mine);
+        if (memcmp(&said, &mine, sizeof mine) == 0)
+            group_hear(s->groups[i], &view, monotonic_seconds());
+        gather_view_free(&view);
+    }
+    return 0;
+}
+
+// Begun by the first configuration that has a group of several nodes.
+static int watch_nodes(struct supervisor *s, const struct conf *conf, struct err *err)
+{
+    bool wanted = s->gatherer != NULL;
+    for (int i = 0; i < conf->n_groups && !wanted; i++)
+        wanted = conf->groups[i].n_nodes > 0;
+    if (!wanted || s->gatherer)
+        return 0;
+    TRY(gatherer_start(conf, &s->log, &s->gatherer, err));
+    int rc = sd_event_add_io(s->event, NULL, gatherer_fd(s->gatherer), EPOLLIN, on_nodes, s);
+    return rc < 0 ? err_set(err, ERR_IO, "cannot watch for other nodes: %s", strerror(-rc)) : 0;
 }
 
 // The supervisor stays: restarted, it would serve again until it saw the notice.
@@ -293,7 +343,8 @@ static int check_reload(const struct conf *old, const struct conf *new, struct e
         return err_set(err, ERR_UNSUPPORTED, "%s: [metrics] changed; restart the supervisor for that", new->path);
     if (strcmp(old->node.spot_notice, new->node.spot_notice) != 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: [node] changed; restart the supervisor for that", new->path);
-    if (strcmp(old->fleet.node, new->fleet.node) != 0 || strcmp(old->fleet.state_dir, new->fleet.state_dir) != 0 ||
+    if (strcmp(old->fleet.node, new->fleet.node) != 0 || strcmp(old->fleet.address, new->fleet.address) != 0 ||
+        strcmp(old->fleet.state_dir, new->fleet.state_dir) != 0 ||
         strcmp(old->fleet.worker_program, new->fleet.worker_program) != 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: [fleet] changed; restart the supervisor for that", new->path);
     return 0;
@@ -328,6 +379,7 @@ static int reload(struct supervisor *s, struct err *err)
     s->log.level = (enum log_level) new->log.level;
     rc = rc ? rc : check_moderation(new, err);
     rc = rc ? rc : set_callback(s, new, err);
+    rc = rc ? rc : watch_nodes(s, new, err);
     rc = rc ? rc : queue_thread_configure(s->queue, new, &s->log, err);
     if (rc != 0) {
         s->log.level = level;
@@ -492,6 +544,7 @@ static int open_everything(struct supervisor *s, struct err *err)
     s->env = (struct group_env){
         .event = s->event, .log = &s->log, .worker_program = s->worker_program, .release = release, .arg = s};
     TRY(watch_spot(s, err));
+    TRY(watch_nodes(s, s->conf, err));
     return add_missing_groups(s, s->conf, err);
 }
 
@@ -504,6 +557,7 @@ static void close_everything(struct supervisor *s)
     metrics_stop(s->metrics);
     spot_stop(s->spot);
     callback_stop(s->callback);
+    gatherer_stop(s->gatherer);
     queue_thread_stop(s->queue);
     sd_event_source_disable_unref(s->timer);
     sd_event_unref(s->event);

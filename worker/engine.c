@@ -81,6 +81,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->fp8 = options->fp8;
     e->exact = options->device.exact;
     e->held = options->held;
+    e->ranks_here = options->ranks_here ? options->ranks_here : comm_size(options->control);
     open_prices(e, options);
     int rc = open_device(e, &options->device, err);
     if (rc == 0)
@@ -114,7 +115,7 @@ struct home engine_home(const struct engine *e)
     struct home home = {.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency, .held = e->held};
     home.rank = comm_rank(e->data);
     if (!e->residency)
-        home.room = e->memory_limit ? e->memory_limit : engine_host_memory_free() / comm_size(e->data);
+        home.room = engine_memory_share(e);
     return home;
 }
 

@@ -23,6 +23,7 @@ struct engine_options {
     // Of a device with memory of its own: bytes of it that this process may take for everything, context and libraries
     // included; 0: what is free now.
     int64_t memory_budget;
+    int ranks_here;   // of control's, those on this host, which share its memory; 0: all
     struct plan held; // of plan_hold: how the ranks have the transformers of models that are placed on this engine
     // Of several ranks: rank 0 chooses the degrees that are 0 by price, where this machine was measured
     // (worker/tuned.h), and all follow it. All ranks say the same.

@@ -25,6 +25,7 @@ struct engine {
     struct comm *data;       // between devices: a link of its own, or control
     char opened[ENGINE_KEY]; // the job for which data's memory is open; "": it is not
     int64_t memory_limit;
+    int ranks_here; // of control's
     bool fp8, exact;
     struct plan held;            // of all models with this engine's home
     struct residency *residency; // NULL: the device computes in the host's memory
@@ -50,6 +51,9 @@ struct engine {
 
 // engine.c: all ranks go on, or none: the first failing rank's error is everybody's.
 int engine_agree(struct comm *control, int rc, struct err *err);
+
+// engine_memory.c: what a rank may take of the host's memory.
+int64_t engine_memory_share(const struct engine *e);
 
 // engine_plan.c
 // How the model's weights are had.

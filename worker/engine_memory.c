@@ -54,6 +54,11 @@ int64_t engine_host_memory_free(void)
     return kib * 1024;
 }
 
+int64_t engine_memory_share(const struct engine *e)
+{
+    return e->memory_limit ? e->memory_limit : engine_host_memory_free() / e->ranks_here;
+}
+
 struct demand engine_demand(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,
                             const struct engine_estimate *estimate, size_t extra)
 {
@@ -154,7 +159,7 @@ static int reserve_on_host(struct engine *e, const struct model *m, const Ditfle
     if (bytes <= e->arena_bytes)
         return 0;
     drop_arena(e);
-    const int64_t limit = e->memory_limit ? e->memory_limit : engine_host_memory_free() / plan->ranks;
+    const int64_t limit = engine_memory_share(e);
     if ((int64_t)bytes <= limit)
         return grow_arena(e, bytes, err);
     print_largest(e, m, job, plan, extra, limit, largest);

@@ -37,7 +37,7 @@ static int cheapest(struct engine *e, const struct model *m, const Ditfleet__V1_
     double seconds[PLAN_MAX_CHOICES];
     int least = -1, picked;
     TRY(price(e, m, job, want, &prices, err));
-    int64_t limit = e->memory_limit ? e->memory_limit : engine_host_memory_free() / want->ranks;
+    int64_t limit = engine_memory_share(e);
     limit = limit > (int64_t)e->arena_bytes ? limit : (int64_t)e->arena_bytes;
     for (int i = 0; i < prices->n; i++)
         seconds[i] = price_seconds(&prices->list[i]);

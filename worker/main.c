@@ -1,5 +1,6 @@
-// ditfleet-worker: one rank of a worker group. Started by the supervisor, which passes the control socket and the
-// region of shared memory as file descriptors; see proto/msg.h for what they say to each other.
+// ditfleet-worker: one rank of a worker group. Started by the supervisor, which passes as file descriptors the control
+// socket and the region of shared memory, or of a group that spans nodes where its ranks meet; see proto/msg.h for what
+// they say to each other.
 #include <getopt.h>
 #include <signal.h>
 #include <stdio.h>
@@ -12,7 +13,7 @@
 
 struct arguments {
     const char *config, *group, *incarnation;
-    long rank, ranks, control_fd, shm_fd;
+    long rank, ranks, control_fd, shm_fd, meeting_fd, listen_fd;
 };
 
 static bool parse_number(const char *text, long max, long *out)
@@ -28,10 +29,11 @@ static int parse_arguments(int argc, char **argv, struct arguments *a)
         {"config", required_argument, NULL, 'c'},      {"group", required_argument, NULL, 'g'},
         {"incarnation", required_argument, NULL, 'i'}, {"rank", required_argument, NULL, 'r'},
         {"ranks", required_argument, NULL, 'n'},       {"control-fd", required_argument, NULL, 'f'},
-        {"shm-fd", required_argument, NULL, 's'},      {NULL, 0, NULL, 0},
+        {"shm-fd", required_argument, NULL, 's'},      {"meeting-fd", required_argument, NULL, 'm'},
+        {"listen-fd", required_argument, NULL, 'l'},   {NULL, 0, NULL, 0},
     };
     bool ok = true;
-    *a = (struct arguments){.rank = -1, .ranks = -1, .control_fd = -1, .shm_fd = -1};
+    *a = (struct arguments){.rank = -1, .ranks = -1, .control_fd = -1, .shm_fd = -1, .meeting_fd = -1, .listen_fd = -1};
     for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;)
         switch (c) {
         case 'c':
@@ -55,14 +57,22 @@ static int parse_arguments(int argc, char **argv, struct arguments *a)
         case 's':
             ok &= parse_number(optarg, 1 << 20, &a->shm_fd);
             break;
+        case 'm':
+            ok &= parse_number(optarg, 1 << 20, &a->meeting_fd);
+            break;
+        case 'l':
+            ok &= parse_number(optarg, 1 << 20, &a->listen_fd);
+            break;
         default:
             ok = false;
         }
-    if (ok && optind == argc && a->config && a->group && a->incarnation && a->control_fd >= 0 && a->shm_fd >= 0 &&
+    const bool one_way = (a->shm_fd >= 0) != (a->meeting_fd >= 0) && (a->meeting_fd >= 0) == (a->listen_fd >= 0);
+    if (ok && optind == argc && a->config && a->group && a->incarnation && a->control_fd >= 0 && one_way &&
         a->rank >= 0 && a->rank < a->ranks)
         return 0;
     fprintf(stderr, "usage: ditfleet-worker --config FILE --group NAME --rank R --ranks N --incarnation HEX "
-                    "--control-fd FD --shm-fd FD\n(started by ditfleet-supervisor; to make one picture without a "
+                    "--control-fd FD {--shm-fd FD | --meeting-fd FD --listen-fd FD}\n(started by ditfleet-supervisor; "
+                    "to make one picture without a "
                     "fleet: ditfleet generate)\n");
     return EXIT_DO_NOT_RESTART;
 }
@@ -107,29 +117,66 @@ static int choose_precision(struct worker *w, struct err *err)
     return precision_of(w->kernels, wanted, preferred, &w->precision, err);
 }
 
+// With the ranks of this host, or of all nodes that the group spans.
+static int join_ranks(struct worker *w, const struct arguments *a, struct err *err)
+{
+    struct comm_tcp_meeting where;
+    if (a->meeting_fd < 0)
+        return comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err);
+    if (pread((int)a->meeting_fd, &where, sizeof where, 0) != (ssize_t)sizeof where)
+        return err_set(err, ERR_CORRUPT, "descriptor %ld holds no meeting of ranks; pass the supervisor's",
+                       a->meeting_fd);
+    const int rc =
+        comm_tcp_join(&where, (int)a->listen_fd, (int)a->rank, (int)(w->conf->deadline.load_s * 1e3), &w->comm, err);
+    close((int)a->listen_fd);
+    return rc;
+}
+
 // Of the group's GPUs, which are all that a rank sees (CUDA_VISIBLE_DEVICES, from the supervisor), it has one.
 static int open_engine(struct worker *w, const struct arguments *a, struct err *err)
 {
     const bool cuda = w->group->device == CONF_DEVICE_CUDA;
     TRY(backend_find(cuda ? "cuda" : "cpu", &w->kernels, err));
-    TRY(comm_shm_attach((int)a->shm_fd, (int)a->rank, &w->comm, err));
+    TRY(join_ranks(w, a, err));
     TRY(choose_precision(w, err));
     struct plan want, held;
     TRY(worker_plan(w->group, &want, err));
     TRY(plan_hold(&want, w->group->ranks, &held, err));
     const struct engine_options options = {.kernels = w->kernels,
                                            .device = {.threads = conf_group_threads(w->group),
-                                                      .gpu = cuda ? (int)a->rank : 0,
+                                                      .gpu = cuda ? (int)a->rank - w->group->first_rank : 0,
                                                       .activation = w->precision.activation},
                                            .fp8 = w->precision.fp8,
                                            .control = w->comm,
                                            .memory_budget = w->group->memory_budget,
                                            .held = held,
-                                           .tuned = true};
+                                           .ranks_here = w->group->local_ranks,
+                                           .tuned = w->group->n_nodes == 0}; // prices are of one machine
     const int rc = engine_new(&options, &w->engine, err);
     if (rc != 0 && cuda)
-        err_context(err, "gpu %d of group %s", w->group->gpus[a->rank], w->group->name);
+        err_context(err, "gpu %d of group %s", w->group->gpus[a->rank - w->group->first_rank], w->group->name);
     return rc;
+}
+
+// Nodes may have been given different files under one name.
+static int compare_models(struct worker *w, struct err *err)
+{
+    const int ranks = comm_size(w->comm), me = comm_rank(w->comm);
+    char all[COMM_MAX_RANKS][sizeof w->models[0]->hash];
+    int64_t counts[COMM_MAX_RANKS];
+    for (int r = 0; r < ranks; r++)
+        counts[r] = sizeof all[r];
+    for (int i = 0; i < w->group->model.count; i++) {
+        comm_all_gather(w->comm, w->models[i]->hash, all, counts);
+        TRY(comm_check(w->comm, err));
+        for (int r = 0; r < ranks; r++)
+            if (memcmp(all[r], all[me], sizeof all[r]) != 0)
+                return err_set(err, ERR_INVALID,
+                               "%s@%s is another model to rank %d (hash %.16s) than to rank %d (%.16s): every node of "
+                               "the group needs the same files",
+                               w->group->models[i].name, w->group->models[i].version, r, all[r], me, all[me]);
+    }
+    return 0;
 }
 
 static int load_models(struct worker *w, struct err *err)
@@ -160,6 +207,8 @@ static int work(struct worker *w, const struct arguments *a, struct err *err)
 {
     TRY(open_engine(w, a, err));
     TRY(load_models(w, err));
+    if (w->group->n_nodes > 0)
+        TRY(compare_models(w, err));
     TRY(worker_warm_up(w, err));
     pulse_report(w->pulse, STAGE_IDLE, 0, 0, "");
     pulse_ready(w->pulse);
