@@ -12,6 +12,7 @@
 #include "ops/cli/doctor.h"
 #include "proto/redis.h"
 #include "supervisor/supervisor.h"
+#include "worker/comm/comm.h"
 #include "worker/model.h"
 
 static const double REDIS_SECONDS = 15, DISK_SECONDS = 10, MODEL_SECONDS = 60, BACKEND_SECONDS = 60;
@@ -254,6 +255,24 @@ static void check_gpu_of(struct doctor *d)
         doctor_guard(d, "group", BACKEND_SECONDS, backend_part, "set device = cpu, or see the backend above");
 }
 
+// Whether the other nodes of a group could call this one; whether they get through only they can tell.
+static void check_address(struct doctor *d)
+{
+    char place[COMM_TCP_PLACE];
+    struct err err = {.code = ERR_NONE};
+    bool spans = false;
+    for (int g = 0; g < d->conf->n_groups; g++)
+        spans |= d->conf->groups[g].n_nodes > 0;
+    if (!spans)
+        return;
+    const int fd = comm_tcp_listen(d->conf->fleet.address, place, &err);
+    if (fd >= 0)
+        close(fd);
+    doctor_add(d, fd >= 0 ? VERDICT_OK : VERDICT_FAIL, "address",
+               fd >= 0 ? NULL : "set [fleet] address to this machine's on the network that the nodes share", "%s%s",
+               fd >= 0 ? "other nodes' ranks can call this one at " : "", fd >= 0 ? d->conf->fleet.address : err.text);
+}
+
 static void check_threads(struct doctor *d)
 {
     cpu_set_t set;
@@ -261,8 +280,8 @@ static void check_threads(struct doctor *d)
     const int cpus = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
     for (int g = 0; g < d->conf->n_groups; g++)
         threads += d->conf->groups[g].device == CONF_DEVICE_CUDA
-                       ? d->conf->groups[g].ranks // it feeds the GPU
-                       : d->conf->groups[g].ranks * conf_group_threads(&d->conf->groups[g]);
+                       ? d->conf->groups[g].local_ranks // it feeds the GPU
+                       : d->conf->groups[g].local_ranks * conf_group_threads(&d->conf->groups[g]);
     const bool many = cpus > 0 && threads > cpus;
     if (d->conf->n_groups > 0)
         doctor_add(d, many ? VERDICT_WARN : VERDICT_OK, "threads",
@@ -294,6 +313,7 @@ void doctor_fleet(struct doctor *d)
         d->group = &conf->groups[i];
         check_gpu_of(d);
     }
+    check_address(d);
     check_threads(d);
     d->conf = NULL;
     d->group = NULL;

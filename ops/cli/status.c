@@ -75,6 +75,8 @@ static void print_group(const struct view *v, const json_t *group, const json_t 
     fputc('\n', v->to);
     if (number(group, "next_seconds") >= 0)
         fprintf(v->to, "  next act in %.1f s\n", number(group, "next_seconds"));
+    if (*text(group, "waits_for"))
+        fprintf(v->to, "  waits: %s\n", text(group, "waits_for"));
     if (*text(group, "last_failure"))
         fprintf(v->to, "  last failure: %s\n", text(group, "last_failure"));
     json_array_foreach(json_object_get(group, "ranks"), i, item)

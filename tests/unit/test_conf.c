@@ -142,6 +142,20 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group a]\ndevice = cuda\ngpu = 0,1\nranks = 3\nmodel = f@1=/x", {"[group a] ranks", "gpu names 2"}},
         {"[group a]\ndevice = cuda\ngpu = 1\nmodel = f@1=/x\n[group b]\nmodel = f@1=/x\ngpu=2,1\ndevice=cuda",
          {"[group b] gpu", "[group a]'s already"}},
+        {"[fleet]\naddress = gpu1", {"[fleet] address", "IPv4 or IPv6"}},
+        {"[group a]\nnodes = a:1\nmodel = f@1=/x", {"[group a] nodes", "two or more NODE:RANKS"}},
+        {"[group a]\nnodes = a:1, b\nmodel = f@1=/x", {"[group a] nodes", "\"a:1, b\""}},
+        {"[group a]\nnodes = a:1, b:0\nmodel = f@1=/x", {"[group a] nodes", "NODE:RANKS"}},
+        {"[group a]\nnodes = a:1, b:64\nmodel = f@1=/x", {"[group a] nodes", "64 ranks in all"}},
+        {"[group a]\nnodes = a:1, b:1,\nmodel = f@1=/x", {"[group a] nodes", "NODE:RANKS"}},
+        {"[fleet]\nnode=c\naddress=::1\n[group a]\nnodes = a:1, b:1\nmodel = f@1=/x",
+         {"[group a] nodes", "does not name this node, which is c"}},
+        {"[fleet]\nnode=a\naddress=::1\n[group a]\nnodes = a:1, a:1\nmodel = f@1=/x", {"[group a] nodes", "twice"}},
+        {"[fleet]\nnode=a\n[group a]\nnodes = a:1, b:1\nmodel = f@1=/x", {"[fleet] address", "is needed"}},
+        {"[fleet]\nnode=a\naddress=::1\n[group a]\nnodes = a:1, b:1\nranks = 3\nmodel = f@1=/x",
+         {"[group a] ranks", "is 3, and nodes has 2"}},
+        {"[fleet]\nnode=a\naddress=::1\n[group a]\nnodes = a:2, b:1\ndevice=cuda\nmodel = f@1=/x",
+         {"[group a] gpu", "names 1 for the 2 ranks of this node"}},
         {"[upload]\nallow = 10.0.0.1", {"allow", "host:port"}},
         {"[upload]\nallow = h:70000", {"allow", "65535"}},
         {"[upload]\nallow = ::1:80", {"allow", "[address]:port"}},
@@ -305,6 +319,39 @@ static void gpu_groups_name_their_gpu(void **state)
     conf_free(c);
 }
 
+static void a_group_may_span_nodes(void **state)
+{
+    (void)state;
+    struct conf *c = NULL;
+    struct err err = {0};
+    char worker[CONF_WORKER_ID_BYTES];
+    assert_int_equal(conf_parse("[fleet]\nnode = gpu-2\naddress = fd00::2\n[group wide]\ndevice = cuda\ngpu = 4,5\n"
+                                "nodes = gpu-1:4,gpu-2:2, gpu-3:2\nmodel = f@1=/x\n[group own]\nranks = 3\n"
+                                "model = f@1=/x\n",
+                                "f.ini", &c, &err),
+                     0);
+    const struct conf_group *g = conf_group_find(c, "wide"), *own = conf_group_find(c, "own");
+    assert_int_equal(g->n_nodes, 3);
+    assert_int_equal(g->my_node, 1);
+    assert_string_equal(g->spans[2].name, "gpu-3");
+    assert_int_equal(g->ranks, 8);
+    assert_int_equal(g->first_rank, 4);
+    assert_int_equal(g->local_ranks, 2);
+    assert_string_equal(conf_worker_id(c, "wide", worker), "gpu-1.wide"); // whose rank 0 claims
+    assert_int_equal(own->n_nodes, 0);
+    assert_int_equal(own->first_rank, 0);
+    assert_int_equal(own->local_ranks, 3);
+    assert_string_equal(conf_worker_id(c, "own", worker), "gpu-2.own");
+    // What is each node's own does not have to agree.
+    char *terms = conf_group_terms(g);
+    assert_non_null(strstr(terms, "group.nodes=gpu-1:4,gpu-2:2, gpu-3:2\n"));
+    assert_non_null(strstr(terms, "group.model=f@1\n"));
+    assert_null(strstr(terms, "/x"));
+    assert_null(strstr(terms, "gpu="));
+    free(terms);
+    conf_free(c);
+}
+
 static void a_missing_file_is_named(void **state)
 {
     (void)state;
@@ -329,6 +376,7 @@ int main(void)
         cmocka_unit_test(fingerprints_tell_what_workers_read),
         cmocka_unit_test(a_relative_model_lies_beside_the_file),
         cmocka_unit_test(gpu_groups_name_their_gpu),
+        cmocka_unit_test(a_group_may_span_nodes),
         cmocka_unit_test(a_missing_file_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
