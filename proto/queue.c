@@ -199,6 +199,7 @@ int queue_open(struct queue **out, const char *url, const char *name, enum queue
     snprintf(q->name, sizeof q->name, "%s", name);
     snprintf(q->prefix, sizeof q->prefix, KEY_PREFIX, name);
     redis_script(&q->script, queue_lua_start, (size_t)(queue_lua_end - queue_lua_start));
+    q->script.function = true;
     int rc = redis_open(&q->redis, url, options, e);
     rc = rc ? rc : check_server(q, role, e);
     if (rc != 0) {

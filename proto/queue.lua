@@ -1,8 +1,12 @@
 -- queue.lua: every change of a job's state, each an atomic run of this one script. PROTOCOL.md lists the operations.
 --
--- KEYS[1] is the prefix "dit:{QUEUE}:"; all keys below it share the queue's hash tag. ARGV[1] names the operation.
+-- keys[1] is the prefix "dit:{QUEUE}:"; all keys below it share the queue's hash tag. argv[1] names the operation.
 -- A state changes in move() alone, time comes from now() alone, and no run handles more than K entries.
-local P, call, floor, min, max = KEYS[1], redis.call, math.floor, math.min, math.max
+--
+-- Redis keeps it as a function, made once (FUNCTION LOAD, FCALL), or runs all of its text with each operation (EVALSHA), where
+-- access control or a server's age leave no other way. So what belongs to one operation is in `run`, which each finds empty.
+local P, argv, run
+local call, floor, min, max -- bound with each operation: a function's making has no globals
 local K = 64
 local CLASSES = { 'high', 'normal', 'low' }
 local HELD = { LEASED = true, RUNNING = true, UPLOADING = true }
@@ -24,31 +28,29 @@ local OVERLOADED_KEEP_MS = 600000 -- how long it is told that a submission was o
 
 local function int(n) return string.format('%.0f', n) end
 
-local conf_read
 local function conf(name)
-  if not conf_read then
-    conf_read = {}
+  if not run.conf then
+    run.conf = {}
     local all = call('HGETALL', P .. 'conf')
-    for i = 1, #all, 2 do conf_read[all[i]] = tonumber(all[i + 1]) end
+    for i = 1, #all, 2 do run.conf[all[i]] = tonumber(all[i + 1]) end
   end
-  return conf_read[name] or SETTINGS[name]
+  return run.conf[name] or SETTINGS[name]
 end
 
-local time_read, ticks
 local function now() -- milliseconds, the same during one run
-  if not time_read then
+  if not run.now then
     local t = call('TIME')
-    time_read, ticks = t[1] * 1000 + floor(t[2] / 1000), t[1] * 1000000 + t[2]
+    run.now, run.ticks = t[1] * 1000 + floor(t[2] / 1000), t[1] * 1000000 + t[2]
   end
-  return time_read
+  return run.now
 end
 local function next_rank() -- microseconds, growing: order of admission
   now()
-  ticks = ticks + 1
-  return ticks
+  run.ticks = run.ticks + 1
+  return run.ticks
 end
 
--- All of this text runs with each operation, and what costs is making functions: each looks for the locals that it uses among
+-- Where all of this text runs with each operation, what costs is making functions: each looks for the locals that it uses among
 -- those of the function around it, one by one. So there are functions around functions, whose bodies stand at the left margin:
 -- queue() has what all operations need, and the groups of operations in it are made in turn until one has what is asked for.
 local function queue()
@@ -140,10 +142,9 @@ local function tell(r, e, eta) -- an event for whoever watches this job
   if not HELD[r.state] then call('PEXPIRE', k, r.keep_ms or conf(FINAL[r.state] and 'events_ms' or 'retention_ms')) end
 end
 
-local woken = {}
 local function wake(pool)
-  if woken[pool] then return end
-  woken[pool] = true
+  if run.woken[pool] then return end
+  run.woken[pool] = true
   call('XADD', P .. 'wake', 'MAXLEN', '~', 1000, '*', 'pool', pool)
 end
 
@@ -348,10 +349,10 @@ end
 -- tenant <name> <weight> <rate> <burst_ms> <max_queued_ms>: registers it; '' leaves a value as it is
 local LIMITS = { 'rate', 'burst_ms', 'max_queued_ms' }
 function ops.tenant()
-  local name = ARGV[2]
-  if ARGV[3] ~= '' then call('HSET', P .. 'tenants', name, ARGV[3]) else call('HSETNX', P .. 'tenants', name, 1) end
+  local name = argv[2]
+  if argv[3] ~= '' then call('HSET', P .. 'tenants', name, argv[3]) else call('HSETNX', P .. 'tenants', name, 1) end
   for i, field in ipairs(LIMITS) do
-    local value = ARGV[3 + i] or ''
+    local value = argv[3 + i] or ''
     if value ~= '' then call('HSET', P .. 'tenant:' .. name, field, value) end
   end
   for _, pool in ipairs(call('HKEYS', P .. 'models')) do -- what held it up may hold no more
@@ -362,18 +363,18 @@ end
 
 -- publish <name> <version> [<worker>]: the version becomes what the bare name means; the worker serves it
 function ops.publish()
-  local pool = ARGV[2] .. '@' .. ARGV[3]
-  call('HSET', P .. 'models', pool, int(now()), ARGV[2], ARGV[3])
-  if not ARGV[4] then return end
+  local pool = argv[2] .. '@' .. argv[3]
+  call('HSET', P .. 'models', pool, int(now()), argv[2], argv[3])
+  if not argv[4] then return end
   call('ZREMRANGEBYSCORE', P .. 'serves:' .. pool, '-inf', now() - SERVES_MS)
-  call('ZADD', P .. 'serves:' .. pool, now(), ARGV[4])
+  call('ZADD', P .. 'serves:' .. pool, now(), argv[4])
 end
 
 -- withdraw <name> <version>: the bare name falls back to the version published last
 function ops.withdraw()
-  local k, name = P .. 'models', ARGV[2]
-  call('HDEL', k, name .. '@' .. ARGV[3])
-  if call('HGET', k, name) ~= ARGV[3] then return end
+  local k, name = P .. 'models', argv[2]
+  call('HDEL', k, name .. '@' .. argv[3])
+  if call('HGET', k, name) ~= argv[3] then return end
   local all, best, at = call('HGETALL', k), nil, -1
   for i = 1, #all, 2 do
     local version = all[i]:sub(1, #name + 1) == name .. '@' and all[i]:sub(#name + 2)
@@ -384,8 +385,8 @@ end
 
 -- set <name> <value>
 function ops.set()
-  if not SETTINGS[ARGV[2]] then return false end
-  call('HSET', P .. 'conf', ARGV[2], ARGV[3])
+  if not SETTINGS[argv[2]] then return false end
+  call('HSET', P .. 'conf', argv[2], argv[3])
   return 'ok'
 end
 
@@ -416,21 +417,20 @@ local function refuse(tenant, a, e)
 end
 
 -- What the queue has of work, and one tenant of it, GPU-milliseconds; read once a run, then kept up.
-local loads
 local function read_loads(tenant)
   local t = call('HMGET', P .. 'tenant:' .. tenant, 'gpu_ms', 'max_queued_ms')
-  loads = { mine = tonumber(t[1] or 0), my_limit = tonumber(t[2] or 0), all = 0, limit = conf('max_backlog_ms') }
-  if loads.limit == 0 then return end
+  run.loads = { mine = tonumber(t[1] or 0), my_limit = tonumber(t[2] or 0), all = 0, limit = conf('max_backlog_ms') }
+  if run.loads.limit == 0 then return end
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
-    if counted[i]:find('_ms:', 1, true) then loads.all = loads.all + max(0, counted[i + 1]) end
+    if counted[i]:find('_ms:', 1, true) then run.loads.all = run.loads.all + max(0, counted[i + 1]) end
   end
 end
 
 -- The reason why there is no room for a job; nil: there is. When there will be is a guess: as if each job in work did one
 -- GPU-second in a second.
 local function no_room(tenant, gpu_ms)
-  for _, l in ipairs({ { 'tenant ' .. tenant, loads.mine, loads.my_limit }, { 'the queue', loads.all, loads.limit } }) do
+  for _, l in ipairs({ { 'tenant ' .. tenant, run.loads.mine, run.loads.my_limit }, { 'the queue', run.loads.all, run.loads.limit } }) do
     local who, has, limit = unpack(l)
     if limit > 0 and has + gpu_ms > limit then
       local text = string.format('%s has %.3f GPU-seconds of work waiting and running, its limit is %.3f, and this job would add %.3f; ',
@@ -498,7 +498,7 @@ local function admit_one(tenant, a)
     expire(r, set)
     return 'admitted'
   end
-  loads.mine, loads.all = loads.mine + r.gpu_ms, loads.all + r.gpu_ms
+  run.loads.mine, run.loads.all = run.loads.mine + r.gpu_ms, run.loads.all + r.gpu_ms
   move(r, r.due_ms > now() and 'DELAYED' or 'QUEUED', set)
   return 'admitted'
 end
@@ -508,15 +508,15 @@ local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'de
                 'max_attempts', 'batch', 'callback', 'code', 'message' }
 function ops.admit()
   local out, done = {}, {}
-  read_loads(ARGV[2])
-  for at = 3, #ARGV, #ADMIT do
+  read_loads(argv[2])
+  for at = 3, #argv, #ADMIT do
     local a = {}
-    for i, name in ipairs(ADMIT) do a[name] = ARGV[at + i - 1] end
-    out[#out + 1] = admit_one(ARGV[2], a)
+    for i, name in ipairs(ADMIT) do a[name] = argv[at + i - 1] end
+    out[#out + 1] = admit_one(argv[2], a)
     -- What is gone may be in the door all the same: a failover can lose its delivery. It will be delivered again.
     if out[#out] ~= 'gone' then done[#done + 1] = a.entry end
   end
-  if #done > 0 then call('XDEL', P .. 'in:' .. ARGV[2], unpack(done)) end
+  if #done > 0 then call('XDEL', P .. 'in:' .. argv[2], unpack(done)) end
   return out
 end
 
@@ -646,11 +646,11 @@ end
 
 -- claim <worker> <incarnation> <lease_ms> <n> <nonce>*n <pool>...; {cursor of wake, job, ...}
 function ops.claim()
-  local c = { worker = ARGV[2], incarnation = ARGV[3], lease_ms = tonumber(ARGV[4]), most = min(K, tonumber(ARGV[5])), nonces = {},
+  local c = { worker = argv[2], incarnation = argv[3], lease_ms = tonumber(argv[4]), most = min(K, tonumber(argv[5])), nonces = {},
     fields = all_fields() }
   local out, pools = {}, {}
-  for i = 1, c.most do c.nonces[i] = ARGV[5 + i] end
-  for i = 6 + c.most, #ARGV do pools[#pools + 1] = ARGV[i] end
+  for i = 1, c.most do c.nonces[i] = argv[5 + i] end
+  for i = 6 + c.most, #argv do pools[#pools + 1] = argv[i] end
   claimed_before(c, out)
   c.turns = read_turns(pools)
   for _, try in ipairs(order(pools, c.turns)) do
@@ -665,11 +665,11 @@ function ops.claim()
   return out
 end
 
--- The record, if the fence in ARGV[2..5] (tenant, id, epoch, nonce) holds it; else nil and why: its state when the fence
+-- The record, if the fence in argv[2..5] (tenant, id, epoch, nonce) holds it; else nil and why: its state when the fence
 -- was the last one, 'STALE' when it is somebody else's by now.
 local function fenced()
-  local r = load(ARGV[2], ARGV[3])
-  if not r or int(r.epoch) ~= ARGV[4] or r.nonce ~= ARGV[5] then return nil, 'STALE' end
+  local r = load(argv[2], argv[3])
+  if not r or int(r.epoch) ~= argv[4] or r.nonce ~= argv[5] then return nil, 'STALE' end
   if HELD[r.state] then return r end
   read_fields(r, REST)
   return nil, r.state, r
@@ -679,18 +679,18 @@ end
 function ops.beat()
   local r, why = fenced()
   if not r then return why end
-  local k, extend = record_key(r.tenant, r.id), tonumber(ARGV[6])
+  local k, extend = record_key(r.tenant, r.id), tonumber(argv[6])
   if extend > 0 then
     call('ZADD', P .. 'lease', 'GT', now() + extend, member(r))
     call('HSET', k, 'lease_ms', int(now() + extend))
   end
-  if not ARGV[7] then return 'ok' end
-  r.stage, r.step, r.steps = ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
+  if not argv[7] then return 'ok' end
+  r.stage, r.step, r.steps = argv[8], tonumber(argv[9]), tonumber(argv[10])
   local set = { 'stage', r.stage, 'step', r.step, 'steps', r.steps }
-  if r.state ~= ARGV[7] then move(r, ARGV[7], set, nil, tonumber(ARGV[11]))
+  if r.state ~= argv[7] then move(r, argv[7], set, nil, tonumber(argv[11]))
   else
     call('HSET', k, 'updated_ms', int(now()), unpack(set))
-    tell(r, nil, tonumber(ARGV[11]))
+    tell(r, nil, tonumber(argv[11]))
   end
   return 'ok'
 end
@@ -699,7 +699,7 @@ end
 function ops.finish()
   local r, why = fenced()
   if not r then return why == 'SUCCEEDED' and 'ok' or why end
-  move(r, 'SUCCEEDED', { 'result', ARGV[6], 'error_code', '', 'error', '' })
+  move(r, 'SUCCEEDED', { 'result', argv[6], 'error_code', '', 'error', '' })
   return 'ok'
 end
 
@@ -707,7 +707,7 @@ end
 function ops.fail()
   local r, why, past = fenced()
   if not r then return past and past.left == 'fail' and { 'ok', why } or { why } end
-  fail_attempt(r, ARGV[6], { code = ARGV[7], message = ARGV[8], retryable = ARGV[9] == '1' }, tonumber(ARGV[10]), 'fail')
+  fail_attempt(r, argv[6], { code = argv[7], message = argv[8], retryable = argv[9] == '1' }, tonumber(argv[10]), 'fail')
   return { 'ok', r.state }
 end
 
@@ -742,30 +742,30 @@ end
 -- release_all <worker> <incarnation or ''> <code> <message> <random>; {returned, 1 if there are more}. Code crashed: the worker's
 -- process did, over what it computed. What it only uploaded is to blame when there is nothing else.
 function ops.release_all()
-  local k, n = P .. 'held:' .. ARGV[2], 0
+  local k, n = P .. 'held:' .. argv[2], 0
   local held, mine, computed = call('HGETALL', k), {}, false
   for i = 1, #held, 2 do
     local incarnation, epoch = held[i + 1]:match('^(%S*) (%d+)')
-    if incarnation == ARGV[3] or ARGV[3] == '' then
+    if incarnation == argv[3] or argv[3] == '' then
       if n == K then break end
       n = n + 1
       local r = load_member(held[i])
-      if r and HELD[r.state] and r.worker == ARGV[2] and int(r.epoch) == epoch then
+      if r and HELD[r.state] and r.worker == argv[2] and int(r.epoch) == epoch then
         mine[#mine + 1], computed = r, computed or r.state ~= 'UPLOADING'
       else call('HDEL', k, held[i]) end
     end
   end
   for i, r in ipairs(mine) do
-    local e = { code = ARGV[4], message = ARGV[5], retryable = true }
-    local bad = e.code == 'crashed' and (r.state ~= 'UPLOADING' or not computed) and poison(r, ARGV[2], e)
-    fail_attempt(r, 'infra', bad or e, (tonumber(ARGV[6]) + i * 0.618) % 1, 'lost', bad)
+    local e = { code = argv[4], message = argv[5], retryable = true }
+    local bad = e.code == 'crashed' and (r.state ~= 'UPLOADING' or not computed) and poison(r, argv[2], e)
+    fail_attempt(r, 'infra', bad or e, (tonumber(argv[6]) + i * 0.618) % 1, 'lost', bad)
   end
   return { n, n == K and 1 or 0 }
 end
 
 -- cancel <tenant> <id>: the state after it, or false
 function ops.cancel()
-  local r = load(ARGV[2], ARGV[3])
+  local r = load(argv[2], argv[3])
   if not r then return false end
   if not FINAL[r.state] then fail_final(r, 'CANCELLED', { code = 'cancelled', message = 'cancelled on request' }) end
   return r.state
@@ -833,7 +833,7 @@ end
 -- reap <random>; {lost, due, expired, orphans, milliseconds until the next}
 function ops.reap()
   local n = { lost = 0, due = 0, expired = 0, orphans = 0, stray = 0 }
-  local random, i = tonumber(ARGV[2]), 0
+  local random, i = tonumber(argv[2]), 0
   for _, step in ipairs({ { 'lease', reap_lease }, { 'delayed', reap_delayed }, { 'live', reap_live },
     { 'limited', reap_limited } }) do
     for _, m in ipairs(due(step[1])) do
@@ -914,8 +914,8 @@ end
 -- next, {entry, hold, try, message, tenant, id, state, url, updated_ms, result}, ...}. The tenant with the fewest in hand comes
 -- first, whoever has waited longer, so that slow receivers do not stand before everybody else's.
 function ops.callbacks()
-  local n, lease_ms, most, hand, out = min(K, tonumber(ARGV[2])), tonumber(ARGV[3]), tonumber(ARGV[4]), {}, { 0 }
-  for i = 5, #ARGV, 2 do hand[ARGV[i]] = tonumber(ARGV[i + 1]) end
+  local n, lease_ms, most, hand, out = min(K, tonumber(argv[2])), tonumber(argv[3]), tonumber(argv[4]), {}, { 0 }
+  for i = 5, #argv, 2 do hand[argv[i]] = tonumber(argv[i + 1]) end
   local tenants, full = due('outbox_ring'), false
   for _, tenant in ipairs(tenants) do hand[tenant] = hand[tenant] or 0 end
   for _ = 1, K do
@@ -934,10 +934,10 @@ function ops.callbacks()
   return out
 end
 
--- The tenant and id of the callback <entry> <hold> of ARGV, if it still is in that hand.
+-- The tenant and id of the callback <entry> <hold> of argv, if it still is in that hand.
 local function held_callback()
-  if call('HGET', P .. 'outbox_hold', ARGV[2]) ~= ARGV[3] then return end
-  local found = call('XRANGE', P .. 'outbox', ARGV[2], ARGV[2])
+  if call('HGET', P .. 'outbox_hold', argv[2]) ~= argv[3] then return end
+  local found = call('XRANGE', P .. 'outbox', argv[2], argv[2])
   local fields = found[1] and found[1][2]
   return fields and { tenant = fields[2], id = fields[4] }
 end
@@ -946,18 +946,18 @@ end
 function ops.callback_done()
   local c = held_callback()
   if not c then return 'STALE' end
-  drop_callback(c.tenant, c.id, ARGV[2])
+  drop_callback(c.tenant, c.id, argv[2])
   return 'ok'
 end
 
 -- callback_retry <entry> <hold> <wait_ms> <1, or 0: it does not count as a try>
 function ops.callback_retry()
-  local c, wait_ms = held_callback(), tonumber(ARGV[4])
+  local c, wait_ms = held_callback(), tonumber(argv[4])
   if not c then return 'STALE' end
   keep_record(record_key(c.tenant, c.id), wait_ms)
-  put_callback(c.tenant, ARGV[2], now() + wait_ms)
-  call('HINCRBY', P .. 'outbox_hold', ARGV[2], 1) -- it is in no hand: the same message once more changes nothing
-  if ARGV[5] == '0' then call('HINCRBY', P .. 'outbox_tries', ARGV[2], -1) end
+  put_callback(c.tenant, argv[2], now() + wait_ms)
+  call('HINCRBY', P .. 'outbox_hold', argv[2], 1) -- it is in no hand: the same message once more changes nothing
+  if argv[5] == '0' then call('HINCRBY', P .. 'outbox_tries', argv[2], -1) end
   return 'ok'
 end
 
@@ -965,8 +965,8 @@ end
 function ops.callback_dead()
   local c = held_callback()
   if not c then return 'STALE' end
-  give_up_callback(c, ARGV[4], ARGV[5], ARGV[6])
-  drop_callback(c.tenant, c.id, ARGV[2])
+  give_up_callback(c, argv[4], argv[5], argv[6])
+  drop_callback(c.tenant, c.id, argv[2])
   return 'ok'
 end
 
@@ -980,14 +980,14 @@ local function letter(fields)
   return l
 end
 local function find_letter()
-  local found = call('XRANGE', P .. 'dlq', ARGV[2], ARGV[2])
+  local found = call('XRANGE', P .. 'dlq', argv[2], argv[2])
   return found[1] and letter(found[1][2])
 end
 
 -- dead <letter or ''>: the dead letters after it; {letter, kind, tenant, id, code, error, entry, callback}, ...
 function ops.dead()
   local out = {}
-  for i, found in ipairs(call('XRANGE', P .. 'dlq', ARGV[2] == '' and '-' or '(' .. ARGV[2], '+', 'COUNT', K)) do
+  for i, found in ipairs(call('XRANGE', P .. 'dlq', argv[2] == '' and '-' or '(' .. argv[2], '+', 'COUNT', K)) do
     local l = letter(found[2])
     out[i] = { found[1], l.kind, l.tenant, l.id, l.code, l.error, l.entry or '', l.callback or '' }
   end
@@ -1033,7 +1033,7 @@ function ops.dead_retry()
   local l = find_letter()
   if not l then return false end
   local done = retry[l.kind](l)
-  if done[1] ~= '' then call('XDEL', P .. 'dlq', ARGV[2]) end
+  if done[1] ~= '' then call('XDEL', P .. 'dlq', argv[2]) end
   return done
 end
 
@@ -1043,7 +1043,7 @@ function ops.dead_drop()
   if not l then return false end
   local r = l.kind == 'job' and load(l.tenant, l.id)
   if r and r.state == 'DEAD' then call('HSET', record_key(l.tenant, l.id), 'payload', '') end
-  call('XDEL', P .. 'dlq', ARGV[2])
+  call('XDEL', P .. 'dlq', argv[2])
   return 'ok'
 end
 
@@ -1117,11 +1117,21 @@ end
 
 end
 
-for _, group in ipairs({ holders, admission, upkeep, callbacks, figures, registry, dead_letters }) do
-  group()
-  if ops[ARGV[1]] then return ops[ARGV[1]]() end
+local groups, made = { holders, admission, upkeep, callbacks, figures, registry, dead_letters }, 0
+return function(keys, arguments)
+  P, argv, run = keys[1], arguments, { woken = {} }
+  call, floor, min, max = redis.call, math.floor, math.min, math.max
+  while not ops[argv[1]] and made < #groups do
+    made = made + 1
+    groups[made]()
+  end
+  if not ops[argv[1]] then return redis.error_reply('ERR queue.lua has no operation of this name') end
+  return ops[argv[1]]()
 end
-return redis.error_reply('ERR queue.lua has no operation of this name')
 
 end
-return queue()
+-- Without memory Redis refuses submissions; what is in the queue goes on, which is how memory comes back.
+if redis.register_function then
+  return redis.register_function({ function_name = FUNCTION_NAME, callback = queue(), flags = { 'allow-oom' } })
+end
+return queue()(KEYS, ARGV)

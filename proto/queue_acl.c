@@ -12,7 +12,8 @@ const char *const queue_user_names[QUEUE_USERS] = {[QUEUE_USER_PRODUCER] = "prod
 #define CONNECTION "+auth +ping +select +role"
 // What queue.lua calls, and how it is called. Access control sees through a script, but not which operation it runs.
 #define SCRIPT                                                                                                         \
-    "+evalsha +eval +evalsha_ro +eval_ro +time +exists +del +get +set +persist +pexpire +pttl +hget +hset +hsetnx "    \
+    "+fcall +function|load +evalsha +eval +evalsha_ro +eval_ro +time +exists +del +get +set +persist +pexpire +pttl "  \
+    "+hget +hset +hsetnx "                                                                                             \
     "+hdel "                                                                                                           \
     "+hmget +hgetall +hkeys +hincrby +hstrlen +zadd +zrem +zcard +zscore +zrange +zrangebyscore +zremrangebyscore "    \
     "+xadd +xack +xdel "                                                                                               \

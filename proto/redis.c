@@ -51,6 +51,7 @@ struct redis {
     char *out; // bytes not yet written: out[sent..length)
     size_t sent, length, capacity;
     enum redis_problem problem;
+    bool no_functions; // of this server, or for this user
 };
 
 static int64_t now_ms(void)
@@ -719,6 +720,11 @@ static int refuse(struct redis *r, const char *text, struct err *e)
         code = ERR_REFUSED;
         r->problem = REDIS_PROBLEM_NOPERM;
     }
+    if (strncmp(text, "ERR Function not found", 22) == 0)
+        r->problem = REDIS_PROBLEM_NOFUNCTION;
+    if (strncmp(text, "ERR unknown command", 19) == 0 || strncmp(text, "ERR unknown subcommand", 22) == 0 ||
+        (r->problem == REDIS_PROBLEM_NOPERM && (strstr(text, "'fcall'") || strstr(text, "'function|load'"))))
+        r->problem = REDIS_PROBLEM_NOCOMMAND;
     // Redis echoes the arguments of commands it does not know; they may be secrets.
     const char *echo = strstr(text, ", with args");
     int length = echo ? (int)(echo - text) : (int)strnlen(text, 200);
@@ -807,32 +813,80 @@ void redis_script(struct redis_script *script, const char *text, size_t length)
     SHA1((const unsigned char *)text, length, digest);
     script->text = text;
     script->length = length;
-    script->reads = false;
+    script->reads = script->function = false;
     for (size_t i = 0; i < sizeof digest; i++)
         snprintf(script->sha1 + 2 * i, 3, "%02x", digest[i]);
 }
 
 enum { EVAL_MAX_ARGS = 1024 };
 
+// A call by whichever command: VERB what 1 key argument...
+struct call {
+    const char *word[EVAL_MAX_ARGS + 4];
+    size_t length[EVAL_MAX_ARGS + 4];
+    int n;
+};
+
+static int run_call(struct redis *r, struct call *c, const char *verb, const char *what, size_t length,
+                    redisReply **reply, struct err *e)
+{
+    c->word[0] = verb;
+    c->length[0] = strlen(verb);
+    c->word[1] = what;
+    c->length[1] = length;
+    return redis_command_argv(r, reply, e, c->n, c->word, c->length);
+}
+
+// The server keeps it from now on; another may have brought it a moment before.
+static int load_function(struct redis *r, const struct redis_script *script, const char *name, struct err *e)
+{
+    char *library = NULL;
+    const int length = asprintf(&library, "#!lua name=%s\nlocal FUNCTION_NAME = '%s'\n%.*s", name, name,
+                                (int)script->length, script->text);
+    if (length < 0)
+        return err_set(e, ERR_NO_MEMORY, "no memory to send a function to Redis");
+    const char *argv[] = {"FUNCTION", "LOAD", "REPLACE", library};
+    const int rc = redis_command_argv(r, NULL, e, 4, argv, NULL);
+    free(library);
+    return rc;
+}
+
+// *done: the answer is the function's; else there are no functions here.
+static int call_function(struct redis *r, const struct redis_script *script, struct call *c, redisReply **reply,
+                         bool *done, struct err *e)
+{
+    char name[64];
+    snprintf(name, sizeof name, "ditfleet_%s", script->sha1);
+    int rc = run_call(r, c, "FCALL", name, strlen(name), reply, e);
+    if (rc != 0 && r->problem == REDIS_PROBLEM_NOFUNCTION) {
+        rc = load_function(r, script, name, e);
+        if (rc == 0)
+            rc = run_call(r, c, "FCALL", name, strlen(name), reply, e);
+    }
+    *done = rc == 0 || r->problem != REDIS_PROBLEM_NOCOMMAND;
+    r->no_functions = !*done;
+    return rc;
+}
+
 int redis_eval(struct redis *r, const struct redis_script *script, redisReply **reply, struct err *e, const char *key,
                int argc, const char **argv, const size_t *lengths)
 {
-    const char *const by_sha = script->reads ? "EVALSHA_RO" : "EVALSHA";
-    const char *const by_text = script->reads ? "EVAL_RO" : "EVAL";
-    const char *all[EVAL_MAX_ARGS + 4] = {by_sha, script->sha1, "1", key};
-    size_t sizes[EVAL_MAX_ARGS + 4] = {strlen(by_sha), 40, 1, strlen(key)};
+    struct call c = {.n = argc + 4};
+    bool done = false;
     if (argc > EVAL_MAX_ARGS)
         return err_set(e, ERR_INTERNAL, "a script call has %d arguments; at most %d", argc, EVAL_MAX_ARGS);
-    for (int i = 0; i < argc; i++) {
-        all[4 + i] = argv[i];
-        sizes[4 + i] = lengths ? lengths[i] : strlen(argv[i]);
+    const char *const fixed[] = {"1", key};
+    for (int i = 0; i < argc + 2; i++) {
+        c.word[2 + i] = i < 2 ? fixed[i] : argv[i - 2];
+        c.length[2 + i] = i < 2 || !lengths ? strlen(c.word[2 + i]) : lengths[i - 2];
     }
-    int rc = redis_command_argv(r, reply, e, argc + 4, all, sizes);
+    if (script->function && !script->reads && !r->no_functions) {
+        const int rc = call_function(r, script, &c, reply, &done, e);
+        if (done)
+            return rc;
+    }
+    const int rc = run_call(r, &c, script->reads ? "EVALSHA_RO" : "EVALSHA", script->sha1, 40, reply, e);
     if (rc == 0 || r->problem != REDIS_PROBLEM_NOSCRIPT)
         return rc;
-    all[0] = by_text;
-    sizes[0] = strlen(by_text);
-    all[1] = script->text;
-    sizes[1] = script->length;
-    return redis_command_argv(r, reply, e, argc + 4, all, sizes);
+    return run_call(r, &c, script->reads ? "EVAL_RO" : "EVAL", script->text, script->length, reply, e);
 }

@@ -25,9 +25,11 @@ struct redis_options {
 
 // What kind of refusal the last error reply was, for callers that mend it.
 enum redis_problem {
-    REDIS_PROBLEM_NONE,     // no error, or not an error reply
-    REDIS_PROBLEM_NOSCRIPT, // redis_eval mends it itself
-    REDIS_PROBLEM_NOGROUP,  // the consumer group is gone
+    REDIS_PROBLEM_NONE,       // no error, or not an error reply
+    REDIS_PROBLEM_NOSCRIPT,   // redis_eval mends it itself, as it does the next two
+    REDIS_PROBLEM_NOFUNCTION, // there is no function of this name
+    REDIS_PROBLEM_NOCOMMAND,  // the server does not know the command, or this user may not use it
+    REDIS_PROBLEM_NOGROUP,    // the consumer group is gone
     REDIS_PROBLEM_BUSYGROUP,
     REDIS_PROBLEM_NOPERM,
     REDIS_PROBLEM_BUSY, // LOADING, READONLY, BUSY, CLUSTERDOWN, ...: try again later
@@ -75,11 +77,17 @@ struct redis_script {
     const char *text;
     size_t length;
     char sha1[41];
-    bool reads; // it writes nothing: EVALSHA_RO, for users who may not write, and replicas
+    bool reads;    // it writes nothing: EVALSHA_RO, for users who may not write, and replicas
+    bool function; // it can also be had as a function, see below
 };
 void redis_script(struct redis_script *script, const char *text, size_t length);
 
 // EVALSHA with one key and argc arguments; loads the script and repeats when the server does not know it.
+//
+// A script that is marked as a function and does not only read is kept by the server as one (FUNCTION LOAD, library
+// "ditfleet_SHA1") and called by FCALL, which does not run all of the text each time. Its text registers FUNCTION_NAME
+// where redis.register_function is there. Where a server knows no functions, or the user may not use them, it is run by
+// EVALSHA as any other.
 int redis_eval(struct redis *redis, const struct redis_script *script, redisReply **reply, struct err *e,
                const char *key, int argc, const char **argv, const size_t *lengths);
 

@@ -1,4 +1,4 @@
-// server.c: EVAL and EVALSHA: replies become Lua's values and values replies by Redis' rules.
+// server.c: EVAL, EVALSHA, FUNCTION LOAD and FCALL: replies become Lua's values and values replies by Redis' rules.
 #include "server.h"
 
 #include <lauxlib.h>
@@ -14,8 +14,11 @@ struct server {
     struct store *store;
     lua_State *lua;
     const struct patch *patch;
-    char sha1[41]; // of the script that is known; "": none
-    int script;    // its place in Lua's registry
+    char sha1[41];     // of the script that is known; "": none
+    int script;        // its place in Lua's registry
+    bool functions;    // are known here
+    char function[64]; // the name of the one that was loaded; "": none
+    int callback;      // its place in Lua's registry
 };
 
 enum { CALL_MAX = 1024 }; // arguments of one command
@@ -253,9 +256,10 @@ static void open_lua(struct server *s)
         abort();
 }
 
-struct server *server_new(const struct patch *patch)
+struct server *server_new(const struct patch *patch, bool functions)
 {
     struct server *s = sim_alloc(sizeof *s);
+    s->functions = functions;
     s->store = store_new();
     s->patch = patch;
     open_lua(s);
@@ -272,6 +276,13 @@ void server_free(struct server *s)
 struct store *server_store(struct server *s)
 {
     return s->store;
+}
+
+void server_forget_functions(struct server *s)
+{
+    if (*s->function)
+        luaL_unref(s->lua, LUA_REGISTRYINDEX, s->callback);
+    s->function[0] = '\0';
 }
 
 void server_forget_scripts(struct server *s)
@@ -316,20 +327,68 @@ static bool load_script(struct server *s, struct text script, struct buffer *out
     return true;
 }
 
-static void set_list(lua_State *l, const char *name, size_t n, const struct text *texts)
+// redis.register_function{function_name =, callback =, flags =}, while a library is made.
+static int on_register(lua_State *l)
+{
+    struct server *s = lua_touserdata(l, lua_upvalueindex(1));
+    lua_getfield(l, 1, "function_name");
+    snprintf(s->function, sizeof s->function, "%s", luaL_checkstring(l, -1));
+    lua_getfield(l, 1, "callback");
+    s->callback = luaL_ref(l, LUA_REGISTRYINDEX);
+    return 0;
+}
+
+static void set_register(struct server *s, bool there)
+{
+    lua_getglobal(s->lua, "redis");
+    if (there) {
+        lua_pushlightuserdata(s->lua, s);
+        lua_pushcclosure(s->lua, on_register, 1);
+    } else {
+        lua_pushnil(s->lua);
+    }
+    lua_setfield(s->lua, -2, "register_function");
+    lua_pop(s->lua, 1);
+}
+
+// FUNCTION LOAD REPLACE text, whose first line is no Lua.
+static void load_function(struct server *s, struct text library, struct buffer *out)
+{
+    size_t length;
+    const char *line = memchr(library.bytes, '\n', library.length);
+    const size_t skip = line ? (size_t)(line - library.bytes) + 1 : library.length;
+    char *text = patch_apply((struct text){library.bytes + skip, library.length - skip}, s->patch, &length);
+    server_forget_functions(s);
+    set_register(s, true);
+    if (!text || luaL_loadbuffer(s->lua, text, length, "@function") != 0 || lua_pcall(s->lua, 0, 0, 0) != 0)
+        reply_error(out, "ERR Error registering functions: %s",
+                    text ? lua_tostring(s->lua, -1) : "the patch does not fit");
+    else
+        reply_bulk(out, text_of("loaded"));
+    set_register(s, false);
+    lua_settop(s->lua, 0);
+    free(text);
+}
+
+static void push_list(lua_State *l, size_t n, const struct text *texts)
 {
     lua_createtable(l, (int)n, 0);
     for (size_t i = 0; i < n; i++) {
         lua_pushlstring(l, texts[i].bytes, texts[i].length);
         lua_rawseti(l, -2, (int)i + 1);
     }
+}
+
+static void set_list(lua_State *l, const char *name, size_t n, const struct text *texts)
+{
+    push_list(l, n, texts);
     lua_pushstring(l, name);
     lua_insert(l, -2);
     lua_rawset(l, LUA_GLOBALSINDEX);
 }
 
-// EVAL script numkeys key... arg...
-static void eval(struct server *s, size_t argc, const struct text *argv, struct buffer *out)
+// EVAL script numkeys key... arg..., or FCALL function ...
+static void eval(struct server *s, bool function, size_t argc, const struct text *argv, struct buffer *out)
 {
     lua_State *l = s->lua;
     size_t n_keys = argc > 2 ? strtoul(argv[2].bytes, NULL, 10) : argc;
@@ -337,10 +396,16 @@ static void eval(struct server *s, size_t argc, const struct text *argv, struct 
         reply_error(out, "ERR Number of keys can't be greater than number of args");
         return;
     }
-    set_list(l, "KEYS", n_keys, argv + 3);
-    set_list(l, "ARGV", argc - 3 - n_keys, argv + 3 + n_keys);
-    lua_rawgeti(l, LUA_REGISTRYINDEX, s->script);
-    if (lua_pcall(l, 0, 1, 0) == 0) {
+    if (function) {
+        lua_rawgeti(l, LUA_REGISTRYINDEX, s->callback);
+        push_list(l, n_keys, argv + 3);
+        push_list(l, argc - 3 - n_keys, argv + 3 + n_keys);
+    } else {
+        set_list(l, "KEYS", n_keys, argv + 3);
+        set_list(l, "ARGV", argc - 3 - n_keys, argv + 3 + n_keys);
+        lua_rawgeti(l, LUA_REGISTRYINDEX, s->script);
+    }
+    if (lua_pcall(l, function ? 2 : 0, 1, 0) == 0) {
         add_value(l, out);
         return;
     }
@@ -367,12 +432,20 @@ void server_run(struct server *s, size_t argc, const struct text *argv, struct b
         reply_error(out, "NOSCRIPT No matching script. Please use EVAL.");
     else if (known || (argc > 1 && is_command(argv[0], "EVAL", &read_only))) {
         if (known || load_script(s, argv[1], out))
-            eval(s, argc, argv, out);
+            eval(s, false, argc, argv, out);
         if (read_only && store_dirty(s->store) > dirty) { // as far as here, what it wrote is not undone
             out->length = 0;
             reply_error(out, "ERR Write commands are not allowed from read-only scripts.");
         }
-    } else if (text_is(argv[0], "INFO")) // what queue_open looks at
+    } else if (s->functions && argc == 4 && text_is(argv[0], "FUNCTION"))
+        load_function(s, argv[3], out);
+    else if (s->functions && argc > 2 && text_is(argv[0], "FCALL") && !text_is(argv[1], s->function))
+        reply_error(out, "ERR Function not found");
+    else if (s->functions && argc > 2 && text_is(argv[0], "FCALL"))
+        eval(s, true, argc, argv, out);
+    else if (text_is(argv[0], "FUNCTION") || text_is(argv[0], "FCALL"))
+        reply_error(out, "ERR unknown command '%.*s', with args beginning with: ", (int)argv[0].length, argv[0].bytes);
+    else if (text_is(argv[0], "INFO")) // what queue_open looks at
         reply_bulk(out, text_of("redis_version:7.0.15\r\nmaxmemory_policy:noeviction\r\n"));
     else
         store_run(s->store, argc, argv, out);

@@ -1,4 +1,4 @@
-// server.h: a server in memory: the model of Redis, and on it scripts as Redis runs them, in Lua 5.1.
+// server.h: a server in memory: the model of Redis, and on it scripts and functions as Redis runs them, in Lua 5.1.
 //
 // Of Lua's surroundings scripts find what queue.lua uses: redis.call, pcall, sha1hex, error_reply, and struct.pack of a
 // double. A global variable is an error, as in Redis.
@@ -15,7 +15,8 @@ struct patch {
 char *patch_apply(struct text script, const struct patch *patch, size_t *length);
 
 struct server;
-struct server *server_new(const struct patch *patch); // of every script that it is given; NULL: none
+// patch: of every script that it is given; NULL: none. functions: it knows FUNCTION LOAD and FCALL.
+struct server *server_new(const struct patch *patch, bool functions);
 void server_free(struct server *s);
 struct store *server_store(struct server *s);
 
@@ -24,5 +25,6 @@ void server_run(struct server *s, size_t argc, const struct text *argv, struct b
 
 // Scripts must be sent again, as to a server that was started anew.
 void server_forget_scripts(struct server *s);
+void server_forget_functions(struct server *s); // these, too
 
 #endif

@@ -14,9 +14,9 @@ enum { COMMANDS = 20000, BUG_COMMANDS = 6000, BUG_SEEDS = 100, TRACE = 60 };
 // Each must be found. `from` stands in queue.lua once.
 static const struct patch bugs[] = {
     {"finish without the fence", "function ops.finish()\n  local r, why = fenced()",
-     "function ops.finish()\n  local r, why = load(ARGV[2], ARGV[3])"},
-    {"an epoch reused after a failover", "int(r.epoch) ~= ARGV[4] or r.nonce ~= ARGV[5] then",
-     "int(r.epoch) ~= ARGV[4] then"},
+     "function ops.finish()\n  local r, why = load(argv[2], argv[3])"},
+    {"an epoch reused after a failover", "int(r.epoch) ~= argv[4] or r.nonce ~= argv[5] then",
+     "int(r.epoch) ~= argv[4] then"},
     {"reap that misses a job without a lease", "if call('ZSCORE', P .. 'lease', m) then return false end",
      "do return false end"},
     {"reap that misses a job that is not in ready",
@@ -28,7 +28,7 @@ static const struct patch bugs[] = {
     {"admit that deletes what it did not admit", "if out[#out] ~= 'gone' then", "if true then"},
     {"release that charges an attempt", "move(r, 'QUEUED', { 'left', 'release', 'stage', '', 'step', 0 })",
      "fail_attempt(r, 'infra', { code = 'io', message = '', retryable = true }, 0, 'release')"},
-    {"release_all that takes from the living", "if incarnation == ARGV[3] or ARGV[3] == '' then", "if true then"},
+    {"release_all that takes from the living", "if incarnation == argv[3] or argv[3] == '' then", "if true then"},
     {"a fault of the fleet charged to the job", "local field = 'attempts_' .. cause", "local field = 'attempts_app'"},
     {"cancel after the end", "if not FINAL[r.state] then fail_final(r, 'CANCELLED'",
      "if true then fail_final(r, 'CANCELLED'"},
@@ -37,7 +37,7 @@ static const struct patch bugs[] = {
      "then end"},
     {"a backlog that does not fall", "    count_place(PLACE[from], r, -1)\n", ""},
     {"a callback that is not put off", "if r.callback ~= '' then post_callback(r, k) end", ""},
-    {"a callback settled by who lost it", "if call('HGET', P .. 'outbox_hold', ARGV[2]) ~= ARGV[3] then return end",
+    {"a callback settled by who lost it", "if call('HGET', P .. 'outbox_hold', argv[2]) ~= argv[3] then return end",
      ""},
 };
 

@@ -684,12 +684,12 @@ static bool run(struct private_redis *server, uint64_t seed, unsigned long n, un
         redisFree(p->real);
         p->real = redisConnectUnix(server->socket);
     }
-    p->model = server_new(NULL);
+    p->model = server_new(NULL, false);
     bool good = p->real && !p->real->err;
     freeReplyObject(good ? redisCommand(p->real, "FLUSHALL") : NULL);
     good = good && single_commands(p, n) && about_maxlen(p);
     server_free(p->model);
-    p->model = server_new(NULL);
+    p->model = server_new(NULL, false);
     freeReplyObject(good ? redisCommand(p->real, "FLUSHALL") : NULL);
     good = good && operations(p, n / 4);
     if (!good)

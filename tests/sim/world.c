@@ -76,7 +76,8 @@ static void run_quietly(struct world *w, const char *op, struct buffer *out)
     if (out->length > 9 && memcmp(out->bytes, "-NOSCRIPT", 9) == 0) {
         out->length = 0;
         server_run(w->server, 5, whole, out);
-        server_forget_scripts(w->server); // as if nobody had looked
+        if (!w->functions)
+            server_forget_scripts(w->server); // as if nobody had looked
     }
 }
 
@@ -248,6 +249,7 @@ static void fail_over(struct world *w)
     check_restore(w->check, empty ? NULL : w->check_copy);
     forget_copy(w);
     server_forget_scripts(w->server);
+    server_forget_functions(w->server);
     w->server_us -= draw(w, 2000000); // another machine's clock
     net_cut();
 }
@@ -325,7 +327,9 @@ static bool refuse(struct world *w, struct buffer *reply)
     static const char *const texts[] = {"LOADING Redis is loading the dataset in memory",
                                         "READONLY You can't write against a read only replica.",
                                         "OOM command not allowed when used memory > 'maxmemory'.",
-                                        "MISCONF Redis is configured to save RDB snapshots", "NOSCRIPT gone"};
+                                        "MISCONF Redis is configured to save RDB snapshots",
+                                        "NOSCRIPT gone",
+                                        "ERR Function not found"};
     w->counts.refusals++;
     return reply_error(reply, "%s", texts[draw(w, sizeof texts / sizeof *texts)]) == 0;
 }
@@ -396,7 +400,8 @@ static void begin(struct world *w)
     w->random = w->options->seed * 0x9e3779b97f4a7c15u + 1;
     w->server_us = FIRST_US * INT64_C(1000000);
     w->monotonic_us = 1000000;
-    w->server = server_new(w->options->patch);
+    w->functions = w->options->seed % 4 != 0; // else it runs scripts alone
+    w->server = server_new(w->options->patch, w->functions);
     w->check = check_new(server_store(w->server));
     redis_script(&named, queue_lua_start, (size_t)(queue_lua_end - queue_lua_start));
     memcpy(w->sha1, named.sha1, sizeof w->sha1);

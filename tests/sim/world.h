@@ -69,6 +69,7 @@ struct world {
     struct sim_counts counts;
     uint64_t random;
     struct server *server;
+    bool functions; // the server knows functions
     struct check *check;
     char sha1[41];
     int64_t server_us, monotonic_us;

@@ -1196,9 +1196,11 @@ static void refuses_to_write(struct world *w, enum err_code code, const char *tr
     if (code == ERR_IO)
         wait_for_failed_save(w);
     FAILS(code, queue_submit(w->q, "default", "x", 1, entry, e));
-    if (code == ERR_NO_MEMORY) { // a script that begins by taking something away may write
+    if (code == ERR_NO_MEMORY) { // what is in the queue goes on
         OK(queue_finish(w->q, &f, bytes, length, e));
+        OK(queue_reap(w->q, &reaped, e));
     } else {
+        FAILS(code, queue_reap(w->q, &reaped, e));
         FAILS(code, queue_finish(w->q, &f, bytes, length, e));
         FAILS(code, queue_beat(w->q, &f, 60000, e));
         FAILS(code, queue_claim(w->q, &want, &job, &n, entry, e));
@@ -1206,7 +1208,6 @@ static void refuses_to_write(struct world *w, enum err_code code, const char *tr
         int rc = queue_admit(w->q, &admission, 0, &out, &why);
         assert_true(rc == (int)code || (rc == 0 && out.admitted == 0));
     }
-    OK(queue_reap(w->q, &reaped, e)); // with nothing due it writes nothing
     free(bytes);
 }
 
