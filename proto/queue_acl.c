@@ -10,9 +10,10 @@ const char *const queue_user_names[QUEUE_USERS] = {[QUEUE_USER_PRODUCER] = "prod
 
 // Of every connection.
 #define CONNECTION "+auth +ping +select +role"
-// What queue.lua calls, and how it is called. Access control sees through a script, but not which operation it runs.
+// What queue.lua calls, and how it is called. Not by FCALL: who may load functions may replace those that others run.
+// Access control sees through a script, but not which operation it runs.
 #define SCRIPT                                                                                                         \
-    "+fcall +function|load +evalsha +eval +evalsha_ro +eval_ro +time +exists +del +get +set +persist +pexpire +pttl "  \
+    "+evalsha +eval +evalsha_ro +eval_ro +time +exists +del +get +set +persist +pexpire +pttl "                        \
     "+hget +hset +hsetnx "                                                                                             \
     "+hdel "                                                                                                           \
     "+hmget +hgetall +hkeys +hincrby +hstrlen +zadd +zrem +zcard +zscore +zrange +zrangebyscore +zremrangebyscore "    \

@@ -653,6 +653,7 @@ static int ensure_connected(struct redis *r, struct err *e)
     if (rc == 0 && r->n_sentinels > 0)
         rc = check_master(r, deadline, e);
     r->connections++;
+    r->no_functions = false; // another server may have them
     if (rc != 0)
         redis_disconnect(r);
     return rc;

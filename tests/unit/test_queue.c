@@ -676,6 +676,7 @@ static void test_server_lost_its_data(void **state)
     struct queue_fence f = claim(w, 60000);
     freeReplyObject(command(w, "FLUSHALL"));
     freeReplyObject(command(w, "SCRIPT FLUSH"));
+    freeReplyObject(command(w, "FUNCTION FLUSH"));
     FAILS(ERR_STALE, queue_beat(w->q, &f, 1000, e));
     FAILS(ERR_STALE, queue_finish(w->q, &f, "x", 1, e));
     assert_int_equal(number(w, "DBSIZE"), 0);
@@ -686,6 +687,48 @@ static void test_server_lost_its_data(void **state)
     assert_string_equal(f.id, "b");
     finish(w, &f);
     check_invariants(w);
+}
+
+static unsigned calls_of(struct world *w, const char *name)
+{
+    redisReply *all = command(w, "INFO commandstats");
+    char line[64];
+    snprintf(line, sizeof line, "cmdstat_%s:calls=", name);
+    const char *at = strstr(all->str, line);
+    const unsigned calls = at ? (unsigned)strtoul(at + strlen(line), NULL, 10) : 0;
+    freeReplyObject(all);
+    return calls;
+}
+
+// One function on the server, whoever calls; scripts where a user may not call it, with the same effect.
+static void test_functions_where_they_may_be(void **state)
+{
+    struct world *w = *state;
+    struct queue *q;
+    freeReplyObject(command(w, "FUNCTION FLUSH"));
+    freeReplyObject(command(w, "CONFIG RESETSTAT"));
+    submit(w, "a");
+    admit(w);
+    struct queue_fence f = claim(w, 60000);
+    assert_int_equal(calls_of(w, "function|load"), 1);
+    assert_true(calls_of(w, "fcall") >= 3);
+    assert_int_equal(calls_of(w, "evalsha"), 0);
+    freeReplyObject(command(w, "ACL SETUSER plain reset on >p ~* +@all -fcall"));
+    freeReplyObject(command(w, "ACL SETUSER half reset on >p ~* +@all -function|load"));
+    for (int half = 0; half < 2; half++) {
+        freeReplyObject(command(w, "FUNCTION FLUSH"));
+        freeReplyObject(command(w, "CONFIG RESETSTAT"));
+        OK(queue_open(&q, w->server.url, "test", QUEUE_NODE, NULL, e));
+        OK(redis_command(queue_redis(q), NULL, e, "AUTH %s p", half ? "half" : "plain"));
+        OK(queue_beat(q, &f, 60000, e));
+        OK(queue_beat(q, &f, 60000, e));
+        assert_true(calls_of(w, "evalsha") >= 2);
+        assert_int_equal(calls_of(w, "function|load"), 0);
+        assert_true(calls_of(w, "fcall") <= 1); // it is not asked again
+        queue_close(q);
+    }
+    finish(w, &f);
+    freeReplyObject(command(w, "ACL DELUSER plain half"));
 }
 
 static void test_broken_connections(void **state)
@@ -1612,6 +1655,7 @@ int main(void)
         TEST(test_batch_claim),
         TEST(test_repeated_claim),
         TEST(test_no_wake_is_missed),
+        TEST(test_functions_where_they_may_be),
         TEST(test_server_lost_its_data),
         TEST(test_broken_connections),
         TEST(test_dead_admitter),
