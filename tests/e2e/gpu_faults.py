@@ -66,6 +66,20 @@ def serves(fleet, folder):
     assert "precision fp8: group g, which took the job, computes in fp32; leave precision at default" in result.error.message
 
 
+def serves_exactly(fleet, folder):
+    pids = fleet.wait_ready()
+    for exact in True, False:
+        configure(fleet, folder, grace=2, group="precision = fp32" + "\nexact = yes" * exact)
+        fleet.processes["supervisor"].send_signal(signal.SIGHUP)
+        until("a new group", lambda: fleet.group()["state"] == "ready" and fleet.pids() != pids)
+        pids = fleet.pids()
+        fleet.run("plain-%s" % exact)
+        said = generate(folder, "--device", "cuda", "--precision", "fp32", *["--exact"] * exact)
+        assert said == (0, []), said
+        picture = fleet.stored("plain-%s.png" % exact)
+        assert open(folder + "/own.png", "rb").read() == picture and (b" exact" in picture) == exact, "exact = %s" % exact
+
+
 def fails_in_a_job(fleet):
     pids = fleet.wait_ready()
     entry = fleet.submit(fleet.job("sticky", num_inference_steps=200))
@@ -150,6 +164,7 @@ def main():
         configure(fleet, folder, grace=2)
         fleet.supervisor()
         serves(fleet, folder)
+        serves_exactly(fleet, folder)
         fails_in_a_job(fleet)
         runs_out_of_memory(fleet)
         is_taken_away_unharmed(fleet)
