@@ -9,6 +9,12 @@
 static const char *const phases[] = {
     [GATHER_AWAY] = "away", [GATHER_OFFER] = "offer", [GATHER_RUN] = "run", [GATHER_DRAIN] = "drain"};
 
+bool gather_same(const struct gather_node *a, const struct gather_node *b)
+{
+    return a->phase == b->phase && strcmp(a->mark, b->mark) == 0 && strcmp(a->terms, b->terms) == 0 &&
+           strcmp(a->places, b->places) == 0 && strcmp(a->reason, b->reason) == 0;
+}
+
 static enum gather_phase phase_of(const char *name)
 {
     enum gather_phase phase = GATHER_DRAIN;

@@ -31,6 +31,9 @@ struct gather_node {
     char reason[GATHER_REASON];
 };
 
+// Whether they say the same; ages are not said.
+bool gather_same(const struct gather_node *a, const struct gather_node *b);
+
 struct gather_view {
     char formation[GATHER_MARK]; // "": the offer was not taken
     char secret[GATHER_SECRET];

@@ -826,6 +826,7 @@ struct call {
     const char *word[EVAL_MAX_ARGS + 4];
     size_t length[EVAL_MAX_ARGS + 4];
     int n;
+    char function[64];
 };
 
 static int run_call(struct redis *r, struct call *c, const char *verb, const char *what, size_t length,
@@ -856,8 +857,8 @@ static int load_function(struct redis *r, const struct redis_script *script, con
 static int call_function(struct redis *r, const struct redis_script *script, struct call *c, redisReply **reply,
                          bool *done, struct err *e)
 {
-    char name[64];
-    snprintf(name, sizeof name, "ditfleet_%s", script->sha1);
+    const char *name = c->function;
+    snprintf(c->function, sizeof c->function, "ditfleet_%s", script->sha1);
     int rc = run_call(r, c, "FCALL", name, strlen(name), reply, e);
     if (rc != 0 && r->problem == REDIS_PROBLEM_NOFUNCTION) {
         rc = load_function(r, script, name, e);

@@ -230,7 +230,7 @@ void gatherer_say(struct gatherer *g, const struct span_nodes *group, const stru
     struct entry *e = find_or_add(g, group->group);
     if (e) { // else: no memory; it is said again soon
         e->of = *group;
-        if (memcmp(&e->mine, mine, sizeof *mine) != 0) {
+        if (!gather_same(&e->mine, mine)) {
             e->mine = *mine;
             e->changed = true;
             e->heard = false; // what came before answers something else

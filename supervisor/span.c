@@ -104,8 +104,7 @@ void span_report(const struct span *s, enum gather_phase phase, const char *mark
                  struct gather_node *out)
 {
     const bool offers = phase == GATHER_OFFER;
-    memset(out, 0, sizeof *out);
-    out->phase = phase;
+    *out = (struct gather_node){.phase = phase};
     snprintf(out->mark, sizeof out->mark, "%s", offers ? s->mark : phase == GATHER_AWAY ? "" : mark);
     snprintf(out->terms, sizeof out->terms, "%s", offers ? s->terms : "");
     snprintf(out->places, sizeof out->places, "%s", offers ? s->places : "");

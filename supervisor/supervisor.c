@@ -258,7 +258,7 @@ static int on_nodes(sd_event_source *source, int fd, uint32_t events, void *arg)
         if (!group_nodes(s->groups[i]) || !gatherer_hear(s->gatherer, group_name(s->groups[i]), &said, &view))
             continue;
         group_report(s->groups[i], &mine);
-        if (memcmp(&said, &mine, sizeof mine) == 0)
+        if (gather_same(&said, &mine))
             group_hear(s->groups[i], &view, monotonic_seconds());
         gather_view_free(&view);
     }

@@ -374,7 +374,7 @@ static void take(struct shm_comm *c, const struct message *m, const struct sourc
 static int shm_move(struct comm *base, const struct message *m)
 {
     struct shm_comm *c = (struct shm_comm *)base;
-    struct source sources[COMM_MAX_RANKS];
+    struct source sources[COMM_MAX_RANKS] = {{0}};
     const int64_t own = stream_bytes(c, m);
     int64_t rounds = 1;
     for (int64_t round = 0; round < rounds; round++) {

@@ -69,11 +69,12 @@ struct tcp_comm {
     uint8_t members[COMM_MAX_RANKS]; // their ranks in the world
 };
 
-static uint64_t digest(uint64_t from, const void *data, size_t n)
+static uint64_t digest(uint64_t from, const int64_t *words, int n)
 {
-    const uint8_t *bytes = data;
-    for (size_t i = 0; i < n; i++) // FNV-1a
-        from = (from ^ bytes[i]) * UINT64_C(0x100000001b3);
+    for (int i = 0; i < n; i++) { // FNV-1a, by words
+        from = (from ^ (uint64_t)words[i]) * UINT64_C(0x100000001b3);
+        from ^= from >> 29; // a product's high bits say more than its low ones
+    }
     return from;
 }
 
@@ -241,7 +242,7 @@ static int sleep_until_ready(struct tcp_comm *c, const struct message *m, const 
 static void begin_talks(struct tcp_comm *c, const struct message *m, struct talk *talks)
 {
     const bool alike = m->op != COMM_ALL_TO_ALL;
-    const uint64_t agreed = alike ? digest(m->op, m->counts, (size_t)m->n_counts * sizeof *m->counts) : 0;
+    const uint64_t agreed = alike ? digest(m->op, m->counts, m->n_counts) : 0;
     for (int i = 0; i < c->base.size; i++) {
         struct talk *t = &talks[i];
         if (i == c->base.rank)
@@ -256,7 +257,7 @@ static void begin_talks(struct tcp_comm *c, const struct message *m, struct talk
 static int tcp_move(struct comm *base, const struct message *m)
 {
     struct tcp_comm *c = (struct tcp_comm *)base;
-    struct talk talks[COMM_MAX_RANKS];
+    struct talk talks[COMM_MAX_RANKS] = {0};
     begin_talks(c, m, talks);
     for (;;) {
         bool moved = false, over = true;
@@ -279,7 +280,7 @@ static int tcp_move(struct comm *base, const struct message *m)
 static int tcp_group(struct comm *base, int first, int stride, int count, struct comm **out, struct err *err)
 {
     const struct tcp_comm *c = (struct tcp_comm *)base;
-    const int shape[] = {first, stride, count};
+    const int64_t shape[] = {first, stride, count};
     struct tcp_comm *g = calloc(1, sizeof *g);
     if (!g)
         return err_set(err, ERR_NO_MEMORY, "no memory for a communicator");
@@ -287,7 +288,7 @@ static int tcp_group(struct comm *base, int first, int stride, int count, struct
     g->base.root = base->root;
     g->base.parent = base;
     g->world = c->world;
-    g->group = digest(c->group, shape, sizeof shape);
+    g->group = digest(c->group, shape, 3);
     for (int i = 0; i < count; i++)
         g->members[i] = c->members[first + i * stride];
     const int64_t none = 0;
