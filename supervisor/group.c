@@ -274,8 +274,10 @@ static void new_incarnation(struct group *g)
     snprintf(g->incarnation, sizeof g->incarnation, "%016" PRIx64, number);
 }
 
+// What the ranks are started with; a group on several nodes holds jobs by the name of the first.
 static void remember_configuration(struct group *g)
 {
+    conf_worker_id(g->conf, g->name, g->worker);
     free(g->fingerprint);
     g->fingerprint = conf_group_fingerprint(g->conf, g->my);
 }
@@ -314,7 +316,7 @@ static void ignore(struct group *g, const struct happening *h)
     (void)g, (void)h;
 }
 
-static void impossible(struct group *g, const struct happening *h)
+static void never(struct group *g, const struct happening *h)
 {
     log_line(g->env->log, LOG_ERROR, "group.bug", "group=%s state=%s event=%d", g->name, state_names[g->state],
              (int)h->event);
@@ -545,7 +547,6 @@ typedef void action(struct group *g, const struct happening *h);
         [E_FORMED] = (on_formed), [E_OVER] = (on_over)                                                                 \
     }
 static_assert(EVENTS == 10, "ROW names every event");
-#define never impossible
 // clang-format off
 static action *const table[][EVENTS] = {
     //                       START   READY      EXIT            FAULT   DRAIN   KILL      EMPTY   DUE         FORMED  OVER
@@ -559,7 +560,6 @@ static action *const table[][EVENTS] = {
     [GROUP_FAILED]    = ROW(start,  never,     never,          never,  settle, settle,   never,  never,      ignore, ignore),
 };
 // clang-format on
-#undef never
 static_assert(sizeof table / sizeof *table == GROUP_STATES, "every state has a row");
 
 static void group_raise(struct group *g, struct happening h)

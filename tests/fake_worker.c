@@ -2,6 +2,7 @@
 //
 // $FAKE_DIR/GROUP holds "BEHAVIOUR [RANK]": what the rank (every rank, when none is named) does; the others, and all
 // when there is no such file, are good: ready, then idle, then leave when told to drain.
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -17,10 +18,11 @@
 #include "proto/conf.h"
 #include "proto/msg.h"
 #include "proto/queue.h"
+#include "worker/comm/comm.h"
 
 struct fake {
     const char *config, *group, *rank, *ranks, *incarnation;
-    int control, shm;
+    int control, shm, meeting, listener; // 0: not given
     char behaviour[32];
     struct msg beat;
 };
@@ -73,7 +75,11 @@ static int parse(struct fake *f, int argc, char **argv)
                             : strcmp(name, "--ranks") == 0       ? &f->ranks
                             : strcmp(name, "--incarnation") == 0 ? &f->incarnation
                                                                  : NULL;
-        int *number = strcmp(name, "--control-fd") == 0 ? &f->control : strcmp(name, "--shm-fd") == 0 ? &f->shm : NULL;
+        int *number = strcmp(name, "--control-fd") == 0   ? &f->control
+                      : strcmp(name, "--shm-fd") == 0     ? &f->shm
+                      : strcmp(name, "--meeting-fd") == 0 ? &f->meeting
+                      : strcmp(name, "--listen-fd") == 0  ? &f->listener
+                                                          : NULL;
         if (text)
             *text = value;
         else if (number)
@@ -81,7 +87,27 @@ static int parse(struct fake *f, int argc, char **argv)
         else
             return -1;
     }
-    return f->config && f->group && f->rank && f->ranks && f->incarnation && f->control > 2 && f->shm > 2 ? 0 : -1;
+    const bool one_way = f->shm > 2 ? !f->meeting && !f->listener : f->meeting > 2 && f->listener > 2;
+    return f->config && f->group && f->rank && f->ranks && f->incarnation && f->control > 2 && one_way ? 0 : -1;
+}
+
+// Of a group that spans nodes: where all ranks are called, this one among them, and the interface for NCCL.
+static const char *check_meeting(const struct fake *f)
+{
+    struct comm_tcp_meeting where;
+    struct sockaddr_in own;
+    socklen_t n = sizeof own;
+    char place[64];
+    const char *interface = getenv("NCCL_SOCKET_IFNAME");
+    if (pread(f->meeting, &where, sizeof where, 0) != (ssize_t)sizeof where || where.size != atoi(f->ranks) ||
+        strlen(where.secret) != 24)
+        return "the meeting is missing";
+    if (getsockname(f->listener, (struct sockaddr *)&own, &n) != 0)
+        return "nobody can call it";
+    snprintf(place, sizeof place, "127.0.0.1:%d", ntohs(own.sin_port));
+    if (strcmp(place, where.places[atoi(f->rank)]) != 0)
+        return "it is called elsewhere";
+    return interface && strcmp(interface, "=lo") == 0 ? NULL : "NCCL would choose an interface";
 }
 
 // What a worker must find: no descriptor but its own, its own process group, no blocked signal, a death signal.
@@ -92,11 +118,13 @@ static const char *check_surroundings(const struct fake *f)
     int death = 0;
     DIR *fds = opendir("/proc/self/fd");
     for (struct dirent *e; fds && (e = readdir(fds));)
-        if (*e->d_name != '.' && atoi(e->d_name) > 4 && atoi(e->d_name) != dirfd(fds))
+        if (*e->d_name != '.' && atoi(e->d_name) > (f->meeting ? 5 : 4) && atoi(e->d_name) != dirfd(fds))
             return "inherited a descriptor it must not have";
     if (fds)
         closedir(fds);
-    if (fstat(f->shm, &st) != 0 || st.st_size < 65536)
+    if (f->meeting && check_meeting(f))
+        return check_meeting(f);
+    if (!f->meeting && (fstat(f->shm, &st) != 0 || st.st_size < 65536))
         return "the shared region is missing";
     if (getpgrp() != getpid())
         return "not in a process group of its own";
