@@ -58,26 +58,14 @@ def serves(fleet, folder):
     told(fleet, "fake_cuda visible=3 gpu=0")
     told(fleet, "event=model.loaded", "device=cuda precision=fp32")
     fleet.run("plain")
-    assert generate(folder) == (0, [])
-    assert open(folder + "/own.png", "rb").read() == fleet.stored("plain.png"), "not the picture that generate makes"
+    assert generate(folder, "--device", "cuda", "--precision", "fp32", "--exact") == (0, [])
+    picture = fleet.stored("plain.png")
+    assert open(folder + "/own.png", "rb").read() == picture, "not the picture that generate makes"
+    assert b" exact" in picture, "the group is not exact"
     fleet.run("asked", precision=job_pb2.PRECISION_FP32)
     result = fleet.result("other", fleet.submit(fleet.job("other", precision=job_pb2.PRECISION_FP8)))
     assert result.state == DEAD and result.error.code == "unsupported", result
     assert "precision fp8: group g, which took the job, computes in fp32; leave precision at default" in result.error.message
-
-
-def serves_exactly(fleet, folder):
-    pids = fleet.wait_ready()
-    for exact in True, False:
-        configure(fleet, folder, grace=2, group="precision = fp32" + "\nexact = yes" * exact)
-        fleet.processes["supervisor"].send_signal(signal.SIGHUP)
-        until("a new group", lambda: fleet.group()["state"] == "ready" and fleet.pids() != pids)
-        pids = fleet.pids()
-        fleet.run("plain-%s" % exact)
-        said = generate(folder, "--device", "cuda", "--precision", "fp32", *["--exact"] * exact)
-        assert said == (0, []), said
-        picture = fleet.stored("plain-%s.png" % exact)
-        assert open(folder + "/own.png", "rb").read() == picture and (b" exact" in picture) == exact, "exact = %s" % exact
 
 
 def fails_in_a_job(fleet):
@@ -161,10 +149,9 @@ def main():
         broken = programs(fleet, "broken", MODEL + "/model_index.json")
         fleet.redis()
         fleet.sink("sink")
-        configure(fleet, folder, grace=2)
+        configure(fleet, folder, grace=2, group="precision = fp32\nexact = yes")
         fleet.supervisor()
         serves(fleet, folder)
-        serves_exactly(fleet, folder)
         fails_in_a_job(fleet)
         runs_out_of_memory(fleet)
         is_taken_away_unharmed(fleet)

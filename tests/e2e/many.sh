@@ -119,8 +119,16 @@ expect 2 "--state sleeping is no state; allowed: active, queued" "$ditfleet" job
 expect 2 "--newer is soon; allowed: a time like 90s" "$ditfleet" jobs --newer soon
 
 # ---- status, anew each second on a terminal
-{ sleep 2.5 && printf '\003'; } |
-  script -qec "stty rows 12 cols 70; exec '$ditfleet' status --config '$fleet/ditfleet.conf'" live >/dev/null ||
+rm -f live
+drawn() { # until it has told how fast the job goes, as soon as a step is done
+  sleep 2.5
+  for _ in $(seq 120); do
+    grep -q "steps/s" live 2>/dev/null && break
+    sleep 0.5
+  done
+  printf '\003'
+}
+drawn | script -fqec "stty rows 12 cols 70; exec '$ditfleet' status --config '$fleet/ditfleet.conf'" live >/dev/null ||
   fail "Ctrl-C did not end status well: $(cat -A live)"
 [[ $(grep -c "^.*group demo: ready" live) -ge 2 ]] || fail "status is not drawn anew: $(cat -A live)"
 grep -q "steps/s" live || fail "no steps a second: $(cat -A live)"
@@ -136,5 +144,5 @@ expect 0 "long-3 CANCELLED" "$ditfleet" cancel long-3
 expect 0 "group demo: stopped" "$ditfleet" status --config "$fleet/ditfleet.conf"
 expect 0 '"groups":["demo"]' "$ditfleet" resume demo --json --config "$fleet/ditfleet.conf"
 done_now() { "$ditfleet" jobs --state succeeded --limit 0 | grep '^long-2 ' >/dev/null; }
-fleet_wait supervisor 60 done_now
+fleet_wait supervisor 150 done_now # two pictures, in a slow build
 expect 0 "0 failed by its own error, 0 by the fleet's" "$ditfleet" show long-2
