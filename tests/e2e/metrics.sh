@@ -22,7 +22,7 @@ value() {
 
 # becomes SERIES OPERATOR NUMBER: within some seconds
 becomes() {
-  local end=$((SECONDS + 30))
+  local end=$((SECONDS + 90))
   until scrape && awk "BEGIN {exit !(\"$(value "$1")\" != \"\" && $(value "$1")+0 $2 $3)}"; do
     ((SECONDS < end)) || fail "$1 is $(value "$1"), not $2 $3"
     sleep 0.2
