@@ -339,9 +339,9 @@ static int read_nodes(const char *text, struct conf_node *out)
 
 static const char *check_nodes(const char *v)
 {
-    return read_nodes(v, NULL) >= 0 && read_nodes(v, NULL) != 1
-               ? NULL
-               : "two or more NODE:RANKS, commas between them, 64 ranks in all: a:2, b:2; or nothing";
+    const int n = read_nodes(v, NULL);
+    return n == 0 || n > 1 ? NULL
+                           : "two or more NODE:RANKS, commas between them, 64 ranks in all: a:2, b:2; or nothing";
 }
 
 static const char *check_model(const char *v)
@@ -976,9 +976,8 @@ int conf_group_threads(const struct conf_group *g)
     cpu_set_t cpus;
     if (g->threads > 0)
         return g->threads;
-    const int here = g->local_ranks > 0 ? g->local_ranks : g->ranks;
     int cores = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : (int)sysconf(_SC_NPROCESSORS_ONLN);
-    return cores / here > 1 ? cores / here : 1;
+    return cores / g->local_ranks > 1 ? cores / g->local_ranks : 1;
 }
 
 const char *conf_worker_id(const struct conf *c, const char *group, char out[CONF_WORKER_ID_BYTES])
@@ -1015,6 +1014,24 @@ static void print_value(FILE *to, const struct key *k, const void *field)
     fputc('\n', to);
 }
 
+static bool is_among(const char *name, const char *const *names, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(name, names[i]) == 0)
+            return true;
+    return false;
+}
+#define IS_AMONG(name, names) is_among(name, names, sizeof(names) / sizeof *(names))
+
+static char *close_text(FILE *to, char **text)
+{
+    if (fclose(to) != 0) {
+        free(*text);
+        return NULL;
+    }
+    return *text;
+}
+
 char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g)
 {
     static const char *const read_by_workers[] = {"queue", "upload", "moderation", "deadline", "log"};
@@ -1024,18 +1041,12 @@ char *conf_group_fingerprint(const struct conf *c, const struct conf_group *g)
     if (!to)
         return NULL;
     for (const struct key *k = keys; k < keys + KEYS; k++) {
-        bool group = strcmp(k->section, "group") == 0, shared = false;
-        for (size_t i = 0; i < sizeof read_by_workers / sizeof *read_by_workers; i++)
-            shared |= strcmp(k->section, read_by_workers[i]) == 0;
-        if (group || shared)
+        const bool group = strcmp(k->section, "group") == 0;
+        if (group || IS_AMONG(k->section, read_by_workers))
             print_value(to, k, group ? (const char *)g + k->offset : (const char *)c + k->offset);
     }
     fprintf(to, "callbacks=%d\n", *c->callback.secret_file != 0); // all that admission asks about them
-    if (fclose(to) != 0) {
-        free(text);
-        return NULL;
-    }
-    return text;
+    return close_text(to, &text);
 }
 
 char *conf_group_terms(const struct conf_group *g)
@@ -1046,18 +1057,10 @@ char *conf_group_terms(const struct conf_group *g)
     FILE *to = open_memstream(&text, &n);
     if (!to)
         return NULL;
-    for (const struct key *k = keys; k < keys + KEYS; k++) {
-        bool own = strcmp(k->section, "group") != 0;
-        for (size_t i = 0; i < sizeof each_nodes_own / sizeof *each_nodes_own; i++)
-            own |= strcmp(k->name, each_nodes_own[i]) == 0;
-        if (!own)
+    for (const struct key *k = keys; k < keys + KEYS; k++)
+        if (strcmp(k->section, "group") == 0 && !IS_AMONG(k->name, each_nodes_own))
             print_value(to, k, (const char *)g + k->offset);
-    }
     for (int i = 0; i < g->model.count; i++)
         fprintf(to, "group.model=%s@%s\n", g->models[i].name, g->models[i].version);
-    if (fclose(to) != 0) {
-        free(text);
-        return NULL;
-    }
-    return text;
+    return close_text(to, &text);
 }

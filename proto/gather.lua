@@ -10,7 +10,8 @@
 --   away   has none; reason: why
 --
 -- Terms and places are an offer's, and stay. Replies {formation or "", its secret, {phase, mark, milliseconds since it
--- was seen (-1: never), terms, places, reason} of each node}. An offer that was taken stays so until one of the others is no longer in the formation.
+-- was seen (-1: never), terms, places, reason} of each node}. An offer that was taken stays so until one of the others
+-- is no longer in the formation.
 
 local key, n, me = KEYS[1], #ARGV - 6, tonumber(ARGV[1])
 local time = redis.call('TIME')

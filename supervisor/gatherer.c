@@ -19,8 +19,7 @@ struct entry {
     struct span_nodes of;
     struct gather_node mine;
     bool changed, gone; // mine has not gone out yet; the loop has no use for it any more
-    bool heard;
-    struct gather_node said; // for view
+    bool heard;         // view answers mine
     struct gather_view view;
 };
 
@@ -59,54 +58,26 @@ static int report(struct gatherer *g, const struct entry *e, struct gather_view 
     return gather(g->queue, e->of.group, names, e->of.n_nodes, e->of.me, &e->mine, out, err);
 }
 
-// What came back goes to the group's entry, unless the loop has said something else meanwhile.
-static void deliver(struct gatherer *g, const struct entry *sent, struct gather_view *view)
+// What came back counts, unless the loop has said something else meanwhile.
+static void deliver(struct gatherer *g, struct entry *e, struct gather_view *view)
 {
     const uint64_t one = 1;
-    struct entry *e = g->entries;
-    while (e && strcmp(e->of.group, sent->of.group) != 0)
-        e = e->next;
-    if (!e || e->changed) {
+    if (e->changed) {
         gather_view_free(view);
         return;
     }
     gather_view_free(&e->view);
     e->view = *view;
-    e->said = sent->mine;
     e->heard = true;
     const ssize_t ignored = write(g->fd, &one, sizeof one); // full means readable already
     (void)ignored;
 }
 
-static struct entry *drop_gone(struct entry *list)
-{
-    struct entry *kept = NULL, **last = &kept;
-    for (struct entry *e = list, *next; e; e = next) {
-        next = e->next;
-        if (e->gone && !e->changed) {
-            gather_view_free(&e->view);
-            free(e);
-            continue;
-        }
-        *last = e;
-        last = &e->next;
-    }
-    *last = NULL;
-    return kept;
-}
-
-// Every group once. The mutex is held but for the calls, over which the list may change: sent is a copy.
+// Every group once. The mutex is held but for the calls, over which entries may be appended and what they say may
+// change, so a copy is sent; only this thread takes them out.
 static void report_all(struct gatherer *g, struct entry *sent)
 {
-    int n = 0;
-    for (struct entry *e = g->entries; e; e = e->next)
-        n++;
-    for (int i = 0; i < n; i++) {
-        struct entry *e = g->entries;
-        for (int k = 0; e && k < i; k++)
-            e = e->next;
-        if (!e)
-            return;
+    for (struct entry **at = &g->entries, *e; (e = *at) != NULL;) {
         struct err err = {0};
         struct gather_view view = {0};
         *sent = *e;
@@ -116,9 +87,15 @@ static void report_all(struct gatherer *g, struct entry *sent)
         report_redis(g, rc, &err);
         pthread_mutex_lock(&g->mutex);
         if (rc == 0)
-            deliver(g, sent, &view);
+            deliver(g, e, &view);
+        if (sent->gone) { // that was its last word
+            *at = e->next;
+            gather_view_free(&e->view);
+            free(e);
+        } else {
+            at = &e->next;
+        }
     }
-    g->entries = drop_gone(g->entries);
 }
 
 static bool is_news(const struct gatherer *g)
@@ -253,13 +230,12 @@ void gatherer_forget(struct gatherer *g, const char *group)
     pthread_mutex_unlock(&g->mutex);
 }
 
-bool gatherer_hear(struct gatherer *g, const char *group, struct gather_node *said, struct gather_view *view)
+bool gatherer_hear(struct gatherer *g, const char *group, const struct gather_node *mine, struct gather_view *view)
 {
     pthread_mutex_lock(&g->mutex);
     struct entry *e = find(g, group);
-    const bool heard = e && e->heard;
+    const bool heard = e && e->heard && gather_same(&e->mine, mine);
     if (heard) {
-        *said = e->said;
         *view = e->view;
         e->view = (struct gather_view){0};
         e->heard = false;

@@ -17,8 +17,8 @@ void gatherer_say(struct gatherer *g, const struct span_nodes *group, const stru
 // The group is no more, or spans nodes no more: that is said once. Others are none of this function's business.
 void gatherer_forget(struct gatherer *g, const char *group);
 
-// A view that came since the last call, the caller's to gather_view_free, and what had been said for it. False: none.
-bool gatherer_hear(struct gatherer *g, const char *group, struct gather_node *said, struct gather_view *view);
+// A view that came since the last call and answers what is said now, the caller's to gather_view_free. False: none.
+bool gatherer_hear(struct gatherer *g, const char *group, const struct gather_node *mine, struct gather_view *view);
 // Readable (an eventfd) when there is one; gatherer_rest makes it unreadable until the next.
 int gatherer_fd(const struct gatherer *g);
 void gatherer_rest(struct gatherer *g);

@@ -253,13 +253,14 @@ static int on_nodes(sd_event_source *source, int fd, uint32_t events, void *arg)
     struct supervisor *s = arg;
     gatherer_rest(s->gatherer);
     for (int i = 0; i < s->n_groups; i++) {
-        struct gather_node said, mine;
+        struct gather_node mine;
         struct gather_view view;
-        if (!group_nodes(s->groups[i]) || !gatherer_hear(s->gatherer, group_name(s->groups[i]), &said, &view))
+        if (!group_nodes(s->groups[i]))
             continue;
         group_report(s->groups[i], &mine);
-        if (gather_same(&said, &mine))
-            group_hear(s->groups[i], &view, monotonic_seconds());
+        if (!gatherer_hear(s->gatherer, group_name(s->groups[i]), &mine, &view))
+            continue;
+        group_hear(s->groups[i], &view, monotonic_seconds());
         gather_view_free(&view);
     }
     return 0;

@@ -206,7 +206,7 @@ static int bench_rank(void *arg, struct comm *comm, struct err *err)
 static int bench(struct bench *b, const char *what, struct err *err)
 {
     TRY(check(b, what, err));
-    const struct conf_group group = {.threads = b->threads, .ranks = b->ranks};
+    const struct conf_group group = {.threads = b->threads, .local_ranks = b->ranks};
     b->threads = conf_group_threads(&group);
     if (b->checkpoint)
         return bench_checkpoint(b, err);

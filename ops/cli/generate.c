@@ -250,7 +250,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
     if (rc < 0 && choose_device(&g, &err) != 0)
         rc = cli_fail(&err);
     if (rc < 0) {
-        const struct conf_group group = {.threads = g.threads, .ranks = g.ranks};
+        const struct conf_group group = {.threads = g.threads, .local_ranks = g.ranks};
         g.threads = conf_group_threads(&group);
         rc = generate(&g, &err) == 0 ? CLI_OK : cli_fail(&err);
     }

@@ -65,7 +65,7 @@ static int invent_model(struct planning *p, struct err *err)
 static int prepare(struct planning *p, struct err *err)
 {
     const struct kernels *k;
-    const struct conf_group group = {.threads = p->threads, .ranks = p->ranks};
+    const struct conf_group group = {.threads = p->threads, .local_ranks = p->ranks};
     p->threads = conf_group_threads(&group);
     TRY(backend_find(p->device, &k, err));
     TRY(p->architecture ? invent_model(p, err) : model_load(p->model_dir, &p->model, err));

@@ -474,7 +474,7 @@ static void print_json(const struct tuning *t, const char *path)
 
 static int tune(struct tuning *t, struct err *err)
 {
-    const struct conf_group one = {.ranks = 1};
+    const struct conf_group one = {.local_ranks = 1};
     const int cores = conf_group_threads(&one);
     char path[4096];
     if (strcmp(t->device, "dry") == 0)
@@ -485,7 +485,7 @@ static int tune(struct tuning *t, struct err *err)
                        "--device cuda takes --ranks 1: what several GPUs say to each other is not measured yet");
     if (t->ranks == 0)
         t->ranks = cuda ? 1 : cores < 2 ? 2 : cores < COMM_MAX_RANKS ? cores : COMM_MAX_RANKS;
-    const struct conf_group group = {.ranks = t->ranks, .threads = t->threads};
+    const struct conf_group group = {.local_ranks = t->ranks, .threads = t->threads};
     t->threads = conf_group_threads(&group);
     TRY(backend_find(t->device, &t->kernels, err));
     TRY(precision_of(t->kernels, t->job->precision, t->job->precision, &t->precision, err));
