@@ -6,7 +6,7 @@
 -- Redis keeps it as a function, made once (FUNCTION LOAD, FCALL), or runs all of its text with each operation (EVALSHA), where
 -- access control or a server's age leave no other way. So what belongs to one operation is in `run`, which each finds empty.
 local P, argv, run
-local call, floor, min, max -- bound with each operation: a function's making has no globals
+local call, char, format, tonumber, floor, min, max -- bound with each operation: a function's making has no globals
 local K = 64
 local CLASSES = { 'high', 'normal', 'low' }
 local HELD = { LEASED = true, RUNNING = true, UPLOADING = true }
@@ -21,12 +21,17 @@ local SETTINGS = {
   check_ms = 60000, dlq_max = 10000, outbox_max = 10000, max_backlog_ms = 0, max_speed = 64,
   turn_normal = 4, turn_low = 16,
 }
-local EVENT_MAX = 1000 -- of one job's stream
+local EVENT_MAX = '1000' -- of one job's stream
 local SERVES_MS = 60000 -- how long a worker counts as serving a pool after it last said so
 local CALLBACK_KEEP_MS = 86400000 -- how long a callback that is due can wait for its turn
 local OVERLOADED_KEEP_MS = 600000 -- how long it is told that a submission was one too many: they may come by the thousand
 
-local function int(n) return string.format('%.0f', n) end
+-- As Redis takes numbers. What is passed to it as one is written with 17 digits, which takes as long as a small command.
+local function int(n)
+  if n > -2 ^ 53 and n < 2 ^ 53 then return format('%d', n) end
+  return format('%.0f', n)
+end
+local function real(n) return n % 1 == 0 and int(n) or n end
 
 local function conf(name)
   if not run.conf then
@@ -40,14 +45,15 @@ end
 local function now() -- milliseconds, the same during one run
   if not run.now then
     local t = call('TIME')
-    run.now, run.ticks = t[1] * 1000 + floor(t[2] / 1000), t[1] * 1000000 + t[2]
+    run.now, run.micros = t[1] * 1000 + floor(t[2] / 1000), t[2] % 1000
+    run.now_text = int(run.now)
   end
   return run.now
 end
-local function next_rank() -- microseconds, growing: order of admission
-  now()
-  run.ticks = run.ticks + 1
-  return run.ticks
+local function now_text() return now() and run.now_text end
+local function next_rank() -- microseconds, growing, as text: order of admission
+  run.ticks = (run.ticks or now() * 1000 + run.micros) + 1
+  return int(run.ticks)
 end
 
 -- Where all of this text runs with each operation, what costs is making functions: each looks for the locals that it uses among
@@ -58,15 +64,11 @@ local function queue()
 -- ---- protobuf, as far as events and failed results need it
 
 local function varint(n)
-  local bytes = {}
-  repeat
-    local low = n % 128
-    n = (n - low) / 128
-    bytes[#bytes + 1] = string.char(n > 0 and low + 128 or low)
-  until n == 0
-  return table.concat(bytes)
+  if n < 128 then return char(n) end
+  local low = n % 128
+  return char(low + 128) .. varint((n - low) / 128)
 end
-local function pb_number(field, n) return n == 0 and '' or varint(field * 8) .. varint(n) end
+local function pb_number(field, n) return n == 0 and '' or n < 128 and char(field * 8, n) or char(field * 8) .. varint(n) end
 local function pb_string(field, s) return s == '' and '' or varint(field * 8 + 2) .. varint(#s) .. s end
 local function pb_double(field, x) return x == 0 and '' or varint(field * 8 + 1) .. struct.pack('<d', x) end
 local function pb_error(e)
@@ -84,68 +86,100 @@ end
 
 -- ---- the record
 
--- What every operation needs, and what only some do: those call read_fields(r, REST) first.
-local BASE = { 'state', 'epoch', 'nonce', 'pool', 'class', 'worker', 'stage', 'step', 'steps', 'gpu_ms', 'deadline_ms',
-               'rank', 'due_ms', 'callback' }
-local REST = { 'attempts_app', 'attempts_infra', 'max_attempts', 'created_ms', 'batch', 'left', 'hash', 'refused' }
-local NUMBER = { epoch = true, step = true, steps = true, gpu_ms = true, deadline_ms = true, rank = true,
-                 attempts_app = true, attempts_infra = true, max_attempts = true, due_ms = true, created_ms = true }
-
--- What a claim reads in one call. (Made only then: what stands outside of functions runs with every operation.)
-local function all_fields()
-  local names = { 'payload' }
-  for _, n in ipairs(BASE) do names[#names + 1] = n end
-  for _, n in ipairs(REST) do names[#names + 1] = n end
-  return names
-end
-
 local function record_key(tenant, id) return P .. 'job:' .. tenant .. ':' .. id end
 local function member(r) return r.tenant .. ':' .. r.id end
 
-local function read_fields(r, names)
-  local values = call('HMGET', record_key(r.tenant, r.id), unpack(names))
-  for i = 1, #names do
-    local f, v = names[i], values[i]
-    if NUMBER[f] then r[f] = tonumber(v or 0) or 0 else r[f] = v or '' end
-  end
+-- What operations need of a record; nil: no such job. The second answer has the values of further fields, from MORE on.
+local MORE = 15
+local function load(tenant, id, ...)
+  local v = call('HMGET', record_key(tenant, id), 'state', 'epoch', 'nonce', 'pool', 'class', 'worker', 'stage', 'step', 'steps',
+    'gpu_ms', 'deadline_ms', 'rank', 'due_ms', 'callback', ...)
+  if (v[1] or '') == '' then return end
+  return {
+    tenant = tenant, id = id, state = v[1], epoch = v[2] and tonumber(v[2]) or 0, nonce = v[3] or '', pool = v[4] or '',
+    class = v[5] or '', worker = v[6] or '', stage = v[7] or '', step = v[8] and tonumber(v[8]) or 0,
+    steps = v[9] and tonumber(v[9]) or 0, gpu_ms = v[10] and tonumber(v[10]) or 0, deadline_ms = v[11] and tonumber(v[11]) or 0,
+    rank = v[12] or '0', due_ms = v[13] and tonumber(v[13]) or 0, callback = v[14] or '',
+  }, v
 end
-local function load(tenant, id, names) -- nil: no such job
-  local r = { tenant = tenant, id = id }
-  read_fields(r, names or BASE)
-  return r.state ~= '' and r or nil
-end
-local function load_member(m, names)
+local function load_member(m, ...)
   local tenant, id = m:match('^([^:]*):(.*)$')
-  return load(tenant or '', id or '', names)
+  return load(tenant or '', id or '', ...)
 end
 
--- `stats` counts what the sizes of the indexes do not tell: see ops.stats and ops.pools.
+-- ---- figures: `stats`, and each tenant's hash
+-- A run that handles many jobs changes the same few again and again: they are added up and written once, at its end.
+-- None falls below nothing: jobs that an older script let in leave without having been counted.
+
+local function add_number(k, field, by) -- the sum
+  local n = call('HINCRBY', k, field, int(by))
+  if n < 0 then call('HSET', k, field, '0') end
+  return max(0, n)
+end
+
+-- A tenant as it was when first asked for, with what the run did since.
+local function read_tenant(tenant)
+  local t = run.tenants[tenant]
+  if t then return t end
+  local v = call('HMGET', P .. 'tenant:' .. tenant, 'ready', 'gpu_ms', 'vtime', 'rate', 'burst_ms', 'max_queued_ms', 'spent_ms',
+    'spent_at')
+  t = { ready = v[1] and tonumber(v[1]) or 0, gpu_ms = v[2] and tonumber(v[2]) or 0, vtime = v[3] and tonumber(v[3]) or 0,
+        rate = v[4] and tonumber(v[4]) or 0, burst_ms = v[5] and tonumber(v[5]) or 0,
+        max_queued_ms = v[6] and tonumber(v[6]) or 0, spent_ms = v[7] and tonumber(v[7]) or 0,
+        spent_at = v[8] and tonumber(v[8]) or 0, changed = false }
+  run.tenants[tenant] = t
+  return t
+end
+local function add_tenant(tenant, field, by) -- the sum
+  local t = run.tenants[tenant]
+  if not t then return add_number(P .. 'tenant:' .. tenant, field, by) end
+  t[field], t.changed = max(0, t[field] + by), true
+  return t[field]
+end
+
+-- `stats` counts what the sizes of the indexes do not tell, see ops.stats; and of each pool the jobs in each place, and what they
+-- cost, see ops.pools.
 local COUNTED = { RUNNING = true, UPLOADING = true, RETRY_WAIT = true }
 local PLACE = { QUEUED = 'queued', DELAYED = 'delayed', RETRY_WAIT = 'delayed',
                 LEASED = 'working', RUNNING = 'working', UPLOADING = 'working' }
-local function count(field, by) call('HINCRBY', P .. 'stats', field, by) end
--- Never below nothing: jobs that an older script let in leave without having been counted.
-local function count_amount(k, field, by)
-  if call('HINCRBY', k, field, by) < 0 then call('HSET', k, field, 0) end
+local PLACE_MS = { queued = 'queued_ms', delayed = 'delayed_ms', working = 'working_ms' }
+local function count(field, by) run.counts[field] = (run.counts[field] or 0) + by end
+local function count_places(r, from, to)
+  local p = run.pools[r.pool]
+  if not p then
+    p = { queued = 0, queued_ms = 0, delayed = 0, delayed_ms = 0, working = 0, working_ms = 0 }
+    run.pools[r.pool] = p
+  end
+  if from then p[from], p[PLACE_MS[from]] = p[from] - 1, p[PLACE_MS[from]] - r.gpu_ms end
+  if to then p[to], p[PLACE_MS[to]] = p[to] + 1, p[PLACE_MS[to]] + r.gpu_ms end
 end
-local function count_place(place, r, by) -- jobs of a pool, and what they cost
-  if not place then return end
-  count_amount(P .. 'stats', place .. ':' .. r.pool, by)
-  -- 0 +: of a free job it would be -0, which is no integer to Redis.
-  count_amount(P .. 'stats', place .. '_ms:' .. r.pool, 0 + by * r.gpu_ms)
+
+local function write_figures()
+  local stats = P .. 'stats'
+  for field, by in pairs(run.counts) do add_number(stats, field, by) end
+  for pool, places in pairs(run.pools) do
+    for place, by in pairs(places) do
+      if by ~= 0 then add_number(stats, place .. ':' .. pool, by) end
+    end
+  end
+  for tenant, t in pairs(run.tenants) do
+    if t.changed then
+      call('HSET', P .. 'tenant:' .. tenant, 'ready', int(t.ready), 'gpu_ms', int(t.gpu_ms), 'vtime', real(t.vtime))
+      if t.rate > 0 then call('HSET', P .. 'tenant:' .. tenant, 'spent_ms', real(t.spent_ms), 'spent_at', int(t.spent_at)) end
+    end
+  end
 end
 
 local function tell(r, e, eta) -- an event for whoever watches this job
   local k = P .. 'ev:' .. r.tenant .. ':' .. r.id
   call('XADD', k, 'MAXLEN', '~', EVENT_MAX, '*', 'event', pb_event(r, e, eta))
-  -- Set where a life ends or turns; the steps in between need not.
-  if not HELD[r.state] then call('PEXPIRE', k, r.keep_ms or conf(FINAL[r.state] and 'events_ms' or 'retention_ms')) end
+  if FINAL[r.state] then call('PEXPIRE', k, int(r.keep_ms or conf('events_ms'))) end
 end
 
 local function wake(pool)
   if run.woken[pool] then return end
   run.woken[pool] = true
-  call('XADD', P .. 'wake', 'MAXLEN', '~', 1000, '*', 'pool', pool)
+  call('XADD', P .. 'wake', 'MAXLEN', '~', '1000', '*', 'pool', pool)
 end
 
 -- ---- the ready set and the ring of tenants
@@ -156,47 +190,52 @@ end
 
 local function ready_key(r) return P .. 'ready:' .. r.pool .. ':' .. r.class .. ':' .. r.tenant end
 local function ring_key(pool, class) return P .. 'ring:' .. pool .. ':' .. class end
-local function vtime(tenant) return tonumber(call('HGET', P .. 'tenant:' .. tenant, 'vtime') or 0) end
 local function vclock() return tonumber(call('GET', P .. 'vclock') or 0) end
 
 -- What a tenant has left: its place in the rings and, with a rate, what it spent of its bucket, which holds burst_ms
 -- GPU-milliseconds and fills at the rate. One claim may overdraw it, so that a job may cost more than a burst; then
 -- `again` is when it may claim next.
 local function read_purse(tenant)
-  local v = call('HMGET', P .. 'tenant:' .. tenant, 'vtime', 'rate', 'burst_ms', 'spent_ms', 'spent_at')
-  local p = { tenant = tenant, vtime = tonumber(v[1] or 0), rate = tonumber(v[2] or 0) }
-  if p.rate > 0 then
-    local burst = tonumber(v[3] or 0)
-    p.spent = max(0, tonumber(v[4] or 0) - p.rate * max(0, now() - tonumber(v[5] or 0)))
-    if p.spent > 0 and p.spent >= burst then p.again = floor(now() + (p.spent - burst) / p.rate) + 1 end
+  local t = read_tenant(tenant)
+  local p = { tenant = tenant, vtime = t.vtime, spent = 0, pool = false, again = false }
+  if t.rate > 0 then
+    p.spent = max(0, t.spent_ms - t.rate * max(0, now() - t.spent_at))
+    if p.spent > 0 and p.spent >= t.burst_ms then p.again = floor(now() + (p.spent - t.burst_ms) / t.rate) + 1 end
   end
   return p
+end
+
+-- A tenant that had nothing to claim has nothing to make up for.
+local function catch_up(t)
+  local clock = vclock()
+  if t.vtime < clock then t.vtime, t.changed = clock, true end
 end
 
 -- Back into the ring; the time it was kept from claiming counts as idling.
 local function end_limit(pool, class, tenant)
   if call('ZREM', P .. 'limited', pool .. ':' .. class .. ':' .. tenant) == 0 then return end
-  local at = max(vtime(tenant), vclock())
-  call('HSET', P .. 'tenant:' .. tenant, 'vtime', at)
-  call('ZADD', ring_key(pool, class), at, tenant)
+  local t = read_tenant(tenant)
+  catch_up(t)
+  call('ZADD', ring_key(pool, class), real(t.vtime), tenant)
   wake(pool)
 end
 
 -- due tells since when a job that had to wait could be claimed, for ops.pools, which reads no record: whoever looks at the
 -- figures need not be let near jobs.
 local function join_ready(r)
-  local ready, tenant, at = ready_key(r), P .. 'tenant:' .. r.tenant, nil
+  local ready = ready_key(r)
   if call('ZADD', ready, r.rank, member(r)) == 0 then return end
   if r.due_ms > 0 then call('HSET', P .. 'due', member(r), int(r.due_ms)) end
-  if call('HINCRBY', tenant, 'ready', 1) == 1 then
-    at = max(vtime(r.tenant), vclock())
-    call('HSET', tenant, 'vtime', at)
-  end
-  if call('ZCARD', ready) == 1 then call('ZADD', ring_key(r.pool, r.class), at or vtime(r.tenant), r.tenant) end
+  if add_tenant(r.tenant, 'ready', 1) == 1 then catch_up(read_tenant(r.tenant)) end
+  if run.ringed[ready] or call('ZCARD', ready) > 1 then return end
+  run.ringed[ready] = true
+  call('ZADD', ring_key(r.pool, r.class), real(read_tenant(r.tenant).vtime), r.tenant)
+  -- Whoever found nothing to claim has been woken since by what is in ready already.
+  wake(r.pool)
 end
 local function leave_ready(r)
   if r.due_ms > 0 then call('HDEL', P .. 'due', member(r)) end
-  if call('ZREM', ready_key(r), member(r)) == 1 then call('HINCRBY', P .. 'tenant:' .. r.tenant, 'ready', -1) end
+  if call('ZREM', ready_key(r), member(r)) == 1 then add_tenant(r.tenant, 'ready', -1) end
 end
 
 -- ---- the one place where a state changes
@@ -212,13 +251,11 @@ local function leave(r)
   end
 end
 local function enter(r)
-  if r.state == 'QUEUED' then
-    join_ready(r)
-    wake(r.pool)
-  elseif WAITING[r.state] then call('ZADD', P .. 'delayed', r.due_ms, member(r))
+  if r.state == 'QUEUED' then join_ready(r)
+  elseif WAITING[r.state] then call('ZADD', P .. 'delayed', int(r.due_ms), member(r))
   elseif HELD[r.state] then
     call('ZADD', P .. 'lease', r.lease_ms, member(r))
-    call('HSET', P .. 'held:' .. r.worker, member(r), r.incarnation .. ' ' .. int(r.epoch) .. ' ' .. r.nonce)
+    call('HSET', P .. 'held:' .. r.worker, member(r), r.holder)
   end
 end
 
@@ -252,9 +289,9 @@ end
 local function settle(r, k) -- a record that became final
   local retention = conf('retention_ms')
   call('ZREM', P .. 'live', member(r))
-  call('PEXPIRE', k, retention)
+  call('PEXPIRE', k, int(retention))
   count(r.state, 1)
-  count_amount(P .. 'tenant:' .. r.tenant, 'gpu_ms', 0 - r.gpu_ms)
+  add_tenant(r.tenant, 'gpu_ms', -r.gpu_ms)
   if r.callback ~= '' then post_callback(r, k) end
 end
 local function move(r, state, set, e, eta)
@@ -263,15 +300,12 @@ local function move(r, state, set, e, eta)
   if from ~= '' and not stays then leave(r) end
   if COUNTED[from] then count(from, -1) end
   if COUNTED[state] then count(state, 1) end
-  if PLACE[from] ~= PLACE[state] then
-    count_place(PLACE[from], r, -1)
-    count_place(PLACE[state], r, 1)
-  end
+  if PLACE[from] ~= PLACE[state] then count_places(r, PLACE[from], PLACE[state]) end
   r.state = state
   if not stays then enter(r) end
   -- The payload may hold secrets (headers, signed URLs). DEAD keeps it: a dead job can be looked into.
   if FINAL[state] and state ~= 'DEAD' then set[n + 1], set[n + 2] = 'payload', '' end
-  call('HSET', k, 'state', state, 'updated_ms', int(now()), unpack(set))
+  call('HSET', k, 'state', state, 'updated_ms', now_text(), unpack(set))
   if FINAL[state] then settle(r, k) end
   -- A stream takes 4 KB from its first entry on: a job that waits to be claimed for the first time has none.
   if from ~= '' or FINAL[state] then tell(r, e, eta) end
@@ -295,12 +329,11 @@ end
 -- An attempt failed. cause: 'app' counts against the job, 'infra' against the fleet; poison: it is the last. Full jitter: random is
 -- in [0, 1).
 local function fail_attempt(r, cause, e, random, left, poison)
-  local field = 'attempts_' .. cause
-  read_fields(r, REST)
-  local n = r[field] + 1
-  local most = cause == 'infra' and conf('max_attempts_infra') or (r.max_attempts > 0 and r.max_attempts or conf('max_attempts'))
-  r[field] = n
-  call('HSET', record_key(r.tenant, r.id), field, n, 'left', left)
+  local field, k = 'attempts_' .. cause, record_key(r.tenant, r.id)
+  local v = call('HMGET', k, field, 'max_attempts')
+  local n, its_most = (tonumber(v[1] or 0) or 0) + 1, tonumber(v[2] or 0) or 0
+  local most = cause == 'infra' and conf('max_attempts_infra') or (its_most > 0 and its_most or conf('max_attempts'))
+  call('HSET', k, field, int(n), 'left', left)
   if n >= most or poison or (cause == 'app' and not e.retryable) then return fail_final(r, 'DEAD', e) end
   count('retries', 1)
   local delay = floor(random * min(conf('backoff_cap_ms'), conf('backoff_ms') * 2 ^ (n - 1)))
@@ -313,15 +346,15 @@ local function fail_attempt(r, cause, e, random, left, poison)
   move(r, 'RETRY_WAIT', set, e)
 end
 
-local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now(), 'LIMIT', 0, n or K) end
+local function due(name, n) return call('ZRANGEBYSCORE', P .. name, '-inf', now_text(), 'LIMIT', '0', int(n or K)) end
 local function next_check(r)
   local at = now() + conf('check_ms')
   return r.deadline_ms > 0 and min(at, r.deadline_ms) or at
 end
 
 local function begin(r) -- a record that is not final from now on
-  call('ZADD', P .. 'live', next_check(r), member(r))
-  call('HINCRBY', P .. 'tenant:' .. r.tenant, 'gpu_ms', int(r.gpu_ms))
+  call('ZADD', P .. 'live', int(next_check(r)), member(r))
+  add_tenant(r.tenant, 'gpu_ms', r.gpu_ms)
 end
 
 -- ---- operations
@@ -407,19 +440,18 @@ local function refuse(tenant, a, e)
     local k = record_key(tenant, name)
     if name ~= '' and (call('EXISTS', k) == 0 or call('HGET', k, 'refused') == '1') then
       call('DEL', k)
-      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', a.entry, 'created_ms', int(now()), 'updated_ms', int(now()),
+      call('HSET', k, 'state', 'DEAD', 'refused', 1, 'entry', a.entry, 'created_ms', now_text(), 'updated_ms', now_text(),
         'error_code', e.code, 'error', e.message, 'result', pb_result(a.id, 'DEAD', e, 0))
-      call('PEXPIRE', k, keep_ms)
+      call('PEXPIRE', k, int(keep_ms))
       tell({ tenant = tenant, id = name, state = 'DEAD', stage = '', step = 0, steps = 0, epoch = 0, keep_ms = keep_ms }, e)
     end
   end
   return { 'refused', e.code, e.message }
 end
 
--- What the queue has of work, and one tenant of it, GPU-milliseconds; read once a run, then kept up.
+-- What the queue has of work, and one tenant of it, GPU-milliseconds; read once, then kept up.
 local function read_loads(tenant)
-  local t = call('HMGET', P .. 'tenant:' .. tenant, 'gpu_ms', 'max_queued_ms')
-  run.loads = { mine = tonumber(t[1] or 0), my_limit = tonumber(t[2] or 0), all = 0, limit = conf('max_backlog_ms') }
+  run.loads = { mine = read_tenant(tenant), all = 0, limit = conf('max_backlog_ms') }
   if run.loads.limit == 0 then return end
   local counted = call('HGETALL', P .. 'stats')
   for i = 1, #counted, 2 do
@@ -429,19 +461,20 @@ end
 
 -- The reason why there is no room for a job; nil: there is. When there will be is a guess: as if each job in work did one
 -- GPU-second in a second.
+local function above(who, has, limit, gpu_ms)
+  if limit <= 0 or has + gpu_ms <= limit then return end
+  local text = format('%s has %.3f GPU-seconds of work waiting and running, its limit is %.3f, and this job would add %.3f; ',
+    who, has / 1000, limit / 1000, gpu_ms / 1000)
+  local working = call('ZCARD', P .. 'lease')
+  if gpu_ms > limit then text = text .. 'ask for less: it is above the limit by itself'
+  elseif working == 0 then text = text .. 'submit it again when some of that is done'
+  else text = text .. format('submit it again in about %d s', math.ceil((has + gpu_ms - limit) / 1000 / working)) end
+  return { code = 'overloaded', message = text, retryable = true }
+end
 local function no_room(tenant, gpu_ms)
-  for _, l in ipairs({ { 'tenant ' .. tenant, run.loads.mine, run.loads.my_limit }, { 'the queue', run.loads.all, run.loads.limit } }) do
-    local who, has, limit = unpack(l)
-    if limit > 0 and has + gpu_ms > limit then
-      local text = string.format('%s has %.3f GPU-seconds of work waiting and running, its limit is %.3f, and this job would add %.3f; ',
-        who, has / 1000, limit / 1000, gpu_ms / 1000)
-      local working = call('ZCARD', P .. 'lease')
-      if gpu_ms > limit then text = text .. 'ask for less: it is above the limit by itself'
-      elseif working == 0 then text = text .. 'submit it again when some of that is done'
-      else text = text .. string.format('submit it again in about %d s', math.ceil((has + gpu_ms - limit) / 1000 / working)) end
-      return { code = 'overloaded', message = text, retryable = true }
-    end
-  end
+  local loads = run.loads
+  return above('tenant ' .. tenant, loads.mine.gpu_ms, loads.mine.max_queued_ms, gpu_ms)
+    or above('the queue', loads.all, loads.limit, gpu_ms)
 end
 
 -- The reason why a job cannot meet its deadline with the whole fleet to itself; nil: it can. Of the queue before it this says
@@ -455,16 +488,16 @@ local function no_time(r)
 end
 
 -- The same id again: the same job, or one that is refused.
-local function admit_again(tenant, a, there, hash)
-  if there.hash ~= hash then
+local function admit_again(tenant, a, there, there_hash, hash)
+  if there_hash ~= hash then
     return refuse(tenant, a, { code = 'conflict',
       message = 'id is taken by a job with other bytes, which is untouched; choose another id' })
   end
   local receipt = record_key(tenant, '@' .. a.entry)
   call('HSET', receipt, 'same_as', a.id)
-  call('PEXPIRE', receipt, conf('retention_ms'))
+  call('PEXPIRE', receipt, int(conf('retention_ms')))
   tell({ tenant = tenant, id = '@' .. a.entry, state = there.state, stage = '', step = 0, steps = 0, epoch = there.epoch })
-  call('PEXPIRE', P .. 'ev:' .. tenant .. ':@' .. a.entry, conf('retention_ms'))
+  call('PEXPIRE', P .. 'ev:' .. tenant .. ':@' .. a.entry, int(conf('retention_ms')))
   return 'duplicate'
 end
 
@@ -476,9 +509,8 @@ local function admit_one(tenant, a)
   end
   local hash, k = redis.sha1hex(a.payload), record_key(tenant, a.id)
   if call('EXISTS', k) == 1 then
-    local there = load(tenant, a.id)
-    read_fields(there, REST)
-    if there.refused ~= '1' then return admit_again(tenant, a, there, hash) end
+    local there, v = load(tenant, a.id, 'hash', 'refused')
+    if v[MORE + 1] ~= '1' then return admit_again(tenant, a, there, v[MORE], hash) end
     call('DEL', k, P .. 'ev:' .. tenant .. ':' .. a.id)
   end
   local r = { tenant = tenant, id = a.id, state = '', pool = a.pool, class = a.class, gpu_ms = tonumber(a.gpu_ms),
@@ -487,7 +519,7 @@ local function admit_one(tenant, a)
   local why_not = no_time(r) or no_room(tenant, r.gpu_ms)
   if why_not then return refuse(tenant, a, why_not) end
   local set = { 'payload', a.payload, 'hash', hash, 'entry', a.entry, 'pool', a.pool, 'class', a.class, 'gpu_ms', a.gpu_ms,
-    'batch', a.batch, 'rank', int(r.rank), 'created_ms', int(now()) }
+    'batch', a.batch, 'rank', r.rank, 'created_ms', now_text() }
   -- A field of a record takes 70 bytes: what says nothing is left out.
   for name, value in pairs({ deadline_ms = a.deadline_ms, due_ms = a.not_before_ms, max_attempts = a.max_attempts,
                              callback = a.callback }) do
@@ -498,23 +530,26 @@ local function admit_one(tenant, a)
     expire(r, set)
     return 'admitted'
   end
-  run.loads.mine, run.loads.all = run.loads.mine + r.gpu_ms, run.loads.all + r.gpu_ms
+  run.loads.all = run.loads.all + r.gpu_ms
   move(r, r.due_ms > now() and 'DELAYED' or 'QUEUED', set)
   return 'admitted'
 end
 
--- admit <tenant>, then for each entry these values; code not empty: refuse it with code and message
-local ADMIT = { 'entry', 'id', 'payload', 'size', 'pool', 'class', 'gpu_ms', 'deadline_ms', 'not_before_ms',
-                'max_attempts', 'batch', 'callback', 'code', 'message' }
+-- admit <tenant>, then for each entry: entry, id, payload, size, pool, class, gpu_ms, deadline_ms, not_before_ms, max_attempts,
+-- batch, callback, code, message; code not empty: refuse it with code and message
 function ops.admit()
   local out, done = {}, {}
   read_loads(argv[2])
-  for at = 3, #argv, #ADMIT do
-    local a = {}
-    for i, name in ipairs(ADMIT) do a[name] = argv[at + i - 1] end
-    out[#out + 1] = admit_one(argv[2], a)
+  for at = 3, #argv, 14 do
+    local entry, id, payload, size, pool, class, gpu_ms, deadline_ms, not_before_ms, max_attempts, batch, callback, code, message =
+      unpack(argv, at, at + 13)
+    out[#out + 1] = admit_one(argv[2], {
+      entry = entry, id = id, payload = payload, size = size, pool = pool, class = class, gpu_ms = gpu_ms,
+      deadline_ms = deadline_ms, not_before_ms = not_before_ms, max_attempts = max_attempts, batch = batch,
+      callback = callback, code = code, message = message,
+    })
     -- What is gone may be in the door all the same: a failover can lose its delivery. It will be delivered again.
-    if out[#out] ~= 'gone' then done[#done + 1] = a.entry end
+    if out[#out] ~= 'gone' then done[#done + 1] = entry end
   end
   if #done > 0 then call('XDEL', P .. 'in:' .. argv[2], unpack(done)) end
   return out
@@ -529,13 +564,13 @@ local function choose(pools, class)
   for _, pool in ipairs(pools) do
     local ring = ring_key(pool, class)
     for _ = 1, K do
-      local head = call('ZRANGE', ring, 0, 0, 'WITHSCORES')
+      local head = call('ZRANGE', ring, '0', '0', 'WITHSCORES')
       if #head == 0 then break end
       local p = read_purse(head[1])
       if p.again then
         call('ZREM', ring, p.tenant)
         call('ZADD', P .. 'limited', int(p.again), pool .. ':' .. class .. ':' .. p.tenant)
-      elseif p.vtime > tonumber(head[2]) then call('ZADD', ring, p.vtime, p.tenant) -- the score lagged: look again
+      elseif p.vtime > tonumber(head[2]) then call('ZADD', ring, real(p.vtime), p.tenant) -- the score lagged: look again
       else
         p.pool = pool
         if not best or p.vtime < best.vtime then best = p end
@@ -546,15 +581,19 @@ local function choose(pools, class)
   return best
 end
 
-local function claimed(r, nonce) -- a job as claim answers it
-  return { r.tenant, r.id, int(r.epoch), nonce, r.pool, int(r.attempts_app), int(r.attempts_infra), int(r.created_ms),
-           int(r.lease_ms), int(r.deadline_ms), r.payload }
+-- What else a claim reads, in one call with the rest, and answers: as text, as it is.
+local CLAIMED = { 'batch', 'attempts_app', 'attempts_infra', 'created_ms', 'payload' }
+local function claimed(r, v, epoch, lease_ms)
+  return { r.tenant, r.id, epoch, r.nonce, r.pool, v[MORE + 1] or '0', v[MORE + 2] or '0', v[MORE + 3] or '0', lease_ms,
+           int(r.deadline_ms), v[MORE + 4] or '' }
 end
 
-local function lease(r, c, nonce)
-  r.epoch, r.nonce, r.worker, r.incarnation, r.lease_ms = r.epoch + 1, nonce, c.worker, c.incarnation, now() + c.lease_ms
-  move(r, 'LEASED', { 'epoch', int(r.epoch), 'nonce', nonce, 'worker', c.worker, 'left', '', 'lease_ms', int(r.lease_ms) })
-  return claimed(r, nonce)
+local function lease(r, v, c, nonce)
+  local epoch = int(r.epoch + 1)
+  r.epoch, r.nonce, r.worker, r.lease_ms = r.epoch + 1, nonce, c.worker, c.lease_ms
+  r.holder = c.incarnation .. ' ' .. epoch .. ' ' .. nonce
+  move(r, 'LEASED', { 'epoch', epoch, 'nonce', nonce, 'worker', c.worker, 'left', '', 'lease_ms', c.lease_ms })
+  return claimed(r, v, epoch, c.lease_ms)
 end
 
 -- Higher classes come first, but for turns: while a class waits, each GPU-second that goes to a higher one in its pool brings its
@@ -583,49 +622,44 @@ local function pass_turns(turns, pool, class, gpu_ms)
   end
 end
 
--- In which order to look for a job: {pools, class}, ...
-local function order(pools, turns)
-  local out = {}
-  for _, pool in ipairs(pools) do
-    for _, class in ipairs(TURNED) do
-      if (turns[pool .. ':' .. class] or -1) >= 0 then out[#out + 1] = { { pool }, class } end
-    end
-  end
-  for _, class in ipairs(CLASSES) do out[#out + 1] = { pools, class } end
-  return out
-end
-
 -- The tenant pays in advance, and the clock moves on to where it stood.
 local function charge(best, gpu_ms)
-  local weight = tonumber(call('HGET', P .. 'tenants', best.tenant) or 1)
-  local set = { 'vtime', best.vtime + gpu_ms / weight }
-  if best.rate > 0 then set = { 'vtime', set[2], 'spent_ms', best.spent + gpu_ms, 'spent_at', int(now()) } end
-  call('HSET', P .. 'tenant:' .. best.tenant, unpack(set))
-  if best.vtime > vclock() then call('SET', P .. 'vclock', best.vtime) end
+  local weight, t = tonumber(call('HGET', P .. 'tenants', best.tenant) or 1), read_tenant(best.tenant)
+  t.vtime, t.spent_ms, t.spent_at, t.changed = best.vtime + gpu_ms / weight, best.spent + gpu_ms, now(), true
+  if best.vtime > vclock() then call('SET', P .. 'vclock', real(best.vtime)) end
 end
 
 -- Claims from one tenant: its oldest job, and up to c.most of the same batch key. Members that are no claimable job
 -- leave the set, so the caller's loop makes progress.
 local function claim_from(c, best, class, out)
   local ready, batch, gpu_ms = P .. 'ready:' .. best.pool .. ':' .. class .. ':' .. best.tenant, nil, 0
-  local members = call('ZRANGE', ready, 0, c.most > 1 and K - 1 or 0)
+  local members = call('ZRANGE', ready, '0', c.most > 1 and int(K - 1) or '0')
   if #members == 0 then call('ZREM', ring_key(best.pool, class), best.tenant) end
   for _, m in ipairs(members) do
     if #out == c.most then break end
-    local r = load_member(m, c.fields)
+    local r, v = load_member(m, unpack(CLAIMED))
     if not r or r.state ~= 'QUEUED' then
       call('ZREM', ready, m)
       call('HDEL', P .. 'due', m)
-      call('HINCRBY', P .. 'tenant:' .. best.tenant, 'ready', -1)
+      add_tenant(best.tenant, 'ready', -1)
     elseif r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r)
-    elseif not batch or r.batch == batch then
-      batch, gpu_ms = r.batch, gpu_ms + r.gpu_ms
-      out[#out + 1] = lease(r, c, c.nonces[#out + 1])
+    elseif not batch or v[MORE] == batch then
+      batch, gpu_ms = v[MORE], gpu_ms + r.gpu_ms
+      out[#out + 1] = lease(r, v, c, c.nonces[#out + 1])
     end
   end
   if #out > 0 then
     charge(best, gpu_ms)
     pass_turns(c.turns, best.pool, class, gpu_ms)
+  end
+end
+
+-- Unless there is something already.
+local function claim_class(c, pools, class, out)
+  for _ = 1, K do
+    local best = #out == 0 and choose(pools, class)
+    if not best then return end
+    claim_from(c, best, class, out)
   end
 end
 
@@ -635,10 +669,9 @@ local function claimed_before(c, out)
   for i = 1, #held, 2 do
     local nonce = held[i + 1]:match('%S+$')
     for n = 1, c.most do
-      local r = c.nonces[n] == nonce and load_member(held[i], c.fields)
-      if r then
-        r.lease_ms = tonumber(call('ZSCORE', P .. 'lease', held[i]) or now())
-        out[#out + 1] = claimed(r, nonce)
+      if c.nonces[n] == nonce then
+        local r, v = load_member(held[i], unpack(CLAIMED))
+        if r then out[#out + 1] = claimed(r, v, int(r.epoch), call('ZSCORE', P .. 'lease', held[i]) or now_text()) end
       end
     end
   end
@@ -646,33 +679,32 @@ end
 
 -- claim <worker> <incarnation> <lease_ms> <n> <nonce>*n <pool>...; {cursor of wake, job, ...}
 function ops.claim()
-  local c = { worker = argv[2], incarnation = argv[3], lease_ms = tonumber(argv[4]), most = min(K, tonumber(argv[5])), nonces = {},
-    fields = all_fields() }
+  local c = { worker = argv[2], incarnation = argv[3], lease_ms = int(now() + tonumber(argv[4])),
+    most = min(K, tonumber(argv[5])), nonces = {} }
   local out, pools = {}, {}
   for i = 1, c.most do c.nonces[i] = argv[5 + i] end
   for i = 6 + c.most, #argv do pools[#pools + 1] = argv[i] end
   claimed_before(c, out)
   c.turns = read_turns(pools)
-  for _, try in ipairs(order(pools, c.turns)) do
-    for _ = 1, K do
-      local best = #out == 0 and choose(unpack(try))
-      if not best then break end
-      claim_from(c, best, try[2], out)
+  for _, pool in ipairs(pools) do
+    for _, class in ipairs(TURNED) do
+      if (c.turns[pool .. ':' .. class] or -1) >= 0 then claim_class(c, { pool }, class, out) end
     end
   end
-  local last = call('XREVRANGE', P .. 'wake', '+', '-', 'COUNT', 1)
-  table.insert(out, 1, last[1] and last[1][1] or '0-0')
+  for _, class in ipairs(CLASSES) do claim_class(c, pools, class, out) end
+  -- Who has got something need not wait: from the beginning on there is always something.
+  local last = #out == 0 and call('XREVRANGE', P .. 'wake', '+', '-', 'COUNT', '1')[1]
+  table.insert(out, 1, last and last[1] or '0-0')
   return out
 end
 
 -- The record, if the fence in argv[2..5] (tenant, id, epoch, nonce) holds it; else nil and why: its state when the fence
--- was the last one, 'STALE' when it is somebody else's by now.
+-- was the last one, with how it was left; 'STALE' when it is somebody else's by now.
 local function fenced()
   local r = load(argv[2], argv[3])
-  if not r or int(r.epoch) ~= argv[4] or r.nonce ~= argv[5] then return nil, 'STALE' end
+  if not r or r.epoch ~= tonumber(argv[4]) or r.nonce ~= argv[5] then return nil, 'STALE' end
   if HELD[r.state] then return r end
-  read_fields(r, REST)
-  return nil, r.state, r
+  return nil, r.state, call('HGET', record_key(r.tenant, r.id), 'left')
 end
 
 -- beat <fence> <lease_ms or 0> [<state> <stage> <step> <steps> <eta>]
@@ -681,15 +713,15 @@ function ops.beat()
   if not r then return why end
   local k, extend = record_key(r.tenant, r.id), tonumber(argv[6])
   if extend > 0 then
-    call('ZADD', P .. 'lease', 'GT', now() + extend, member(r))
+    call('ZADD', P .. 'lease', 'GT', int(now() + extend), member(r))
     call('HSET', k, 'lease_ms', int(now() + extend))
   end
   if not argv[7] then return 'ok' end
   r.stage, r.step, r.steps = argv[8], tonumber(argv[9]), tonumber(argv[10])
-  local set = { 'stage', r.stage, 'step', r.step, 'steps', r.steps }
+  local set = { 'stage', r.stage, 'step', int(r.step), 'steps', int(r.steps) }
   if r.state ~= argv[7] then move(r, argv[7], set, nil, tonumber(argv[11]))
   else
-    call('HSET', k, 'updated_ms', int(now()), unpack(set))
+    call('HSET', k, 'updated_ms', now_text(), unpack(set))
     tell(r, nil, tonumber(argv[11]))
   end
   return 'ok'
@@ -705,16 +737,16 @@ end
 
 -- fail <fence> <app|infra> <code> <message> <retryable 0|1> <random>; {'ok', state}
 function ops.fail()
-  local r, why, past = fenced()
-  if not r then return past and past.left == 'fail' and { 'ok', why } or { why } end
+  local r, why, left = fenced()
+  if not r then return left == 'fail' and { 'ok', why } or { why } end
   fail_attempt(r, argv[6], { code = argv[7], message = argv[8], retryable = argv[9] == '1' }, tonumber(argv[10]), 'fail')
   return { 'ok', r.state }
 end
 
 -- release <fence>: no attempt charged
 function ops.release()
-  local r, why, past = fenced()
-  if not r then return past and past.left == 'release' and 'ok' or why end
+  local r, why, left = fenced()
+  if not r then return left == 'release' and 'ok' or why end
   r.stage, r.step = '', 0
   move(r, 'QUEUED', { 'left', 'release', 'stage', '', 'step', 0 })
   return 'ok'
@@ -798,14 +830,12 @@ local function mend(r, random)
     local ring = ring_key(r.pool, r.class)
     if call('ZSCORE', ready_key(r), m) and (call('ZSCORE', ring, r.tenant)
       or call('ZSCORE', P .. 'limited', r.pool .. ':' .. r.class .. ':' .. r.tenant)) then return false end
-    call('ZADD', ring, vtime(r.tenant), r.tenant)
-    if call('ZADD', ready_key(r), r.rank, m) == 1 and (tonumber(call('HGET', P .. 'tenant:' .. r.tenant, 'ready')) or 0) < 1 then
-      call('HSET', P .. 'tenant:' .. r.tenant, 'ready', 1)
-    end
+    local t = read_tenant(r.tenant)
+    call('ZADD', ring, real(t.vtime), r.tenant)
+    if call('ZADD', ready_key(r), r.rank, m) == 1 and t.ready < 1 then t.ready, t.changed = 1, true end
     wake(r.pool)
   elseif WAITING[r.state] then
-    read_fields(r, REST)
-    if call('ZADD', P .. 'delayed', 'NX', r.due_ms, m) == 0 then return false end
+    if call('ZADD', P .. 'delayed', 'NX', int(r.due_ms), m) == 0 then return false end
   else
     if call('ZSCORE', P .. 'lease', m) then return false end
     fail_attempt(r, 'infra', { code = 'timeout', message = 'the job had no lease', retryable = true }, random, 'lost')
@@ -821,7 +851,7 @@ local function reap_live(m, random)
   end
   if r.deadline_ms > 0 and r.deadline_ms <= now() then expire(r) return 'expired' end
   local orphan = mend(r, random)
-  if not FINAL[r.state] then call('ZADD', P .. 'live', next_check(r), m) end
+  if not FINAL[r.state] then call('ZADD', P .. 'live', int(next_check(r)), m) end
   return orphan and 'orphans' or 'stray'
 end
 
@@ -844,7 +874,7 @@ function ops.reap()
   end
   local wait = 1000
   for _, index in ipairs({ 'lease', 'delayed', 'live', 'limited' }) do
-    local first = call('ZRANGE', P .. index, 0, 0, 'WITHSCORES')
+    local first = call('ZRANGE', P .. index, '0', '0', 'WITHSCORES')
     if first[2] then wait = max(0, min(wait, tonumber(first[2]) - now())) end
   end
   return { n.lost, n.due, n.expired, n.orphans, wait }
@@ -861,7 +891,7 @@ local function drop_callback(tenant, id, entry)
   call('HDEL', P .. 'outbox_hold', entry)
   -- From now on the record stays as long as any. One that never expires is of a job that is not final.
   local key = id and record_key(tenant, id)
-  if key and call('PTTL', key) > 0 then call('PEXPIRE', key, conf('retention_ms'), 'LT') end
+  if key and call('PTTL', key) > 0 then call('PEXPIRE', key, int(conf('retention_ms')), 'LT') end
 end
 
 -- The callback of an entry of outbox; nil: it can be told no more, and is given up.
@@ -1007,11 +1037,12 @@ function retry.job(l)
   if r.deadline_ms > 0 and r.deadline_ms <= now() then return { '', 'expired', 'the deadline of the job has passed' } end
   r.rank, r.stage, r.step, r.steps, r.due_ms = next_rank(), '', 0, 0, 0
   call('PERSIST', k)
+  call('PERSIST', P .. 'ev:' .. member(r))
   call('HDEL', k, 'result', 'due_ms', 'died_at')
   call('HINCRBY', k, 'life', 1)
   begin(r)
   move(r, 'QUEUED', { 'attempts_app', 0, 'attempts_infra', 0, 'left', '', 'stage', '', 'step', 0, 'steps', 0,
-    'error_code', '', 'error', '', 'rank', int(r.rank), 'created_ms', int(now()) })
+    'error_code', '', 'error', '', 'rank', r.rank, 'created_ms', now_text() })
   return { 'queued', '' }
 end
 
@@ -1119,14 +1150,19 @@ end
 
 local groups, made = { holders, admission, upkeep, callbacks, figures, registry, dead_letters }, 0
 return function(keys, arguments)
-  P, argv, run = keys[1], arguments, { woken = {} }
-  call, floor, min, max = redis.call, math.floor, math.min, math.max
+  P, argv = keys[1], arguments
+  run = { now = false, now_text = '', micros = 0, ticks = false, conf = false, loads = false,
+          woken = {}, ringed = {}, counts = {}, pools = {}, tenants = {} }
+  call, char, format, tonumber = redis.call, string.char, string.format, _G.tonumber
+  floor, min, max = math.floor, math.min, math.max
   while not ops[argv[1]] and made < #groups do
     made = made + 1
     groups[made]()
   end
   if not ops[argv[1]] then return redis.error_reply('ERR queue.lua has no operation of this name') end
-  return ops[argv[1]]()
+  local answer = ops[argv[1]]()
+  write_figures()
+  return answer
 end
 
 end
