@@ -162,11 +162,16 @@ struct kernels {
     void (*link_state)(struct link *l, struct link_state *out);
     // Memory from alloc that other ranks may write, for exchanges that need no library: what a rank tells of its own,
     // LINK_EXPORT_BYTES of it, goes to all. import: what all told, by rank; false: not here, and exchanges go as
-    // before. Either all ranks have imported, or all have forgotten; and memory is freed only while they have. NULL:
-    // there are none.
-    void (*link_export)(struct link *l, void *to);
+    // before. Either all ranks have imported, or all have forgotten; and memory is freed only while they have. shown:
+    // an address there, from which others may fetch; it is not written until they have forgotten. NULL: there are none.
+    void (*link_export)(struct link *l, const void *shown, void *to);
     bool (*link_import)(struct link *l, const void *all);
     void (*link_forget)(struct link *l);
+    // While they have imported: bytes of what a rank showed, which may be this one, from offset on come to `to`, as
+    // soon as what is queued so far is done, beside what is queued later; that rank has no part in it. Can be recorded.
+    // fetched: what is queued from here on finds all of it.
+    void (*link_fetch)(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes);
+    void (*link_fetched)(struct device *d, struct link *l);
     // From any thread: what waits for other ranks ends, whatever it has got; exchanges do nothing from here on.
     void (*link_abort)(struct link *l);
 

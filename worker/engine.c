@@ -188,13 +188,13 @@ static int close_memory(struct engine *e, const char *key, struct err *err)
     return comm_close_memory(e->data, err);
 }
 
-// Sharded weights are messages, too, and their memory comes and goes with the transformer: it is not opened.
+// Memory that comes and goes is not: sharded weights open theirs while a picture is denoised (ownership_show).
 static int open_memory(struct engine *e, const struct model *m, const char *key, struct err *err)
 {
     if (*e->opened)
         return 0;
     memcpy(e->opened, key, ENGINE_KEY);
-    return comm_open_memory(e->data, !e->between && engine_held(m).weights != PLAN_SHARDED, err);
+    return comm_open_memory(e->data, !e->between && engine_held(m).weights != PLAN_SHARDED, NULL, err);
 }
 
 static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,
@@ -273,7 +273,7 @@ int engine_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job 
     r.cache = e->cache;
     run_use(&r, e->k, e->d, e->arena);
     rc = run_prepared(e, &r, out, err);
-    out->direct = comm_memory_is_open(e->data);
+    out->direct = r.direct;
     out->idle_seconds = e->ended > 0 && r.begun > 0 ? r.begun - e->ended : 0;
     e->ended = monotonic_seconds();
     end_run(e, out);

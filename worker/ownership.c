@@ -89,6 +89,16 @@ int64_t ownership_bytes(const struct weights *w, const struct plan *p, int rank)
 
 // ---- in a run
 
+int ownership_show(struct ownership *o, const struct weights *w, struct err *err)
+{
+    return o->sharded ? comm_open_memory(o->comm, true, weights_sharded(w, 0).piece, err) : 0;
+}
+
+int ownership_hide(struct ownership *o, struct err *err)
+{
+    return o->sharded ? comm_close_memory(o->comm, err) : 0;
+}
+
 bool ownership_computes(const struct ownership *o, int modulation)
 {
     return !o || (modulation >= o->once[o->rank] && modulation < o->once[o->rank + 1]);
@@ -116,8 +126,13 @@ static void gather(struct ownership *o, const struct weights *w, int block)
 {
     int64_t counts[COMM_MAX_RANKS];
     const struct weights_sharded s = weights_sharded(w, block);
+    const int64_t piece = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, block), o->ranks);
+    if (comm_memory_is_open(o->comm)) {
+        comm_fetch(o->comm, (char *)s.piece - (char *)weights_sharded(w, 0).piece, piece, s.buffer);
+        return;
+    }
     for (int r = 0; r < o->ranks; r++)
-        counts[r] = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, block), o->ranks);
+        counts[r] = piece;
     comm_all_gather(o->comm, s.piece, s.buffer, counts);
 }
 
@@ -127,6 +142,8 @@ static void need(struct ownership *o, const struct weights *w, int block)
     const bool last = block + 1 == weights_count(w, WEIGHTS_BLOCK);
     if (o->coming != block)
         gather(o, w, block);
+    if (comm_memory_is_open(o->comm))
+        comm_fetched(o->comm);
     o->coming = last ? -1 : block + 1;
     if (!last)
         gather(o, w, block + 1);

@@ -38,6 +38,10 @@ int64_t ownership_shard_bytes(const struct weights *w, const struct plan *p);
 // Of a sharded block with so many bytes, those that each of the ranks has.
 int64_t ownership_piece(int64_t block_bytes, int ranks);
 
+// Sharded weights lie where they do from show to hide, and devices fetch others' parts from their memory where they
+// can. Called by all ranks. Of other weights: nothing to do.
+int ownership_show(struct ownership *o, const struct weights *w, struct err *err);
+int ownership_hide(struct ownership *o, struct err *err);
 // Whether this rank computes a modulation. o NULL: every rank computes all.
 bool ownership_computes(const struct ownership *o, int modulation);
 // All ranks have all columns of whole (rows, n) from here on, each having computed those from start[rank] to

@@ -33,6 +33,18 @@ static struct tensor tokens_of(struct run *r)
     return exec_tensor(&r->world, 2, n, channels, 1, 1);
 }
 
+// Sharded weights stay where they are for as long.
+static int denoise_shown(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, struct tensor tokens,
+                         struct err *err)
+{
+    if (r->dry)
+        return denoise(r, prompts, noise, tokens, err);
+    TRY(ownership_show(&r->ownership, r->model->dit->weights, err));
+    r->direct = comm_memory_is_open(r->world.comm);
+    TRY(denoise(r, prompts, noise, tokens, err));
+    return ownership_hide(&r->ownership, err);
+}
+
 static int make_picture(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, uint8_t *pixels,
                         struct err *err)
 {
@@ -40,7 +52,7 @@ static int make_picture(struct run *r, const struct prompt prompts[BRANCHES], co
         arena_mark(r->world.arena); // 0 where the arena is replaced: then it holds nothing between stages
     struct tensor tokens = tokens_of(r);
     TRY(begin_stage(r, ENGINE_DENOISE, 1U << PART_DIT, err));
-    TRY(denoise(r, prompts, noise, tokens, err));
+    TRY(denoise_shown(r, prompts, noise, tokens, err));
     note_peak(r, ENGINE_DENOISE);
     TRY(begin_stage(r, ENGINE_DECODE, 1U << PART_VAE, err));
     TRY(decode(r, tokens, pixels, err));

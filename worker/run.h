@@ -40,6 +40,7 @@ struct run {
     struct comm *pair;             // the same rows of the other branch; NULL unless plan.cfg is 2
     struct ownership ownership;    // of a plan that is not replicated
     bool agreed;                   // all ranks know that the job ends here
+    bool direct;                   // while it was denoised, devices had each other's memory open
     int branches;                  // 1, or 2 with true CFG
     int64_t latent_h, latent_w;    // rows and columns of the VAE's latents
     int64_t image_tokens, text_tokens;

@@ -152,9 +152,11 @@ void cuda_exchange(struct device *d, struct link *l, const char *what, int sends
 int cuda_link_check(struct link *l, struct err *err);
 void cuda_link_state(struct link *l, struct link_state *out);
 void cuda_link_abort(struct link *l);
-void cuda_link_export(struct link *l, void *to);
+void cuda_link_export(struct link *l, const void *shown, void *to);
 bool cuda_link_import(struct link *l, const void *all);
 void cuda_link_forget(struct link *l);
+void cuda_link_fetch(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes);
+void cuda_link_fetched(struct device *d, struct link *l);
 // For record.c. What was exchanged since begin is in a recording, which is over now or was given up; each replay is one
 // more round of it.
 struct link_round;

@@ -301,11 +301,11 @@ void cuda_exchange(struct device *d, struct link *l, const char *what, int sends
 
 // ---- memory that others write
 
-void cuda_link_export(struct link *l, void *to)
+void cuda_link_export(struct link *l, const void *shown, void *to)
 {
     memset(to, 0, LINK_EXPORT_BYTES);
     if (l->peers)
-        peers_export(l->peers, to);
+        peers_export(l->peers, shown, to);
 }
 
 bool cuda_link_import(struct link *l, const void *all)
@@ -317,6 +317,22 @@ void cuda_link_forget(struct link *l)
 {
     if (l->peers)
         peers_forget(l->peers);
+}
+
+void cuda_link_fetch(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes)
+{
+    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+        return;
+    cuda_enter(d);
+    peers_fetch(l->peers, rank, offset, to, bytes);
+}
+
+void cuda_link_fetched(struct device *d, struct link *l)
+{
+    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+        return;
+    cuda_enter(d);
+    peers_fetched(l->peers);
 }
 
 // ---- how far it is

@@ -13,6 +13,7 @@ struct exported {
         cudaIpcMemHandle_t handle;
         uint64_t base, bytes; // bytes 0: none
     } block[EXPORTED];
+    uint64_t shown; // 0: nothing
 };
 _Static_assert(sizeof(struct exported) <= LINK_EXPORT_BYTES, "what is exported fits its room");
 
@@ -24,6 +25,11 @@ struct peers {
     struct peer_exchange fixed; // what all exchanges have in common
     void *opened[PEERS][EXPORTED];
     struct peer_map *map; // on the device: (PEERS, DEVICE_BLOCKS)
+    // What ranks show, as this one sees it; and where copies of it go on beside the device's stream, by its copy
+    // engines.
+    const char *shown[PEERS];
+    cudaStream_t beside;
+    cudaEvent_t fork, join;
 };
 
 struct peers *peers_new(struct device *d, int rank, int ranks, struct link_clock *clock, struct link_mark *mark)
@@ -39,6 +45,9 @@ struct peers *peers_new(struct device *d, int rank, int ranks, struct link_clock
     if (!*p->host || cudaMalloc((void **)&x->mine, DEVICE_GRANULE) != cudaSuccess ||
         cudaMalloc((void **)&x->counts, sizeof *x->counts) != cudaSuccess ||
         cudaMalloc((void **)&p->map, PEERS * DEVICE_BLOCKS * sizeof *p->map) != cudaSuccess ||
+        cudaStreamCreateWithFlags(&p->beside, cudaStreamNonBlocking) != cudaSuccess ||
+        cudaEventCreateWithFlags(&p->fork, cudaEventDisableTiming) != cudaSuccess ||
+        cudaEventCreateWithFlags(&p->join, cudaEventDisableTiming) != cudaSuccess ||
         cudaMemsetAsync(x->mine, 0, sizeof *x->mine, d->stream) != cudaSuccess ||
         cudaMemsetAsync(x->counts, 0, sizeof *x->counts, d->stream) != cudaSuccess ||
         cudaStreamSynchronize(d->stream) != cudaSuccess) {
@@ -58,12 +67,18 @@ void peers_free(struct peers *p)
     cudaFree(p->fixed.mine);
     cudaFree(p->fixed.counts);
     cudaFree(p->map);
+    if (p->fork)
+        cudaEventDestroy(p->fork);
+    if (p->join)
+        cudaEventDestroy(p->join);
+    if (p->beside)
+        cudaStreamDestroy(p->beside);
     free(p);
 }
 
 // ---- whose memory is where
 
-void peers_export(struct peers *p, void *to)
+void peers_export(struct peers *p, const void *shown, void *to)
 {
     struct exported all = {.host = ""};
     const struct device *d = p->d;
@@ -80,6 +95,8 @@ void peers_export(struct peers *p, void *to)
     }
     if (fine)
         memcpy(all.host, p->host, sizeof all.host);
+    all.shown = (uint64_t)(uintptr_t)shown;
+    p->shown[p->rank] = shown;
     cudaGetLastError();
     memset(to, 0, LINK_EXPORT_BYTES);
     memcpy(to, &all, sizeof all);
@@ -100,6 +117,8 @@ static bool open_blocks(struct peers *p, int rank, const struct exported *e, str
             p->fixed.theirs[rank] = p->opened[rank][i];
         else
             map[i] = (struct peer_map){e->block[i].base, e->block[i].bytes, p->opened[rank][i]};
+        if (e->shown >= e->block[i].base && e->shown - e->block[i].base < e->block[i].bytes)
+            p->shown[rank] = (const char *)p->opened[rank][i] + (e->shown - e->block[i].base);
     }
     return p->fixed.theirs[rank] != NULL;
 }
@@ -107,8 +126,10 @@ static bool open_blocks(struct peers *p, int rank, const struct exported *e, str
 bool peers_import(struct peers *p, const void *all)
 {
     struct peer_map map[PEERS][DEVICE_BLOCKS] = {0};
+    const char *const shown = p->shown[p->rank];
     bool fine = true;
     peers_forget(p);
+    p->shown[p->rank] = shown;
     cuda_enter(p->d);
     for (int r = 0; r < p->ranks && fine; r++) {
         struct exported e;
@@ -127,8 +148,10 @@ bool peers_import(struct peers *p, const void *all)
 void peers_forget(struct peers *p)
 {
     cuda_enter(p->d);
-    if (p->ready)
+    if (p->ready) {
         cudaStreamSynchronize(p->d->stream);
+        cudaStreamSynchronize(p->beside);
+    }
     for (int r = 0; r < PEERS; r++) {
         for (int i = 0; i < EXPORTED; i++) {
             if (p->opened[r][i])
@@ -136,6 +159,7 @@ void peers_forget(struct peers *p)
             p->opened[r][i] = NULL;
         }
         p->fixed.theirs[r] = NULL;
+        p->shown[r] = NULL;
     }
     p->ready = false;
 }
@@ -143,6 +167,28 @@ void peers_forget(struct peers *p)
 bool peers_ready(const struct peers *p)
 {
     return p && p->ready;
+}
+
+// ---- what they show
+
+void peers_fetch(struct peers *p, int rank, int64_t offset, void *to, int64_t bytes)
+{
+    static const char what[] = "fetching from another rank's memory";
+    struct device *d = p->d;
+    if (!p->ready || !p->shown[rank]) {
+        check_fail(&d->check, ERR_INTERNAL, "%s: rank %d shows nothing", what, rank);
+        return;
+    }
+    if (cuda_ok(d, cudaEventRecord(p->fork, d->stream), what) &&
+        cuda_ok(d, cudaStreamWaitEvent(p->beside, p->fork, 0), what) &&
+        cuda_ok(d, cudaMemcpyAsync(to, p->shown[rank] + offset, (size_t)bytes, cudaMemcpyDeviceToDevice, p->beside),
+                what))
+        cuda_ok(d, cudaEventRecord(p->join, p->beside), what);
+}
+
+void peers_fetched(struct peers *p)
+{
+    cuda_ok(p->d, cudaStreamWaitEvent(p->d->stream, p->join, 0), "what was fetched");
 }
 
 // ---- an exchange

@@ -65,8 +65,8 @@ static void job_by(const struct model *m, const char *const *fields, struct plan
     g.want = want, g.outcome = all, g.apart = true;
     run_group(&g);
     expect_success(all, want.ranks);
-    // NVLink, or PCIe from GPU to GPU; not for memory that comes and goes.
-    assert_int_equal(all->direct, cuda->link_export && want.weights != PLAN_SHARDED);
+    // NVLink, or PCIe from GPU to GPU.
+    assert_int_equal(all->direct, cuda->link_export != NULL);
     if (want.data > 1) { // of several parts, the first one's picture is shown
         one->entries = all->entries;
         assert_int_equal(pixels_off(all->pixels, one->pixels, (int64_t)one->pixel_bytes / 3), 0);
@@ -104,6 +104,9 @@ static void without_peers(void **state)
     job_by(*state, PLAIN, (struct plan)PLAN(GPUS, 1, GPUS, 1), DT_F32, 0);
     job_by(*state, PLAIN, (struct plan)PLAN(GPUS, 1, 1, GPUS), DT_BF16, 5e-2);
     job_by(*state, PLAIN, (struct plan)PIPE(3, 1), DT_F32, 0.5);
+    struct plan sharded = PLAN(GPUS, 1, GPUS, 1);
+    sharded.weights = PLAN_SHARDED;
+    job_by(*state, PLAIN, sharded, DT_BF16, EXACT);
     cuda = all;
 }
 
@@ -147,6 +150,14 @@ static void weights_are_gathered(void **state)
     want.weights = PLAN_SHARDED;
     job_by(*state, PLAIN, want, DT_F32, 0);
     job_by(*state, PLAIN, want, DT_BF16, 5e-2);
+    job_by(*state, PLAIN, want, DT_BF16, EXACT);
+    // Two predictions a step, by one rank after the other and by each its own.
+    const char *const *guided = FIELDS("prompt", "a red ring", "negative_prompt", "blue", "true_cfg_scale", "3", "seed",
+                                       "5", "width", "256", "height", "192", "num_inference_steps", "12");
+    job_by(*state, guided, want, DT_BF16, EXACT);
+    want = (struct plan)PLAN(GPUS, 2, 1, 1);
+    want.weights = PLAN_SHARDED;
+    job_by(*state, guided, want, DT_BF16, EXACT);
 }
 
 static void branches_are_apart(void **state)

@@ -10,6 +10,7 @@
 static const char *const op_names[] = {
     [COMM_BARRIER] = "barrier",     [COMM_ALL_TO_ALL] = "all_to_all", [COMM_ALL_GATHER] = "all_gather",
     [COMM_BROADCAST] = "broadcast", [COMM_GROUP] = "group",           [COMM_EXCHANGE] = "exchange",
+    [COMM_FETCH] = "fetch",
 };
 
 void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, struct abort_note *note)
@@ -51,9 +52,9 @@ void comm_set_timeout(struct comm *c, int timeout_ms)
         c->ops->set_timeout(c->root, timeout_ms);
 }
 
-int comm_open_memory(struct comm *c, bool willing, struct err *err)
+int comm_open_memory(struct comm *c, bool willing, const void *shown, struct err *err)
 {
-    return c->ops->open_memory ? c->ops->open_memory(c, willing, err) : 0;
+    return c->ops->open_memory ? c->ops->open_memory(c, willing, shown, err) : 0;
 }
 
 int comm_close_memory(struct comm *c, struct err *err)
@@ -213,6 +214,25 @@ void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t
     comm_count_sent(c, counts[c->rank] * (c->size - 1));
     c->ops->all_gather(c, send, recv, counts);
     end(c);
+}
+
+void comm_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to)
+{
+    if (!begin(c, COMM_FETCH))
+        return;
+    if (!comm_memory_is_open(c)) {
+        comm_fail(c, ERR_INTERNAL, COMM_FETCH, "no memory is open");
+        return;
+    }
+    comm_count_sent(c, bytes * (c->size - 1)); // each other rank fetches as much from here
+    c->ops->fetch(c, offset, bytes, to);
+    end(c);
+}
+
+void comm_fetched(struct comm *c)
+{
+    if (c->root->error.code == ERR_NONE)
+        c->ops->fetched(c);
 }
 
 bool comm_on_device(const struct comm *c)

@@ -78,10 +78,16 @@ int comm_dry_new(int rank, int size, bool linked, struct comm **out, struct err 
 // round. A collective that waits for more than the timeout (at first 5 minutes) aborts both.
 // Where ranks can write each other's memory, opening it makes exchanges faster; any memory of the device that a message
 // comes to is allocated before, and freed after it was closed. Called by all ranks at once; others have nothing to
-// open. Unless each is willing, nothing is opened.
-int comm_open_memory(struct comm *c, bool willing, struct err *err);
+// open. Unless each is willing, nothing is opened. shown: what others may fetch of this rank's, which nobody writes
+// meanwhile; NULL: nothing.
+int comm_open_memory(struct comm *c, bool willing, const void *shown, struct err *err);
 int comm_close_memory(struct comm *c, struct err *err);
 bool comm_memory_is_open(struct comm *c);
+// While it is open: `bytes` from offset on of what each rank shows, this one among them, come to `to` one after the
+// other in rank order, beside what the device does, once what is queued so far is done. Called by all ranks, but none
+// waits for another. What is queued after comm_fetched finds them.
+void comm_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to);
+void comm_fetched(struct comm *c);
 int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
                   struct err *err);
 

@@ -161,7 +161,7 @@ static int import_all(struct link_world *w, const char *exports, struct err *err
     return 0;
 }
 
-static int link_open_memory(struct comm *c, bool willing, struct err *err)
+static int link_open_memory(struct comm *c, bool willing, const void *shown, struct err *err)
 {
     struct link_world *w = link_of(c)->world;
     char mine[LINK_EXPORT_BYTES] = {0}, *all;
@@ -172,7 +172,7 @@ static int link_open_memory(struct comm *c, bool willing, struct err *err)
         return err_set(err, ERR_NO_MEMORY, "no memory for a link");
     }
     if (willing)
-        w->k->link_export(w->link, mine);
+        w->k->link_export(w->link, shown, mine);
     int rc = tell_all(w, mine, all, sizeof mine, err);
     if (rc == 0)
         rc = import_all(w, all, err);
@@ -196,6 +196,19 @@ static bool link_memory_is_open(struct comm *c)
     struct link_state state;
     w->k->link_state(w->link, &state);
     return state.direct;
+}
+
+static void link_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to)
+{
+    const struct link_world *w = link_of(c)->world;
+    for (int r = 0; r < c->size; r++)
+        w->k->link_fetch(w->d, w->link, world_rank(link_of(c), r), offset, (char *)to + r * bytes, bytes);
+}
+
+static void link_fetched(struct comm *c)
+{
+    const struct link_world *w = link_of(c)->world;
+    w->k->link_fetched(w->d, w->link);
 }
 
 static void link_set_timeout(struct comm *c, int timeout_ms)
@@ -227,6 +240,8 @@ static const struct comm_ops link_ops = {
     .open_memory = link_open_memory,
     .close_memory = link_close_memory,
     .memory_is_open = link_memory_is_open,
+    .fetch = link_fetch,
+    .fetched = link_fetched,
     .set_timeout = link_set_timeout,
     .free = link_free,
 };
