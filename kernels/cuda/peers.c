@@ -25,9 +25,16 @@ struct peers {
     struct peer_exchange fixed; // what all exchanges have in common
     void *opened[PEERS][EXPORTED];
     struct peer_map *map; // on the device: (PEERS, DEVICE_BLOCKS)
-    // What ranks show, as this one sees it; and where copies of it go on beside the device's stream, by its copy
-    // engines.
+    // What ranks show, as this one sees it; what of it is still to be fetched, and where the copies go on, beside the
+    // device's stream, by its copy engines.
     const char *shown[PEERS];
+    struct fetch {
+        char *to;
+        const char *from;
+        int64_t left, part;
+    } fetch[PEERS];
+    int fetches;
+    unsigned exchanges, expected; // since the first fetch in hand; so many were there the last time
     cudaStream_t beside;
     cudaEvent_t fork, join;
 };
@@ -161,6 +168,7 @@ void peers_forget(struct peers *p)
         p->fixed.theirs[r] = NULL;
         p->shown[r] = NULL;
     }
+    p->fetches = 0;
     p->ready = false;
 }
 
@@ -170,25 +178,53 @@ bool peers_ready(const struct peers *p)
 }
 
 // ---- what they show
+// Copies and exchanges share the way between GPUs, and who waits for an exchange computes nothing. So a copy is made in
+// parts: one at once, one after each exchange but the last, of as many as there were the last time, and the rest, half
+// of it, after that.
 
-void peers_fetch(struct peers *p, int rank, int64_t offset, void *to, int64_t bytes)
+static void fetch_more(struct peers *p, int first, bool all)
 {
     static const char what[] = "fetching from another rank's memory";
     struct device *d = p->d;
-    if (!p->ready || !p->shown[rank]) {
-        check_fail(&d->check, ERR_INTERNAL, "%s: rank %d shows nothing", what, rank);
+    for (int i = first; i < p->fetches; i++) {
+        struct fetch *f = &p->fetch[i];
+        const int64_t bytes = all || f->left < f->part ? f->left : f->part;
+        if (bytes == 0)
+            continue;
+        if (!cuda_ok(d, cudaEventRecord(p->fork, d->stream), what) ||
+            !cuda_ok(d, cudaStreamWaitEvent(p->beside, p->fork, 0), what) ||
+            !cuda_ok(d, cudaMemcpyAsync(f->to, f->from, (size_t)bytes, cudaMemcpyDeviceToDevice, p->beside), what))
+            return;
+        f->to += bytes;
+        f->from += bytes;
+        f->left -= bytes;
+    }
+}
+
+void peers_fetch(struct peers *p, int rank, int64_t offset, void *to, int64_t bytes)
+{
+    enum { GRAIN = 4096 };
+    if (!p->ready || !p->shown[rank] || p->fetches == PEERS) {
+        check_fail(&p->d->check, ERR_INTERNAL, "rank %d shows nothing, or more is fetched at once than there are ranks",
+                   rank);
         return;
     }
-    if (cuda_ok(d, cudaEventRecord(p->fork, d->stream), what) &&
-        cuda_ok(d, cudaStreamWaitEvent(p->beside, p->fork, 0), what) &&
-        cuda_ok(d, cudaMemcpyAsync(to, p->shown[rank] + offset, (size_t)bytes, cudaMemcpyDeviceToDevice, p->beside),
-                what))
-        cuda_ok(d, cudaEventRecord(p->join, p->beside), what);
+    if (p->fetches == 0) {
+        p->expected = p->exchanges;
+        p->exchanges = 0;
+    }
+    const int64_t part = p->expected ? bytes / (2 * p->expected) / GRAIN * GRAIN : bytes;
+    p->fetch[p->fetches++] = (struct fetch){to, p->shown[rank] + offset, bytes, part};
+    fetch_more(p, p->fetches - 1, false);
 }
 
 void peers_fetched(struct peers *p)
 {
-    cuda_ok(p->d, cudaStreamWaitEvent(p->d->stream, p->join, 0), "what was fetched");
+    static const char what[] = "what was fetched";
+    fetch_more(p, 0, true);
+    p->fetches = 0;
+    if (cuda_ok(p->d, cudaEventRecord(p->join, p->beside), what))
+        cuda_ok(p->d, cudaStreamWaitEvent(p->d->stream, p->join, 0), what);
 }
 
 // ---- an exchange
@@ -271,4 +307,6 @@ void peers_exchange(struct peers *p, const char *what, int sends, const struct l
     if (!add_recvs(p, &x, recvs, recv, what) || !add_sends(p, &x, sends, send, recvs, recv, what))
         return;
     launch_peer_exchange(p->d->stream, &x, p->d->processors);
+    p->exchanges++;
+    fetch_more(p, 0, p->exchanges >= p->expected);
 }
