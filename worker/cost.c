@@ -13,6 +13,22 @@ static double exchange_seconds(const struct machine *c, const struct engine_work
     return ranks > 1 ? w->sent / c->exchange + (w->collectives + steps) * c->collective : 0;
 }
 
+// GPUs fetch shards while they compute, which takes COST_BESIDE of the time that it would take alone. What the same
+// plan sends with its weights replicated, they wait for.
+static int leave_out_shards(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, int rank,
+                            const struct kernels *k, struct engine_work *loop, struct err *err)
+{
+    struct plan whole = *plan;
+    struct engine_estimate e;
+    if (plan->weights != PLAN_SHARDED || !k->link)
+        return 0;
+    whole.weights = PLAN_REPLICATED;
+    TRY(engine_predict_rank(m, job, &whole, rank, k, &e, err));
+    loop->sent = e.loop.sent + COST_BESIDE * (loop->sent - e.loop.sent);
+    loop->collectives = e.loop.collectives;
+    return 0;
+}
+
 // How much longer than its own work a stage takes for some steps of count patches each: the ticks of pipefusion.c, of
 // which it works at steps * count.
 static double stretch(int steps, int count, int stages)
@@ -62,9 +78,10 @@ int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__
         double compute;
         TRY(engine_predict_rank(m, &sample, plan, r, k, &e, err));
         TRY(loop_seconds(c, m, &sample, plan, r, k, &e, &compute, err));
-        const double exchange = exchange_seconds(c, &e.loop, steps, plan->ranks);
         if (e.loop.sent / steps > out->sent)
             out->sent = e.loop.sent / steps;
+        TRY(leave_out_shards(m, &sample, plan, r, k, &e.loop, err));
+        const double exchange = exchange_seconds(c, &e.loop, steps, plan->ranks);
         if ((compute + exchange) / steps > price_seconds(out)) {
             out->compute = compute / steps;
             out->exchange = exchange / steps;

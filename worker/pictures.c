@@ -33,7 +33,8 @@ static struct tensor tokens_of(struct run *r)
     return exec_tensor(&r->world, 2, n, channels, 1, 1);
 }
 
-// Sharded weights stay where they are for as long.
+// Sharded weights stay where they are for as long. Where one rank alone fails nobody waits for it to hide them: the
+// group ends.
 static int denoise_shown(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, struct tensor tokens,
                          struct err *err)
 {
@@ -41,8 +42,10 @@ static int denoise_shown(struct run *r, const struct prompt prompts[BRANCHES], c
         return denoise(r, prompts, noise, tokens, err);
     TRY(ownership_show(&r->ownership, r->model->dit->weights, err));
     r->direct = comm_memory_is_open(r->world.comm);
-    TRY(denoise(r, prompts, noise, tokens, err));
-    return ownership_hide(&r->ownership, err);
+    struct err late;
+    const int rc = denoise(r, prompts, noise, tokens, err);
+    const int hidden = rc == 0 || r->agreed ? ownership_hide(&r->ownership, rc ? &late : err) : 0;
+    return rc ? rc : hidden;
 }
 
 static int make_picture(struct run *r, const struct prompt prompts[BRANCHES], const float *noise, uint8_t *pixels,

@@ -81,7 +81,8 @@ struct group {
     const struct kernels *kernels; // NULL: the CPU's; a GPU for each rank where they have memory of their own
     enum dtype activation;         // of GPUs
     bool exact;
-    bool apart; // weights are had as plan_hold says, else all by every rank
+    bool apart;  // weights are had as plan_hold says, else all by every rank
+    int stop_at; // not 0: before, the same job is stopped at that step
     struct outcome *outcome;
     int (*work)(const struct group *g, struct comm *comm, struct err *err);
     const struct outcome *replayed; // work == replay
@@ -90,9 +91,32 @@ struct group {
     int64_t mapping_bytes;
 };
 
+static inline int stop(void *arg, enum engine_stage stage, int step, int steps, struct err *err)
+{
+    const struct group *g = arg;
+    (void)steps;
+    return stage == ENGINE_DENOISE && step == g->stop_at ? err_set(err, ERR_CANCELLED, "stopped") : 0;
+}
+
+static inline void ignore(void *arg, const char *name, struct tensor t)
+{
+    (void)arg, (void)name, (void)t;
+}
+
+static inline int run_stopped(const struct group *g, struct engine *e, const struct model *m, struct err *err)
+{
+    const struct engine_hooks hooks = {.progress = stop, .trace = ignore, .arg = (void *)g}; // it is only read
+    struct engine_result none;
+    struct err stopped;
+    const int rc = engine_run(e, m, g->job, &g->want, &hooks, &none, &stopped);
+    return rc == ERR_CANCELLED ? 0 : err_set(err, ERR_INTERNAL, "not stopped: %s", rc ? stopped.text : "it ended");
+}
+
 static inline int run_engine(const struct group *g, struct engine *e, const struct model *m, struct err *err)
 {
     struct outcome *o = g->outcome;
+    if (g->stop_at)
+        TRY(run_stopped(g, e, m, err));
     const struct engine_hooks hooks = {.trace = record, .arg = o};
     struct engine_result result;
     const int rc = engine_run(e, m, g->job, &g->want, &hooks, &result, err);

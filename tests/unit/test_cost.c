@@ -175,6 +175,28 @@ static void linked_devices_pack_nothing(void **state)
     job_free(job);
 }
 
+// On the CPU each word of a shard is waited for.
+static void shards_come_beside(void **state)
+{
+    const struct model *m = *state;
+    const struct plan ulysses = PLAN(2, 1, 2, 1);
+    struct plan sharded = ulysses;
+    sharded.weights = PLAN_SHARDED;
+    struct kernels linked = kernels_cpu;
+    linked.link = no_link;
+    Ditfleet__V1__Job *job = demo_job(m, FIELDS(PROMPT, SIZE("256", "3")));
+    struct price whole, waited, beside;
+    struct err err;
+    assert_int_equal(cost_of(&middling, m, job, &ulysses, &linked, &whole, &err), 0);
+    assert_int_equal(cost_of(&middling, m, job, &sharded, &linked, &beside, &err), 0);
+    assert_int_equal(cost_of(&middling, m, job, &sharded, &kernels_cpu, &waited, &err), 0);
+    const double shards = beside.sent - whole.sent;
+    assert_true(shards > 0 && beside.sent == waited.sent);
+    assert_true(waited.exchange >= waited.sent / middling.exchange);
+    assert_float_equal(beside.exchange - whole.exchange, COST_BESIDE * shards / middling.exchange, 1e-9);
+    job_free(job);
+}
+
 // A step costs the same however many there are; and what the formula says.
 static void a_step_priced(void **state)
 {
@@ -405,6 +427,7 @@ int main(void)
         cmocka_unit_test(taken),
         cmocka_unit_test(a_step_counted),
         cmocka_unit_test(linked_devices_pack_nothing),
+        cmocka_unit_test(shards_come_beside),
         cmocka_unit_test(a_step_priced),
         cmocka_unit_test(prices_move),
         cmocka_unit_test(stages_wait),

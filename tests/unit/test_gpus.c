@@ -160,6 +160,30 @@ static void weights_are_gathered(void **state)
     job_by(*state, guided, want, DT_BF16, EXACT);
 }
 
+// What was open for it is closed, and opened again.
+static void stopped_and_done_again(void **state)
+{
+    Ditfleet__V1__Job *job = demo_job(*state, PLAIN);
+    struct outcome *once = outcome_new(), *again = outcome_new();
+    struct group g = {.model = *state, .job = job, .want = PLAN(GPUS, 1, GPUS, 1), .outcome = once, .work = whole_job};
+    g.kernels = cuda, g.activation = DT_BF16, g.apart = true;
+    for (int sharded = 0; sharded < 2; sharded++) {
+        g.want.weights = sharded ? PLAN_SHARDED : PLAN_REPLICATED;
+        g.stop_at = 0, g.outcome = once;
+        run_group(&g);
+        expect_success(once, GPUS);
+        g.stop_at = 3, g.outcome = again;
+        run_group(&g);
+        expect_success(again, GPUS);
+        assert_int_equal(again->direct, cuda->link_export != NULL);
+        assert_true(same_bits(again, once));
+        once->entries = again->entries = 0, once->used = again->used = 0;
+    }
+    outcome_free(once);
+    outcome_free(again);
+    job_free(job);
+}
+
 static void branches_are_apart(void **state)
 {
     const char *const *guided = FIELDS("prompt", "a red ring", "negative_prompt", "blue", "true_cfg_scale", "3", "seed",
@@ -184,7 +208,8 @@ int main(void)
         cmocka_unit_test(heads_are_shared),         cmocka_unit_test(keys_go_round),
         cmocka_unit_test(stages_follow_each_other), cmocka_unit_test(without_peers),
         cmocka_unit_test(exact_is_to_the_bit),      cmocka_unit_test(weights_are_gathered),
-        cmocka_unit_test(branches_are_apart),       cmocka_unit_test(images_are_dealt),
+        cmocka_unit_test(stopped_and_done_again),   cmocka_unit_test(branches_are_apart),
+        cmocka_unit_test(images_are_dealt),
     };
     if (backend_find("cuda", &cuda, &err) != 0 || !opens(0) || !opens(1)) {
         printf("skipped: two GPUs are needed%s%s\n", *err.text ? ": " : "", err.text);
