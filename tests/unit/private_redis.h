@@ -7,11 +7,14 @@
 
 #include <ftw.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -34,6 +37,18 @@ static inline void private_redis_find(char *path, size_t size)
         }
     }
     *path = 0;
+}
+
+// The socket's name is there a moment before anybody listens.
+static inline bool private_redis_listens(const char *path)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    snprintf(to.sun_path, sizeof to.sun_path, "%s", path);
+    const bool listens = fd >= 0 && connect(fd, (const struct sockaddr *)&to, sizeof to) == 0;
+    if (fd >= 0)
+        close(fd);
+    return listens;
 }
 
 // Starts the server with further arguments (NULL-terminated, at most 40) and waits until it listens. Returns 0, or -1.
@@ -62,7 +77,7 @@ static inline int private_redis_start(struct private_redis *r, const char *const
         _exit(127);
     }
     for (int i = 0; i < 500; i++) {
-        if (access(r->socket, F_OK) == 0)
+        if (private_redis_listens(r->socket))
             return 0;
         usleep(10000);
     }
