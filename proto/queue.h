@@ -242,8 +242,8 @@ struct queue_claim {
     unsigned max; // 1 to QUEUE_BATCH; beyond the first only jobs of the same batch key (pool, size, steps, precision)
 };
 
-// Claims up to want->max jobs into jobs[], *count of them (0: nothing to do). cursor is where queue_wait must start so
-// that no job that became ready after this claim is missed.
+// Claims up to want->max jobs into jobs[], *count of them. 0: nothing to do, and cursor is where queue_wait must start
+// so that no job that became ready after this claim is missed; else it is the beginning, and a wait ends at once.
 int queue_claim(struct queue *q, const struct queue_claim *want, struct queue_job *jobs, size_t *count,
                 char cursor[QUEUE_ENTRY_SIZE], struct err *e);
 void queue_job_free(struct queue_job *job); // its payload

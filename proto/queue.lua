@@ -33,6 +33,8 @@ local function int(n)
 end
 local function real(n) return n % 1 == 0 and int(n) or n end
 
+local function num(text) return text and tonumber(text) or 0 end -- what is not there is 0
+
 local function conf(name)
   if not run.conf then
     run.conf = {}
@@ -96,10 +98,9 @@ local function load(tenant, id, ...)
     'gpu_ms', 'deadline_ms', 'rank', 'due_ms', 'callback', ...)
   if (v[1] or '') == '' then return end
   return {
-    tenant = tenant, id = id, state = v[1], epoch = v[2] and tonumber(v[2]) or 0, nonce = v[3] or '', pool = v[4] or '',
-    class = v[5] or '', worker = v[6] or '', stage = v[7] or '', step = v[8] and tonumber(v[8]) or 0,
-    steps = v[9] and tonumber(v[9]) or 0, gpu_ms = v[10] and tonumber(v[10]) or 0, deadline_ms = v[11] and tonumber(v[11]) or 0,
-    rank = v[12] or '0', due_ms = v[13] and tonumber(v[13]) or 0, callback = v[14] or '',
+    tenant = tenant, id = id, state = v[1], epoch = num(v[2]), nonce = v[3] or '', pool = v[4] or '', class = v[5] or '',
+    worker = v[6] or '', stage = v[7] or '', step = num(v[8]), steps = num(v[9]), gpu_ms = num(v[10]), deadline_ms = num(v[11]),
+    rank = v[12] or '0', due_ms = num(v[13]), callback = v[14] or '',
   }, v
 end
 local function load_member(m, ...)
@@ -123,10 +124,8 @@ local function read_tenant(tenant)
   if t then return t end
   local v = call('HMGET', P .. 'tenant:' .. tenant, 'ready', 'gpu_ms', 'vtime', 'rate', 'burst_ms', 'max_queued_ms', 'spent_ms',
     'spent_at')
-  t = { ready = v[1] and tonumber(v[1]) or 0, gpu_ms = v[2] and tonumber(v[2]) or 0, vtime = v[3] and tonumber(v[3]) or 0,
-        rate = v[4] and tonumber(v[4]) or 0, burst_ms = v[5] and tonumber(v[5]) or 0,
-        max_queued_ms = v[6] and tonumber(v[6]) or 0, spent_ms = v[7] and tonumber(v[7]) or 0,
-        spent_at = v[8] and tonumber(v[8]) or 0, changed = false }
+  t = { ready = num(v[1]), gpu_ms = num(v[2]), vtime = num(v[3]), rate = num(v[4]), burst_ms = num(v[5]),
+        max_queued_ms = num(v[6]), spent_ms = num(v[7]), spent_at = num(v[8]), changed = false }
   run.tenants[tenant] = t
   return t
 end
@@ -190,7 +189,7 @@ end
 
 local function ready_key(r) return P .. 'ready:' .. r.pool .. ':' .. r.class .. ':' .. r.tenant end
 local function ring_key(pool, class) return P .. 'ring:' .. pool .. ':' .. class end
-local function vclock() return tonumber(call('GET', P .. 'vclock') or 0) end
+local function vclock() return num(call('GET', P .. 'vclock')) end
 
 -- What a tenant has left: its place in the rings and, with a rate, what it spent of its bucket, which holds burst_ms
 -- GPU-milliseconds and fills at the rate. One claim may overdraw it, so that a job may cost more than a burst; then
@@ -230,8 +229,7 @@ local function join_ready(r)
   if run.ringed[ready] or call('ZCARD', ready) > 1 then return end
   run.ringed[ready] = true
   call('ZADD', ring_key(r.pool, r.class), real(read_tenant(r.tenant).vtime), r.tenant)
-  -- Whoever found nothing to claim has been woken since by what is in ready already.
-  wake(r.pool)
+  wake(r.pool) -- else by what is in ready already: of it whoever found nothing to claim has been told since
 end
 local function leave_ready(r)
   if r.due_ms > 0 then call('HDEL', P .. 'due', member(r)) end
@@ -331,7 +329,7 @@ end
 local function fail_attempt(r, cause, e, random, left, poison)
   local field, k = 'attempts_' .. cause, record_key(r.tenant, r.id)
   local v = call('HMGET', k, field, 'max_attempts')
-  local n, its_most = (tonumber(v[1] or 0) or 0) + 1, tonumber(v[2] or 0) or 0
+  local n, its_most = num(v[1]) + 1, num(v[2])
   local most = cause == 'infra' and conf('max_attempts_infra') or (its_most > 0 and its_most or conf('max_attempts'))
   call('HSET', k, field, int(n), 'left', left)
   if n >= most or poison or (cause == 'app' and not e.retryable) then return fail_final(r, 'DEAD', e) end
@@ -1151,6 +1149,7 @@ end
 local groups, made = { holders, admission, upkeep, callbacks, figures, registry, dead_letters }, 0
 return function(keys, arguments)
   P, argv = keys[1], arguments
+  -- woken: pools; ringed: ready sets whose tenant is in its ring; counts, pools, tenants: see write_figures.
   run = { now = false, now_text = '', micros = 0, ticks = false, conf = false, loads = false,
           woken = {}, ringed = {}, counts = {}, pools = {}, tenants = {} }
   call, char, format, tonumber = redis.call, string.char, string.format, _G.tonumber

@@ -30,6 +30,10 @@ struct machine {
     double collective;          // seconds each
 };
 
+// Measured: FLUX.1-dev's 8.6 GB a step, 28 ms alone on NVLink, made a step of 70.1 ms take 77.9 (Ulysses), one of 71.5
+// 79.1 (ring). By PCIe it is more; ranks of several hosts are not priced.
+#define COST_BESIDE 0.28
+
 struct price {
     struct plan plan;
     double compute, exchange; // seconds of a step, of the slowest rank
@@ -57,9 +61,6 @@ int cost_all(const struct machine *c, const struct model *m, const struct kernel
 // better than COST_CLOSE, so of plans as close as that to the cheapest the first is taken: what is chosen does not
 // change with the noise of a measurement, and a ring, whose last bits are its own, has to be worth it.
 #define COST_CLOSE 1.05
-// Measured: FLUX.1-dev's 8.6 GB a step, 28 ms alone on NVLink, made a step of 70.1 ms take 77.9 (Ulysses), one of 71.5
-// 79.1 (ring); of several hosts, and by PCIe, it is more.
-#define COST_BESIDE 0.28
 int cost_pick(const double *seconds, int n);
 
 #endif

@@ -142,8 +142,7 @@ static void need(struct ownership *o, const struct weights *w, int block)
     const bool last = block + 1 == weights_count(w, WEIGHTS_BLOCK);
     if (o->coming != block)
         gather(o, w, block);
-    if (comm_memory_is_open(o->comm))
-        comm_fetched(o->comm);
+    comm_fetched(o->comm);
     o->coming = last ? -1 : block + 1;
     if (!last)
         gather(o, w, block + 1);

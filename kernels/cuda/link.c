@@ -283,12 +283,20 @@ static void through_nccl(struct link *l, const char *what, int sends, const stru
     launch_link_mark(d->stream, l->clock, l->mark, true);
 }
 
+// As cuda_enter; false: nothing goes on any more.
+static bool enter(struct device *d, struct link *l)
+{
+    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+        return false;
+    cuda_enter(d);
+    return true;
+}
+
 void cuda_exchange(struct device *d, struct link *l, const char *what, int sends, const struct link_piece *send,
                    int recvs, const struct link_piece *recv)
 {
-    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+    if (!enter(d, l))
         return;
-    cuda_enter(d);
     if (peers_ready(l->peers))
         peers_exchange(l->peers, what, sends, send, recvs, recv);
     else
@@ -321,17 +329,15 @@ void cuda_link_forget(struct link *l)
 
 void cuda_link_fetch(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes)
 {
-    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+    if (!enter(d, l))
         return;
-    cuda_enter(d);
     peers_fetch(l->peers, rank, offset, to, bytes);
 }
 
 void cuda_link_fetched(struct device *d, struct link *l)
 {
-    if (d->check.failure.code != 0 || atomic_load(&l->given_up))
+    if (!enter(d, l))
         return;
-    cuda_enter(d);
     peers_fetched(l->peers);
 }
 

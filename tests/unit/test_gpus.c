@@ -177,7 +177,7 @@ static void stopped_and_done_again(void **state)
         expect_success(again, GPUS);
         assert_int_equal(again->direct, cuda->link_export != NULL);
         assert_true(same_bits(again, once));
-        once->entries = again->entries = 0, once->used = again->used = 0;
+        once->entries = again->entries = 0, once->used = again->used = 0; // for the next
     }
     outcome_free(once);
     outcome_free(again);

@@ -231,7 +231,7 @@ void comm_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to)
 
 void comm_fetched(struct comm *c)
 {
-    if (c->root->error.code == ERR_NONE)
+    if (c->root->error.code == ERR_NONE && comm_memory_is_open(c))
         c->ops->fetched(c);
 }
 

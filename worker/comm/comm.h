@@ -85,7 +85,7 @@ int comm_close_memory(struct comm *c, struct err *err);
 bool comm_memory_is_open(struct comm *c);
 // While it is open: `bytes` from offset on of what each rank shows, this one among them, come to `to` one after the
 // other in rank order, beside what the device does, once what is queued so far is done. Called by all ranks, but none
-// waits for another. What is queued after comm_fetched finds them.
+// waits for another. What is queued after comm_fetched finds them; where no memory is open it does nothing.
 void comm_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to);
 void comm_fetched(struct comm *c);
 int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
