@@ -64,7 +64,8 @@ struct group {
     char name[64], worker[CONF_WORKER_ID_BYTES];
     enum group_state state;
     enum goal goal;
-    double due, since; // when E_DUE fires; when the state was entered
+    double due, since;  // when E_DUE fires; when the state was entered
+    double alone_since; // while it starts: when another node's ranks were heard to be gone; 0: they are not
     bool settled, fatal;
     unsigned failures;         // in a row, for the backoff
     unsigned restarts;         // in all, for status
@@ -355,6 +356,7 @@ static void start(struct group *g, const struct happening *h)
 {
     struct err err = {0};
     g->fatal = false;
+    g->alone_since = 0;
     g->goal = GOAL_RUN;
     if (g->state == GROUP_BACKOFF)
         g->restarts++;
@@ -488,6 +490,18 @@ static void others_gone(struct group *g, const struct happening *h)
     begin_killing(g, h->text);
 }
 
+// Ranks that still load find out by themselves, and may know better: that it is no use to try again. What is heard of
+// the others comes several times a second.
+static void others_gone_early(struct group *g, const struct happening *h)
+{
+    enum { OWN_WORD_S = 1 };
+    const double now = monotonic_seconds();
+    if (g->alone_since == 0)
+        g->alone_since = now;
+    if (now - g->alone_since >= OWN_WORD_S)
+        others_gone(g, h);
+}
+
 static void grace_over(struct group *g, const struct happening *h)
 {
     (void)h;
@@ -552,7 +566,7 @@ static action *const table[][EVENTS] = {
     //                       START   READY      EXIT            FAULT   DRAIN   KILL      EMPTY   DUE         FORMED  OVER
     [GROUP_STOPPED]   = ROW(start,  never,     never,          never,  settle, settle,   never,  never,      ignore, ignore),
     [GROUP_GATHERING] = ROW(ignore, never,     never,          never,  settle, settle,   never,  never,      spawn,  ignore),
-    [GROUP_STARTING]  = ROW(ignore, all_ready, rank_lost,      fault,  drain,  kill_now, never,  never,      ignore, others_gone),
+    [GROUP_STARTING]  = ROW(ignore, all_ready, rank_lost,      fault,  drain,  kill_now, never,  never,      ignore, others_gone_early),
     [GROUP_READY]     = ROW(ignore, never,     rank_lost,      fault,  drain,  kill_now, never,  healthy,    ignore, others_gone),
     [GROUP_DRAINING]  = ROW(ignore, ignore,    rank_left,      fault,  ignore, kill_now, settle, grace_over, ignore, ignore),
     [GROUP_KILLING]   = ROW(ignore, ignore,    rank_lost_late, ignore, ignore, ignore,   settle, kill_again, ignore, ignore),

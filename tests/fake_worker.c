@@ -228,6 +228,10 @@ int main(int argc, char **argv)
     say(&f, &(struct msg){.kind = MSG_HELLO, .pid = getpid()});
     if (does(&f, "fatal"))
         leave(&f, EXIT_DO_NOT_RESTART, "the model is missing");
+    if (does(&f, "late")) {
+        sleep_ms(500);
+        leave(&f, EXIT_DO_NOT_RESTART, "the others have another model");
+    }
     if (does(&f, "early"))
         leave(&f, 1, "cannot load");
     f.beat.stage = does(&f, "never") ? STAGE_LOADING : STAGE_IDLE;

@@ -653,36 +653,64 @@ static void play_node_until(struct queue *q, struct gather_node *n2, const char 
     fail_msg("the group was not %s in 5 s", state);
 }
 
-static void a_group_forms_and_ends_with_another_node(void **state)
+// A supervisor of one node, and n2, ready to offer itself for the other.
+static struct queue *launch_one_of_two(struct gather_node *n2)
 {
-    (void)state;
     struct queue *q = NULL;
     struct err err = {0};
-    struct gather_node n2 = {.phase = GATHER_AWAY, .reason = "tests"};
+    *n2 = (struct gather_node){.phase = GATHER_AWAY, .reason = "tests"};
     configure("2s", "[fleet]\naddress = 127.0.0.1\n" GROUP("gpu0") "device = cuda\nnodes = n1:1, n2:1\n");
     supervisor = launch(NULL);
     assert_int_equal(queue_open(&q, url, dir + strlen("/tmp/"), QUEUE_NODE, NULL, &err), 0);
-    play_node_until(q, &n2, "gathering");
+    play_node_until(q, n2, "gathering");
     // The terms are those of the configuration: offered as the supervisor itself offers them.
     struct gather_view view;
     const char *const names[] = {"n1", "n2"};
     for (int i = 0; i < 200; i++, usleep(20000)) {
-        assert_int_equal(gather(q, "gpu0", names, 2, 1, &n2, &view, &err), 0);
-        snprintf(n2.terms, sizeof n2.terms, "%s", view.nodes[0].terms);
+        assert_int_equal(gather(q, "gpu0", names, 2, 1, n2, &view, &err), 0);
+        snprintf(n2->terms, sizeof n2->terms, "%s", view.nodes[0].terms);
         gather_view_free(&view);
-        if (*n2.terms)
+        if (*n2->terms)
             break;
     }
-    assert_non_null(strstr(n2.terms, "group.nodes=n1:1, n2:1"));
-    n2.phase = GATHER_OFFER;
-    snprintf(n2.mark, sizeof n2.mark, "0123456789abcdef");
-    snprintf(n2.places, sizeof n2.places, "127.0.0.1:9");
+    assert_non_null(strstr(n2->terms, "group.nodes=n1:1, n2:1"));
+    n2->phase = GATHER_OFFER;
+    snprintf(n2->mark, sizeof n2->mark, "0123456789abcdef");
+    snprintf(n2->places, sizeof n2->places, "127.0.0.1:9");
+    return q;
+}
+
+static void expect_last_failure(const char *text)
+{
+    json_t *status = ask("{\"cmd\":\"status\"}");
+    assert_non_null(strstr(text_of(group_of(status, "gpu0"), "last_failure"), text));
+    json_decref(status);
+}
+
+static void a_group_forms_and_ends_with_another_node(void **state)
+{
+    (void)state;
+    struct gather_node n2;
+    struct queue *q = launch_one_of_two(&n2);
     play_node_until(q, &n2, "ready"); // where fake_worker.c found what it must
     n2.phase = GATHER_AWAY;           // its ranks are gone: so are this node's, and it offers again
     play_node_until(q, &n2, "gathering");
-    json_t *status = ask("{\"cmd\":\"status\"}");
-    assert_string_equal(text_of(group_of(status, "gpu0"), "last_failure"), "node n2 ended its ranks: tests");
-    json_decref(status);
+    expect_last_failure("node n2 ended its ranks: tests");
+    queue_close(q);
+    stop(0);
+}
+
+// What ranks that load have to say themselves counts.
+static void ended_by_another_node_while_it_loads(void **state)
+{
+    (void)state;
+    struct gather_node n2;
+    write_file("gpu0", "late");
+    struct queue *q = launch_one_of_two(&n2);
+    play_node_until(q, &n2, "starting");
+    n2.phase = GATHER_AWAY;
+    play_node_until(q, &n2, "failed");
+    expect_last_failure("the others have another model");
     queue_close(q);
     stop(0);
 }
@@ -703,6 +731,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_job_over_which_two_groups_crash_is_poison, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_gpu_group_sees_its_gpus_alone, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_group_forms_and_ends_with_another_node, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(ended_by_another_node_while_it_loads, set_up, tear_down),
         cmocka_unit_test_setup_teardown(a_node_without_groups_admits_and_redis_may_come_later, set_up, tear_down),
     };
     return cmocka_run_group_tests(tests, start_redis, stop_redis);
