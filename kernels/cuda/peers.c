@@ -13,7 +13,7 @@ struct exported {
         cudaIpcMemHandle_t handle;
         uint64_t base, bytes; // bytes 0: none
     } block[EXPORTED];
-    uint64_t shown; // 0: nothing
+    const char *shown; // as that rank sees it; NULL: nothing
 };
 _Static_assert(sizeof(struct exported) <= LINK_EXPORT_BYTES, "what is exported fits its room");
 
@@ -102,7 +102,7 @@ void peers_export(struct peers *p, const void *shown, void *to)
     }
     if (fine)
         memcpy(all.host, p->host, sizeof all.host);
-    all.shown = (uint64_t)(uintptr_t)shown;
+    all.shown = shown;
     cudaGetLastError();
     memset(to, 0, LINK_EXPORT_BYTES);
     memcpy(to, &all, sizeof all);
@@ -123,8 +123,9 @@ static bool open_blocks(struct peers *p, int rank, const struct exported *e, str
             p->fixed.theirs[rank] = p->opened[rank][i];
         else
             map[i] = (struct peer_map){e->block[i].base, e->block[i].bytes, p->opened[rank][i]};
-        if (e->shown >= e->block[i].base && e->shown - e->block[i].base < e->block[i].bytes)
-            p->shown[rank] = (const char *)p->opened[rank][i] + (e->shown - e->block[i].base);
+        const uint64_t at = (uint64_t)(uintptr_t)e->shown - e->block[i].base; // beyond the block, where it is not in it
+        if (at < e->block[i].bytes)
+            p->shown[rank] = (const char *)p->opened[rank][i] + at;
     }
     return p->fixed.theirs[rank] != NULL;
 }
@@ -139,7 +140,7 @@ bool peers_import(struct peers *p, const void *all)
         struct exported e;
         memcpy(&e, (const char *)all + r * LINK_EXPORT_BYTES, sizeof e);
         if (r == p->rank)
-            p->shown[r] = (const char *)(uintptr_t)e.shown;
+            p->shown[r] = e.shown;
         fine = strcmp(e.host, p->host) == 0 && (r == p->rank || open_blocks(p, r, &e, map[r]));
     }
     if (fine)
