@@ -13,10 +13,10 @@ static double exchange_seconds(const struct machine *c, const struct engine_work
     return ranks > 1 ? w->sent / c->exchange + (w->collectives + steps) * c->collective : 0;
 }
 
-// GPUs fetch shards while they compute, which takes COST_BESIDE of the time that it would take alone. What the same
-// plan sends with its weights replicated, they wait for.
-static int leave_out_shards(const struct model *m, const Ditfleet__V1__Job *job, const struct plan *plan, int rank,
-                            const struct kernels *k, struct engine_work *loop, struct err *err)
+// GPUs fetch shards while they compute. What the same plan sends with its weights replicated, they wait for.
+static int leave_out_shards(const struct machine *c, const struct model *m, const Ditfleet__V1__Job *job,
+                            const struct plan *plan, int rank, const struct kernels *k, struct engine_work *loop,
+                            struct err *err)
 {
     struct plan whole = *plan;
     struct engine_estimate e;
@@ -24,7 +24,7 @@ static int leave_out_shards(const struct model *m, const Ditfleet__V1__Job *job,
         return 0;
     whole.weights = PLAN_REPLICATED;
     TRY(engine_predict_rank(m, job, &whole, rank, k, &e, err));
-    loop->sent = e.loop.sent + COST_BESIDE * (loop->sent - e.loop.sent);
+    loop->sent = e.loop.sent + c->beside * (loop->sent - e.loop.sent);
     loop->collectives = e.loop.collectives;
     return 0;
 }
@@ -80,7 +80,7 @@ int cost_of(const struct machine *c, const struct model *m, const Ditfleet__V1__
         TRY(loop_seconds(c, m, &sample, plan, r, k, &e, &compute, err));
         if (e.loop.sent / steps > out->sent)
             out->sent = e.loop.sent / steps;
-        TRY(leave_out_shards(m, &sample, plan, r, k, &e.loop, err));
+        TRY(leave_out_shards(c, m, &sample, plan, r, k, &e.loop, err));
         const double exchange = exchange_seconds(c, &e.loop, steps, plan->ranks);
         if ((compute + exchange) / steps > price_seconds(out)) {
             out->compute = compute / steps;

@@ -9,9 +9,9 @@
 // linear layers, those of attention (which has another rate), the bytes that row-wise operations read and write, those
 // of copies (which are faster, and are how plans differ: Ulysses copies more than a ring), what each operation costs
 // however small, the bytes that are sent, and what each collective costs however small (the one more tells whether to
-// go on). The seven numbers are measured with all ranks at it (`ditfleet tune`), for ranks share cores, caches and
-// memory. Sums, not maxima: a rank waits for what it receives, and on CPU ranks nothing overlaps. Shards that GPUs
-// fetch beside their work count COST_BESIDE of their bytes.
+// go on). These numbers are measured with all ranks at it (`ditfleet tune`), for ranks share cores, caches and
+// memory. Sums, not maxima: a rank waits for what it receives, and on CPU ranks nothing overlaps. Of the bytes of
+// shards that GPUs fetch beside their work, a part counts, measured as well.
 //
 // PipeFusion's stages wait for each other: compute is that of the slowest stage in a tick, times the ticks a step takes
 // (pipefusion.c), warm-up steps included in the mean. Parts of a group that make a picture each do not wait for each
@@ -28,11 +28,8 @@ struct machine {
     double operation;           // seconds each
     double exchange;            // bytes a second, sent
     double collective;          // seconds each
+    double beside;              // what a byte of shards costs of one that is waited for
 };
-
-// Measured: FLUX.1-dev's 8.6 GB a step, 28 ms alone on NVLink, made a step of 70.1 ms take 77.9 (Ulysses), one of 71.5
-// 79.1 (ring). By PCIe it is more; ranks of several hosts are not priced.
-#define COST_BESIDE 0.28
 
 struct price {
     struct plan plan;

@@ -30,6 +30,7 @@ static const struct parameter {
     {"operation_s", offsetof(struct machine, operation), 0, 1},
     {"exchange_byte_per_s", offsetof(struct machine, exchange), 1e3, 1e16},
     {"collective_s", offsetof(struct machine, collective), 0, 10},
+    {"beside", offsetof(struct machine, beside), 0, 1},
 };
 enum { PARAMETERS = sizeof parameters / sizeof *parameters };
 
@@ -74,7 +75,7 @@ static bool gpu_name(char *out, size_t size)
 void tuned_key_of(const struct kernels *k, int ranks, int threads, const struct precision *p, struct tuned_key *out)
 {
     const bool cpu = k == &kernels_cpu;
-    *out = (struct tuned_key){.ranks = cpu ? ranks : 1, .threads = cpu ? threads : 0};
+    *out = (struct tuned_key){.ranks = ranks, .threads = cpu ? threads : 0};
     if (!(cpu ? read_line("/proc/cpuinfo", "model name", out->device, sizeof out->device)
               : gpu_name(out->device, sizeof out->device)))
         snprintf(out->device, sizeof out->device, "%s", cpu ? "CPU" : "GPU");
@@ -121,7 +122,7 @@ static bool parse(const json_t *file, const struct tuned_key *key, struct machin
     return ours;
 }
 
-bool tuned_load(const char *folder, const struct tuned_key *key, struct machine *out)
+static bool load_one(const char *folder, const struct tuned_key *key, struct machine *out)
 {
     char used[PATH_MAX], path[PATH_MAX];
     struct stat st;
@@ -138,6 +139,13 @@ bool tuned_load(const char *folder, const struct tuned_key *key, struct machine 
     const bool good = file && parse(file, key, out);
     json_decref(file);
     return good;
+}
+
+bool tuned_load(const char *folder, const struct tuned_key *key, struct machine *out)
+{
+    struct tuned_key alone = *key;
+    alone.ranks = 1;
+    return load_one(folder, key, out) || (key->threads == 0 && key->ranks > 1 && load_one(folder, &alone, out));
 }
 
 // ---- writing
@@ -185,12 +193,14 @@ struct machine machine_default(const struct tuned_key *key)
                                 .copies = 2.9e12,
                                 .operation = 2e-6,
                                 .exchange = 306e9,
-                                .collective = 24e-6};
+                                .collective = 24e-6,
+                                .beside = 0.28};
     return (struct machine){.products = 100e9 * threads,
                             .attention = 60e9 * threads,
                             .rows = 15e9 * threads,
                             .copies = 30e9 * threads,
                             .operation = 1e-6,
                             .exchange = 6e9,
-                            .collective = 20e-6};
+                            .collective = 20e-6,
+                            .beside = 1};
 }

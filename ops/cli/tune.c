@@ -2,7 +2,8 @@
 //
 // A sample is some operations of a transformer's block; the dry backend counts what they are. Each is run at several
 // sizes, in batches that are long beside a time slice of the scheduler: where ranks are more than cores, shorter ones
-// would see a core of their own. The middle batch counts, then the middle size, then the middle rank.
+// would see a core of their own. The middle batch counts, then the middle size, then the middle rank. GPUs exchange as
+// in a picture: with each other's memory open where that can be.
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,8 +16,9 @@
 #include "worker/invent.h"
 #include "worker/tuned.h"
 
-enum { MAX_SIZES = 8, MAX_BLOCKS = 16, BATCHES = 5, WEIGHTS = 4, SAMPLES = 4 };
-static const double BATCH_SECONDS = 0.012;
+enum { MAX_SIZES = 8, MAX_BLOCKS = 16, BATCHES = 5, WEIGHTS = 4, SAMPLES = 4, WORD = 16 };
+enum { OUT, IN, FETCHED, MAILS };
+static const double CPU_BATCH_SECONDS = 0.012, GPU_BATCH_SECONDS = 0.08; // a GPU is slower once it is at its power cap
 
 // What was found at each size, lowest and highest.
 struct found {
@@ -26,7 +28,7 @@ struct found {
 
 // What all parameters come to on a rank. Floats of one struct, so that ranks can exchange it.
 struct findings {
-    struct found products, attention, rows, copies, operation, exchange, collective;
+    struct found products, attention, rows, copies, operation, exchange, collective, beside;
 };
 
 struct tuning {
@@ -44,16 +46,19 @@ struct tuning {
 struct bed {
     struct kernels k; // saying the activation type
     struct device *d, *dry;
-    struct comm *comm;
+    struct comm *control, *link; // link: of GPUs; NULL
+    struct comm *comm;           // by which tensors are exchanged: one of the two
+    void *mail[MAILS];           // what is said, heard and fetched: mail_bytes each
+    int64_t mail_bytes;
     struct invention *invention;
     void *blocks[MAX_BLOCKS];
     int n_blocks;
-    int64_t rows, width, head_dim;
-    struct linear w[WEIGHTS]; // qkv, out, up, down
-    struct tensor x, a, y;    // (rows, width)
-    struct tensor qkv, up;    // (rows, 3 * width), (rows, 4 * width)
-    struct tensor gate;       // (width)
-    struct tensor norm, rope; // (head_dim), (rows, head_dim / 2, 2) f32
+    int64_t rows, width, head_dim, shards; // shards: bytes of each rank's
+    struct linear w[WEIGHTS];              // qkv, out, up, down
+    struct tensor x, a, y;                 // (rows, width)
+    struct tensor qkv, up;                 // (rows, 3 * width), (rows, 4 * width)
+    struct tensor gate;                    // (width)
+    struct tensor norm, rope;              // (head_dim), (rows, head_dim / 2, 2) f32
 };
 
 typedef void (*sample)(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows);
@@ -99,18 +104,22 @@ static void copies(const struct bed *b, const struct kernels *k, struct device *
     k->copy(d, y, tensor_rows(b->a, 0, rows));
 }
 
+// So many bytes to every rank.
+static void say(const struct bed *b, int64_t bytes)
+{
+    int64_t counts[COMM_MAX_RANKS], offsets[COMM_MAX_RANKS];
+    for (int r = 0; r < comm_size(b->comm); r++) {
+        counts[r] = bytes;
+        offsets[r] = r * bytes;
+    }
+    comm_all_to_all(b->comm, b->mail[OUT], counts, offsets, b->mail[IN], counts, offsets);
+}
+
 // What a layer is to a group: work, then a word to everybody. Ranks that come from work do not come at the same moment.
 static void products_and_word(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
 {
-    enum { WORD = 16 };
-    char send[COMM_MAX_RANKS * WORD] = {0}, recv[COMM_MAX_RANKS * WORD];
-    int64_t counts[COMM_MAX_RANKS], offsets[COMM_MAX_RANKS];
-    for (int r = 0; r < comm_size(b->comm); r++) {
-        counts[r] = WORD;
-        offsets[r] = r * WORD;
-    }
     products(b, k, d, rows);
-    comm_all_to_all(b->comm, send, counts, offsets, recv, counts, offsets);
+    say(b, WORD);
 }
 
 // ---- the bed
@@ -228,7 +237,8 @@ static int time_sample(struct bed *b, sample s, int64_t rows, double *out, struc
     double batches[BATCHES], once;
     TRY(time_batch(b, s, rows, 2, &once, err));
     TRY(time_batch(b, s, rows, 1, &once, err));
-    const int runs = once < BATCH_SECONDS ? (int)(BATCH_SECONDS / once) + 1 : 1;
+    const double batch = b->k.link ? GPU_BATCH_SECONDS : CPU_BATCH_SECONDS;
+    const int runs = once < batch ? (int)(batch / once) + 1 : 1;
     comm_barrier(b->comm);
     for (int i = 0; i < BATCHES; i++)
         TRY(time_batch(b, s, rows, runs, &batches[i], err));
@@ -260,10 +270,10 @@ struct size {
     int64_t width, head_dim, rows[3]; // 0: none
 };
 static const struct size cpu_sizes[] = {{256, 32, {64, 256, 1024}}, {1024, 128, {64, 256, 0}}};
-static const struct size gpu_sizes[] = {{1024, 64, {512, 2048, 0}}, {3072, 128, {512, 2304, 4608}}};
+static const struct size gpu_sizes[] = {{1536, 64, {1024, 4096, 0}}, {3072, 128, {1024, 2304, 4608}}};
 
 // With and without in turns: what else the machine does is in both.
-static int measure_collective(struct bed *b, int64_t rows, struct findings *f, struct err *err)
+static int time_collective(struct bed *b, int64_t rows, struct findings *f, struct err *err)
 {
     enum { RUNS = 20 }; // the same on all ranks
     double more[2 * BATCHES], alone, with;
@@ -275,6 +285,13 @@ static int measure_collective(struct bed *b, int64_t rows, struct findings *f, s
     f->collective = found_of(more, 2 * BATCHES);
     f->collective.sizes = 1;
     return 0;
+}
+
+static int measure_collective(struct bed *b, int64_t rows, struct findings *f, struct err *err)
+{
+    TRY(comm_open_memory(b->comm, true, NULL, err));
+    TRY(time_collective(b, rows, f, err));
+    return comm_close_memory(b->comm, err);
 }
 
 static int measure_bed(struct bed *b, const struct size *size, struct findings *f, struct sizes lists[SAMPLES],
@@ -319,52 +336,122 @@ static int measure_compute(struct bed *b, bool cpu, bool fp8, struct findings *f
 }
 
 // Seconds of an all-to-all of so many bytes to every rank.
-static double time_exchange(struct comm *c, char *send, char *recv, int64_t bytes)
+static int time_exchange(struct bed *b, int64_t bytes, double *out, struct err *err)
 {
-    const int ranks = comm_size(c);
-    int64_t counts[COMM_MAX_RANKS], offsets[COMM_MAX_RANKS];
     double batches[BATCHES];
-    for (int r = 0; r < ranks; r++) {
-        counts[r] = bytes;
-        offsets[r] = r * bytes;
-    }
     const int runs = bytes > 1 << 18 ? 8 : 200; // the same on all ranks
     for (int i = -1; i < BATCHES; i++) {
         const double from = monotonic_seconds();
         for (int j = 0; j < runs; j++)
-            comm_all_to_all(c, send, counts, offsets, recv, counts, offsets);
+            say(b, bytes);
+        TRY(b->k.sync(b->d, err));
         if (i >= 0)
             batches[i] = (monotonic_seconds() - from) / runs;
     }
-    return found_of(batches, BATCHES).middle;
+    *out = found_of(batches, BATCHES).middle;
+    return comm_check(b->comm, err);
 }
 
-static int measure_exchange(struct bed *b, struct findings *f, struct err *err)
+enum { EXCHANGES = 4 };
+static const int64_t cpu_exchanges[EXCHANGES] = {32 << 10, 128 << 10, 512 << 10, 2 << 20}; // to all others together
+static const int64_t gpu_exchanges[EXCHANGES] = {1 << 20, 8 << 20, 32 << 20, 128 << 20};
+
+static int time_exchanges(struct bed *b, struct findings *f, struct err *err)
 {
-    enum { SIZES = 4 };
-    static const int64_t sizes[SIZES] = {32 << 10, 128 << 10, 512 << 10, 2 << 20}; // to all other ranks together
     const int others = comm_size(b->comm) - 1;
-    const size_t room = (size_t)comm_size(b->comm) * (2 << 20);
-    double rates[SIZES];
-    char *send = calloc(1, room), *recv = calloc(1, room);
-    if (!send || !recv) {
-        free(send);
-        free(recv);
-        return err_set(err, ERR_NO_MEMORY, "no memory to measure with");
-    }
-    memset(recv, 1, room);
-    double collective = time_exchange(b->comm, send, recv, 16); // at the least, whatever noise made of it
-    for (int i = 0; i < SIZES; i++) {
-        const int64_t each = sizes[i] / others;
-        const double seconds = time_exchange(b->comm, send, recv, each), moving = seconds - collective;
+    double rates[EXCHANGES], collective; // at the least, whatever noise made of it
+    TRY(time_exchange(b, WORD, &collective, err));
+    for (int i = 0; i < EXCHANGES; i++) {
+        const int64_t each = (b->link ? gpu_exchanges : cpu_exchanges)[i] / others;
+        double seconds;
+        TRY(time_exchange(b, each, &seconds, err));
+        const double moving = seconds - collective;
         rates[i] = (double)each * others / (moving > seconds / 10 ? moving : seconds / 10);
     }
     if (f->collective.middle < collective)
         f->collective = found_of(&collective, 1);
-    f->exchange = found_of(rates, SIZES);
-    free(send);
-    free(recv);
+    f->exchange = found_of(rates, EXCHANGES);
+    return 0;
+}
+
+static int measure_exchange(struct bed *b, struct findings *f, struct err *err)
+{
+    TRY(comm_open_memory(b->comm, true, NULL, err));
+    TRY(time_exchanges(b, f, err));
+    return comm_close_memory(b->comm, err);
+}
+
+// ---- shards that are fetched beside
+
+// Of a layer of a group under Ulysses: queries, keys and values go to those who have their heads, and come back as one.
+static void layer(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    const int64_t piece = rows * b->width * (int64_t)dtype_size(b->k.activation) / comm_size(b->comm);
+    const struct tensor x = tensor_rows(b->x, 0, rows), y = tensor_rows(b->y, 0, rows),
+                        up = tensor_rows(b->up, 0, rows);
+    k->linear(d, tensor_rows(b->qkv, 0, rows), x, &b->w[0], ACT_NONE);
+    say(b, 3 * piece);
+    attention(b, k, d, rows);
+    say(b, piece);
+    k->linear(d, y, x, &b->w[1], ACT_NONE);
+    k->linear(d, up, x, &b->w[2], ACT_GELU_TANH);
+    k->linear(d, y, up, &b->w[3], ACT_NONE);
+}
+
+// The next one's shards come meanwhile.
+static void layer_and_shards(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    comm_fetch(b->comm, 0, b->shards, b->mail[FETCHED]);
+    layer(b, k, d, rows);
+    comm_fetched(b->comm);
+}
+
+// All ranks fetch as much: what alone would take about half as long as the layer, as of FLUX.1 on two GPUs with NVLink.
+static int choose_shards(struct bed *b, double layer_seconds, double rate, struct err *err)
+{
+    const int ranks = comm_size(b->control);
+    int64_t mine = (int64_t)(layer_seconds / 2 * rate) / (ranks - 1);
+    mine = (mine < b->mail_bytes / ranks ? mine : b->mail_bytes / ranks) / 4096 * 4096;
+    comm_broadcast(b->control, &mine, sizeof mine, 0);
+    b->shards = mine > 0 ? mine : 4096;
+    return comm_check(b->control, err);
+}
+
+// With and without in turns.
+static int time_beside(struct bed *b, int64_t rows, struct findings *f, struct err *err)
+{
+    enum { RUNS = 60 };
+    double costs[BATCHES], alone, with;
+    TRY(time_batch(b, layer, rows, RUNS, &alone, err));
+    TRY(choose_shards(b, alone, f->exchange.middle, err));
+    const double shards = (double)b->shards * (comm_size(b->comm) - 1) / f->exchange.middle;
+    for (int i = -1; i < BATCHES; i++) {
+        TRY(time_batch(b, layer, rows, RUNS, &alone, err));
+        TRY(time_batch(b, layer_and_shards, rows, RUNS, &with, err));
+        const double cost = (with - alone) / shards;
+        if (i >= 0)
+            costs[i] = cost < 0 ? 0 : cost < 1 ? cost : 1;
+    }
+    f->beside = found_of(costs, BATCHES);
     return comm_check(b->comm, err);
+}
+
+// GPUs that cannot reach each other's memory wait for shards as for anything.
+static int measure_beside(struct bed *b, bool fp8, struct findings *f, struct err *err)
+{
+    const struct size *size = &gpu_sizes[1];
+    double all = 1;
+    int rc = make_bed(b, size->rows[1], size->width, size->head_dim, fp8, err);
+    if (rc == 0)
+        rc = comm_open_memory(b->comm, true, b->mail[OUT], err);
+    if (rc == 0 && !comm_memory_is_open(b->comm))
+        f->beside = found_of(&all, 1);
+    else if (rc == 0)
+        rc = time_beside(b, size->rows[1], f, err);
+    if (rc == 0)
+        rc = comm_close_memory(b->comm, err);
+    clear_bed(b);
+    return rc;
 }
 
 // *f becomes the middle of all ranks'.
@@ -386,28 +473,56 @@ static int middle_rank(struct comm *c, struct findings *f, struct err *err)
     return 0;
 }
 
+static int open_bed(struct bed *b, const struct tuning *t, struct err *err)
+{
+    enum { LINK_TIMEOUT_MS = 60000 };
+    const struct device_options options = {
+        .threads = t->threads, .gpu = comm_rank(b->control), .activation = t->precision.activation};
+    const int64_t largest = b->k.link ? gpu_exchanges[EXCHANGES - 1] : cpu_exchanges[EXCHANGES - 1];
+    TRY(b->k.open(&options, &b->d, err));
+    TRY(kernels_dry.open(&options, &b->dry, err));
+    if (comm_size(b->control) == 1)
+        return 0;
+    if (b->k.link)
+        TRY(comm_link_new(b->control, &b->k, b->d, LINK_TIMEOUT_MS, &b->link, err));
+    b->comm = b->link ? b->link : b->control;
+    b->mail_bytes = 2 * largest; // to the others and to oneself
+    for (int i = 0; i < MAILS; i++) {
+        TRY(b->k.alloc(b->d, (size_t)b->mail_bytes, &b->mail[i], err));
+        b->k.zero(b->d, tensor_1d(b->mail[i], DT_U8, b->mail_bytes));
+    }
+    return 0;
+}
+
+static void close_bed(struct bed *b)
+{
+    comm_free(b->link);
+    for (int i = 0; i < MAILS && b->mail[i]; i++)
+        b->k.free(b->d, b->mail[i]);
+    if (b->dry)
+        kernels_dry.close(b->dry);
+    if (b->d)
+        b->k.close(b->d);
+}
+
 static int measure(void *arg, struct comm *comm, struct err *err)
 {
     struct tuning *t = arg;
     const bool cpu = t->kernels == &kernels_cpu;
-    const struct device_options options = {.threads = t->threads, .activation = t->precision.activation};
-    struct bed b = {.k = *t->kernels, .comm = comm};
+    struct bed b = {.k = *t->kernels, .control = comm, .comm = comm};
     b.k.activation = t->precision.activation;
-    int rc = b.k.open(&options, &b.d, err);
-    if (rc == 0)
-        rc = kernels_dry.open(&options, &b.dry, err);
+    int rc = open_bed(&b, t, err);
     if (rc == 0)
         rc = measure_compute(&b, cpu, t->precision.fp8, &t->found, err);
     if (rc == 0 && comm_size(comm) > 1)
         rc = measure_exchange(&b, &t->found, err);
+    if (rc == 0 && b.link)
+        rc = measure_beside(&b, t->precision.fp8, &t->found, err);
     if (rc == 0)
         rc = middle_rank(comm, &t->found, err);
     if (rc != 0)
         comm_abort(comm, err->text); // nobody may wait for this rank
-    if (b.dry)
-        kernels_dry.close(b.dry);
-    if (b.d)
-        b.k.close(b.d);
+    close_bed(&b);
     return rc;
 }
 
@@ -426,6 +541,8 @@ static struct machine machine_of(const struct tuning *t)
         c.exchange = t->found.exchange.middle;
         c.collective = t->found.collective.middle;
     }
+    if (t->found.beside.sizes > 0)
+        c.beside = t->found.beside.middle;
     return c;
 }
 
@@ -451,6 +568,8 @@ static void print_all(const struct tuning *t)
         print_found("exchange", &f->exchange, 1e9, "GB/s");
         print_found("collective", &f->collective, 1e-6, "us");
     }
+    if (f->beside.sizes > 0)
+        print_found("shards", &f->beside, 0.01, "% of their time, fetched beside");
 }
 
 static json_t *found_json(const struct found *f)
@@ -469,6 +588,8 @@ static void print_json(const struct tuning *t, const char *path)
     if (f->exchange.sizes > 0)
         json_object_update_new(object, json_pack("{s:o, s:o}", "exchange_byte_per_s", found_json(&f->exchange),
                                                  "collective_s", found_json(&f->collective)));
+    if (f->beside.sizes > 0)
+        json_object_set_new(object, "beside", found_json(&f->beside));
     json_print(object);
 }
 
@@ -480,9 +601,6 @@ static int tune(struct tuning *t, struct err *err)
     if (strcmp(t->device, "dry") == 0)
         return err_set(err, ERR_INVALID, "--device dry: it may be cpu or cuda");
     const bool cuda = strcmp(t->device, "cuda") == 0;
-    if (cuda && t->ranks > 1)
-        return err_set(err, ERR_INVALID,
-                       "--device cuda takes --ranks 1: what several GPUs say to each other is not measured yet");
     if (t->ranks == 0)
         t->ranks = cuda ? 1 : cores < 2 ? 2 : cores < COMM_MAX_RANKS ? cores : COMM_MAX_RANKS;
     const struct conf_group group = {.local_ranks = t->ranks, .threads = t->threads};
@@ -507,9 +625,9 @@ static int run(const struct cli_command *self, int argc, char **argv)
     struct tuning t = {.device = "cpu", .job = job_new()};
     const char *precision = NULL;
     const struct cli_flag flags[] = {
-        {"--device", "cpu|cuda", "what the ranks are; cuda is one GPU (default cpu)", CLI_STRING, &t.device, 0, 0},
-        {"--ranks", "N", "processes that share the machine; default: cores, two at least", CLI_INT, &t.ranks, 1,
-         COMM_MAX_RANKS},
+        {"--device", "cpu|cuda", "what the ranks are; cuda: a GPU each (default cpu)", CLI_STRING, &t.device, 0, 0},
+        {"--ranks", "N", "processes that share the machine; default: cores, two at least; of GPUs 1", CLI_INT, &t.ranks,
+         1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &t.threads, 1, 1024},
         {"--precision", "NAME", "of a GPU: fp32, bf16, fp16 or fp8 (default bf16)", CLI_STRING, &precision, 0, 0},
         {"--json", NULL, "one JSON object instead of lines", CLI_BOOL, &t.json, 0, 0},

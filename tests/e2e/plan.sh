@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ditfleet tune and plan on CPU ranks: what is measured is kept and used, what is wrong is refused, and the plan that is
 # picked is held against the clock.
+# plan.sh cuda: two GPUs measured, alone and together, and plans of FLUX.1-dev by what was found.
 set -euo pipefail
 ditfleet=${DITFLEET_BUILD:?}/ditfleet
 model=${DITFLEET_SOURCE:?}/ops/demo/model
@@ -10,6 +11,25 @@ export TMPDIR=$work XDG_CACHE_HOME=$work/cache
 source "${DITFLEET_SOURCE:?}/tests/expect.bash"
 under_test=("$ditfleet")
 printed=$work/out
+
+if [[ ${1:-cpu} == cuda ]]; then
+  (($(nvidia-smi -L 2>/dev/null | grep -c "^GPU") > 1)) || { echo "skipped: there are no two GPUs here" && exit 77; }
+  flux=(plan --device cuda --architecture flux.1-dev)
+  expect 0 '"tuned":false' "${flux[@]}" --ranks 2 --json
+  expect 0 "operation" tune --device cuda
+  expect 0 '"tuned":true' "${flux[@]}" --ranks 2 --json # of one GPU, until two were measured
+  expect 0 '"beside"' tune --device cuda --ranks 2 --json
+  check "all(d[k]['median'] > 0 and d[k]['sizes'] > 0 for k in d if k.endswith('_s')) and d['ranks'] == 2"
+  check "1e9 < d['exchange_byte_per_s']['median'] < 1e12 and d['collective_s']['median'] < 1e-3"
+  check "0 <= d['beside']['min'] <= d['beside']['max'] <= 1"
+  expect 0 "shards" tune --device cuda --ranks 2
+  cat "$work/out"
+  for size in 1024 2048; do
+    expect 0 "ms a step" "${flux[@]}" --ranks 2 --width $size --height $size --all
+    cat "$work/out"
+  done
+  exit 0
+fi
 
 demo=(--model "$model" --width 128 --height 128 --num-inference-steps 4)
 guided=(--negative-prompt "a star" --true-cfg-scale 3)
@@ -69,7 +89,6 @@ done
 expect 2 "--device dry: it may be cpu or cuda" plan "${demo[@]}" --device dry
 expect 2 "--device dry: it may be cpu or cuda" tune --device dry
 expect 2 "device tpu: it may be cpu or cuda" tune --device tpu
-expect 2 "--device cuda takes --ranks 1" tune --device cuda --ranks 2
 expect 2 "precision" tune --precision int4
 expect 1 "precision bf16: on cpu there is fp32" tune --precision bf16
 

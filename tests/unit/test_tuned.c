@@ -18,7 +18,8 @@ static const struct machine machine = {.products = 1.2345678912e11,
                                        .copies = 2e10,
                                        .operation = 1.5e-6,
                                        .exchange = 5e9,
-                                       .collective = 2e-5};
+                                       .collective = 2e-5,
+                                       .beside = 0.25};
 static const struct tuned_key key = {.device = "Processor \"9000\"", .ranks = 4, .threads = 2, .precision = "fp32"};
 
 static void save(struct place *p, const struct machine *c)
@@ -84,6 +85,26 @@ static void of_another_key(void **state)
         assert_false(tuned_load(p->folder, &key, &c));
         save(p, &machine);
     }
+}
+
+// GPUs measured together count for so many; one that was measured alone, for any number.
+static void gpus(void **state)
+{
+    struct place *p = *state;
+    struct tuned_key one = {.device = "GPU", .ranks = 1, .precision = "bf16"}, two = one, of_cpu = one;
+    struct machine c, together = machine;
+    struct err err;
+    two.ranks = 2;
+    of_cpu.threads = 1;
+    together.exchange = 2e9;
+    assert_int_equal(tuned_save(p->folder, &one, &machine, NULL, 0, &err), 0);
+    assert_true(tuned_load(p->folder, &two, &c) && c.exchange == machine.exchange);
+    assert_int_equal(tuned_save(p->folder, &two, &together, NULL, 0, &err), 0);
+    assert_true(tuned_load(p->folder, &two, &c) && c.exchange == together.exchange);
+    assert_true(tuned_load(p->folder, &one, &c) && c.exchange == machine.exchange);
+    assert_int_equal(tuned_save(p->folder, &of_cpu, &machine, NULL, 0, &err), 0);
+    of_cpu.ranks = 2;
+    assert_false(tuned_load(p->folder, &of_cpu, &c));
 }
 
 static char *contents(const char *path, size_t *n)
@@ -210,7 +231,7 @@ static void keys_and_defaults(void **state)
     assert_string_equal(k.precision, "fp32");
     const struct machine cpu = machine_default(&k);
     tuned_key_of(&gpu, 3, 2, &fp8, &k);
-    assert_true(k.device[0] && k.ranks == 1 && k.threads == 0);
+    assert_true(k.device[0] && k.ranks == 3 && k.threads == 0);
     assert_string_equal(k.precision, "fp8");
     const struct machine h100 = machine_default(&k);
     assert_true(cpu.products > 0 && cpu.collective > 0 && h100.products > 100 * cpu.products);
@@ -221,6 +242,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(written_and_read, place_set_up, place_tear_down),
         cmocka_unit_test_setup_teardown(of_another_key, place_set_up, place_tear_down),
+        cmocka_unit_test_setup_teardown(gpus, place_set_up, place_tear_down),
         cmocka_unit_test_setup_teardown(damaged, place_set_up, place_tear_down),
         cmocka_unit_test_setup_teardown(no_such_machine, place_set_up, place_tear_down),
         cmocka_unit_test_setup_teardown(in_the_way, place_set_up, place_tear_down),
