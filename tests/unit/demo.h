@@ -1,5 +1,5 @@
 // demo.h: what tests of the engine share: the demo model, jobs made from text, distances between recordings, and a
-// reader of recordings in safetensors that has nothing in common with worker/weights.c. Include <cmocka.h> first.
+// reader of recordings in safetensors that has nothing in common with worker/weights_file.c. Include <cmocka.h> first.
 #ifndef DITFLEET_TESTS_DEMO_H
 #define DITFLEET_TESTS_DEMO_H
 
