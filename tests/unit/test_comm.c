@@ -884,6 +884,28 @@ static void strangers_are_turned_away(void **state)
             close(fds[i]);
 }
 
+// More callers than can be heard at once, all silent, before those that are expected.
+static void silent_callers_give_way(void **state)
+{
+    enum { SILENT = 100 };
+    (void)state;
+    struct crew w = {.tcp = true, .size = 2, .fn = traffic_rank};
+    struct traffic t = {.seed = 4, .rounds = 10, .longest = 100};
+    int fds[SILENT];
+    w.arg = &t;
+    listen_all(&w);
+    for (int i = 0; i < SILENT; i++)
+        fds[i] = call_place(w.where.places[0]);
+    for (int i = 0; i < 2; i++) {
+        w.ranks[i] = (struct rank){.crew = &w, .rank = i};
+        if ((w.ranks[i].pid = fork()) == 0)
+            _exit(run_rank(&w.ranks[i]));
+    }
+    assert_int_equal(finish(&w), 0);
+    for (int i = 0; i < SILENT; i++)
+        close(fds[i]);
+}
+
 struct meeter {
     struct comm_tcp_meeting where;
     int listener, rank, timeout_ms, code;
@@ -1120,6 +1142,7 @@ int main(void)
         cmocka_unit_test(a_killed_rank_is_known_to_all),
         cmocka_unit_test(who_leaves_is_not_waited_for),
         cmocka_unit_test(strangers_are_turned_away),
+        cmocka_unit_test(silent_callers_give_way),
         cmocka_unit_test(only_one_group_meets),
         cmocka_unit_test(foreign_descriptors_are_refused),
         cmocka_unit_test(self_copies),

@@ -30,7 +30,7 @@
 enum { CHANNEL_MESSAGES, CHANNEL_ALARMS, CHANNELS };
 // A host that answers nothing for KEEP_IDLE + KEEP_TIMES * KEEP_EVERY seconds is gone.
 enum { KEEP_IDLE = 2, KEEP_EVERY = 1, KEEP_TIMES = 3 };
-enum { REASON_MS = 500, STRANGERS = 64 };
+enum { REASON_MS = 500, STRANGERS = 64, HEARING_MS = 1000 };
 
 // The first words over a connection, either way.
 struct hello {
@@ -519,6 +519,7 @@ static int call(const struct comm_tcp_meeting *where, int rank, int other, int c
 // A caller that has not said yet who it is.
 struct stranger {
     int fd;
+    double until; // then its place may be another's
     size_t got;
     struct hello hello;
 };
@@ -564,6 +565,24 @@ static int fail_absent(const struct tcp_world *w, const struct comm_tcp_meeting 
     return err_set(err, ERR_INTERNAL, "nobody is missing");
 }
 
+// Where there are as many strangers as can be heard: closes the one that has said nothing for longest, once it had its
+// time. Returns how long that will be, or -1: there is room.
+static int make_room(struct stranger *strangers, int *n)
+{
+    int first = 0;
+    if (*n < STRANGERS)
+        return -1;
+    for (int i = 1; i < *n; i++)
+        if (strangers[i].until < strangers[first].until)
+            first = i;
+    const int left = left_ms(strangers[first].until);
+    if (left > 0)
+        return left;
+    close(strangers[first].fd);
+    strangers[first] = strangers[--*n];
+    return -1;
+}
+
 // Ranks above call.
 static int receive_callers(struct tcp_world *w, const struct comm_tcp_meeting *where, int listener, double until,
                            struct err *err)
@@ -571,20 +590,22 @@ static int receive_callers(struct tcp_world *w, const struct comm_tcp_meeting *w
     struct stranger strangers[STRANGERS];
     int n = 0, missing = CHANNELS * (w->size - 1 - w->rank), rc = 0;
     while (missing > 0 && rc == 0) {
-        struct pollfd fds[STRANGERS + 1] = {{.fd = n < STRANGERS ? listener : -1, .events = POLLIN}};
+        const int full = make_room(strangers, &n), left = left_ms(until);
+        struct pollfd fds[STRANGERS + 1] = {{.fd = full < 0 ? listener : -1, .events = POLLIN}};
         for (int i = 0; i < n; i++)
             fds[i + 1] = (struct pollfd){.fd = strangers[i].fd, .events = POLLIN};
-        const int left = left_ms(until);
-        if (left == 0 || poll(fds, (nfds_t)n + 1, left) == 0) {
+        if (left == 0) {
             rc = fail_absent(w, where, err);
             break;
         }
+        if (poll(fds, (nfds_t)n + 1, full >= 0 && full < left ? full : left) <= 0)
+            continue;
         for (int i = n - 1; i >= 0; i--)
             if (fds[i + 1].revents && meet_stranger(w, where, &strangers[i], &missing))
                 strangers[i] = strangers[--n];
         const int fd = fds[0].revents ? accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1;
         if (fd >= 0)
-            strangers[n++] = (struct stranger){.fd = fd};
+            strangers[n++] = (struct stranger){.fd = fd, .until = monotonic_seconds() + HEARING_MS * 1e-3};
     }
     while (n > 0)
         close(strangers[--n].fd);
