@@ -53,7 +53,7 @@ static bool sane(const struct check *c, struct tensor t)
 // operands: pairs of (const char *name, struct tensor).
 static bool rule(struct check *c, bool ok, const char *op, const char *needs, int operands, ...)
 {
-    char text[320];
+    char text[320] = "";
     size_t used = 0;
     if (c->failure.code)
         return false;
@@ -68,7 +68,8 @@ static bool rule(struct check *c, bool ok, const char *op, const char *needs, in
                        (long long)t.ld, t.data ? "" : ", no address");
             break;
         }
-        describe(text, sizeof text, &used, name, t);
+        if (!ok) // a plan asks these rules hundreds of thousands of times
+            describe(text, sizeof text, &used, name, t);
     }
     va_end(args);
     if (!ok)
