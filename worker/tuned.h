@@ -10,7 +10,7 @@
 
 struct tuned_key {
     char device[128];   // what computes: the CPU's or the GPU's name
-    int ranks, threads; // of a rank; GPUs have none: 0
+    int ranks, threads; // threads of each; GPUs: 0
     char precision[8];
 };
 

@@ -7,32 +7,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 void weights_free(struct weights *w)
 {
     if (!w)
         return;
-    for (size_t i = 0; i < w->n_placed; i++)
-        w->home.k->displace(w->home.d, w->placed[i]);
-    free(w->placed);
-    if (w->pieces)
-        w->home.k->free(w->home.d, w->pieces);
-    if (w->buffers)
-        w->home.k->free(w->home.d, w->buffers);
-    for (int kind = 0; kind < WEIGHTS_KINDS; kind++)
-        free(w->units[kind]);
-    free(w->later);
-    for (int i = 0; i < w->n_shards; i++) {
-        if (w->shards[i].map)
-            munmap(w->shards[i].map, w->shards[i].size);
-        free(w->shards[i].path);
-    }
+    weights_displace(w);
+    weights_close(w);
     for (size_t i = 0; i < w->n_entries; i++)
         free(w->entries[i].name);
     for (size_t i = 0; i < w->n_owned; i++)
         free(w->owned[i]);
-    free(w->shards);
     free(w->entries);
     free(w->owned);
     free(w);

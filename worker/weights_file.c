@@ -15,6 +15,16 @@
 
 enum { MAX_HEADER = 100 << 20 };
 
+void weights_close(struct weights *w)
+{
+    for (int i = 0; i < w->n_shards; i++) {
+        if (w->shards[i].map)
+            munmap(w->shards[i].map, w->shards[i].size);
+        free(w->shards[i].path);
+    }
+    free(w->shards);
+}
+
 // The file's bytes, from s->map on; NULL: err says why not.
 static uint8_t *map_file(struct shard *s, const char *path, struct err *err)
 {

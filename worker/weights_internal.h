@@ -68,5 +68,8 @@ void *weights_own(struct weights *w, size_t bytes);
 struct entry *weights_find(const struct weights *w, const char *name); // NULL: there is none
 // What was fetched goes where it is to be, now or by weights_settle.
 int weights_place(struct weights *w, struct fetched f, struct err *err);
+// Of weights_free: what each of the files has made.
+void weights_displace(struct weights *w);
+void weights_close(struct weights *w);
 
 #endif

@@ -4,6 +4,20 @@
 
 #include <stdlib.h>
 
+void weights_displace(struct weights *w)
+{
+    for (size_t i = 0; i < w->n_placed; i++)
+        w->home.k->displace(w->home.d, w->placed[i]);
+    free(w->placed);
+    if (w->pieces)
+        w->home.k->free(w->home.d, w->pieces);
+    if (w->buffers)
+        w->home.k->free(w->home.d, w->buffers);
+    for (int kind = 0; kind < WEIGHTS_KINDS; kind++)
+        free(w->units[kind]);
+    free(w->later);
+}
+
 void weights_offer_fp8(struct weights *w, bool offered)
 {
     w->fp8 = offered && w->home.fp8;

@@ -65,13 +65,23 @@ typedef void (*sample)(const struct bed *b, const struct kernels *k, struct devi
 
 // ---- samples
 
-static void products(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+static void products_before_attention(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    k->linear(d, tensor_rows(b->qkv, 0, rows), tensor_rows(b->x, 0, rows), &b->w[0], ACT_NONE);
+}
+
+static void products_after_attention(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
 {
     struct tensor x = tensor_rows(b->x, 0, rows), y = tensor_rows(b->y, 0, rows), up = tensor_rows(b->up, 0, rows);
-    k->linear(d, tensor_rows(b->qkv, 0, rows), x, &b->w[0], ACT_NONE);
     k->linear(d, y, x, &b->w[1], ACT_NONE);
     k->linear(d, up, x, &b->w[2], ACT_GELU_TANH);
     k->linear(d, y, up, &b->w[3], ACT_NONE);
+}
+
+static void products(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
+{
+    products_before_attention(b, k, d, rows);
+    products_after_attention(b, k, d, rows);
 }
 
 static struct tensor heads(const struct bed *b, struct tensor t, int64_t rows, int part)
@@ -387,15 +397,11 @@ static int measure_exchange(struct bed *b, struct findings *f, struct err *err)
 static void layer(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
 {
     const int64_t piece = rows * b->width * (int64_t)dtype_size(b->k.activation) / comm_size(b->comm);
-    const struct tensor x = tensor_rows(b->x, 0, rows), y = tensor_rows(b->y, 0, rows),
-                        up = tensor_rows(b->up, 0, rows);
-    k->linear(d, tensor_rows(b->qkv, 0, rows), x, &b->w[0], ACT_NONE);
+    products_before_attention(b, k, d, rows);
     say(b, 3 * piece);
     attention(b, k, d, rows);
     say(b, piece);
-    k->linear(d, y, x, &b->w[1], ACT_NONE);
-    k->linear(d, up, x, &b->w[2], ACT_GELU_TANH);
-    k->linear(d, y, up, &b->w[3], ACT_NONE);
+    products_after_attention(b, k, d, rows);
 }
 
 // The next one's shards come meanwhile.

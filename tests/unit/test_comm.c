@@ -133,6 +133,20 @@ static void listen_all(struct crew *w)
     }
 }
 
+static void start_ranks(struct crew *w)
+{
+    for (int i = 0; i < w->size; i++) {
+        struct rank *r = &w->ranks[i];
+        r->crew = w;
+        r->rank = i;
+        if (w->threads) {
+            assert_int_equal(pthread_create(&r->thread, NULL, thread_main, r), 0);
+        } else if ((r->pid = fork()) == 0) {
+            _exit(run_rank(r));
+        }
+    }
+}
+
 static void start(struct crew *w, enum way way, int size, int64_t slab, rank_fn fn, const void *arg)
 {
     const bool threads = way == SHM_THREADS || way == TCP_THREADS;
@@ -141,16 +155,7 @@ static void start(struct crew *w, enum way way, int size, int64_t slab, rank_fn 
         listen_all(w);
     else
         open_region(w, slab);
-    for (int i = 0; i < size; i++) {
-        struct rank *r = &w->ranks[i];
-        r->crew = w;
-        r->rank = i;
-        if (threads) {
-            assert_int_equal(pthread_create(&r->thread, NULL, thread_main, r), 0);
-        } else if ((r->pid = fork()) == 0) {
-            _exit(run_rank(r));
-        }
-    }
+    start_ranks(w);
 }
 
 // How many ranks did not return 0.
@@ -857,8 +862,8 @@ static int call_place(const char *place)
 static void strangers_are_turned_away(void **state)
 {
     (void)state;
-    struct crew w = {.tcp = true, .size = 2, .fn = traffic_rank};
     struct traffic t = {.seed = 3, .rounds = 10, .longest = 100};
+    struct crew w = {.tcp = true, .size = 2, .fn = traffic_rank, .arg = &t};
     int fds[80];
     uint8_t noise[4096];
     memset(noise, 0x5a, sizeof noise);
@@ -872,12 +877,7 @@ static void strangers_are_turned_away(void **state)
             fds[i] = -1;
         }
     }
-    for (int i = 0; i < 2; i++) {
-        w.ranks[i] = (struct rank){.crew = &w, .rank = i};
-        w.arg = &t;
-        if ((w.ranks[i].pid = fork()) == 0)
-            _exit(run_rank(&w.ranks[i]));
-    }
+    start_ranks(&w);
     assert_int_equal(finish(&w), 0);
     for (int i = 0; i < 80; i++)
         if (fds[i] >= 0)
@@ -889,18 +889,13 @@ static void silent_callers_give_way(void **state)
 {
     enum { SILENT = 100 };
     (void)state;
-    struct crew w = {.tcp = true, .size = 2, .fn = traffic_rank};
     struct traffic t = {.seed = 4, .rounds = 10, .longest = 100};
+    struct crew w = {.tcp = true, .size = 2, .fn = traffic_rank, .arg = &t};
     int fds[SILENT];
-    w.arg = &t;
     listen_all(&w);
     for (int i = 0; i < SILENT; i++)
         fds[i] = call_place(w.where.places[0]);
-    for (int i = 0; i < 2; i++) {
-        w.ranks[i] = (struct rank){.crew = &w, .rank = i};
-        if ((w.ranks[i].pid = fork()) == 0)
-            _exit(run_rank(&w.ranks[i]));
-    }
+    start_ranks(&w);
     assert_int_equal(finish(&w), 0);
     for (int i = 0; i < SILENT; i++)
         close(fds[i]);

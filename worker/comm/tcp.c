@@ -565,8 +565,8 @@ static int fail_absent(const struct tcp_world *w, const struct comm_tcp_meeting 
     return err_set(err, ERR_INTERNAL, "nobody is missing");
 }
 
-// Where there are as many strangers as can be heard: closes the one that has said nothing for longest, once it had its
-// time. Returns how long that will be, or -1: there is room.
+// Where there are as many strangers as can be heard: closes the one that came first, once it had its time. Returns the
+// milliseconds until then, or -1: there is room.
 static int make_room(struct stranger *strangers, int *n)
 {
     int first = 0;
