@@ -1,6 +1,7 @@
 // attention.c: attention through cuDNN's fused engine where it has one (halves, head sizes it knows, no mask, no bias);
-// else through our own (flash.cu); what that does not take either (f32, large or odd heads, rows at any address), as
-// two products with a softmax between, on as many queries at a time as fit the scratch memory.
+// else through our own (flash.cu); in 8 bits, where that may be, through flash8.cu; what flash.cu does not take either
+// (f32, large or odd heads, rows at any address), as two products with a softmax between, on as many queries at a time
+// as fit the scratch memory.
 #include "kernels/cuda/graph.h"
 
 #include <math.h>
@@ -54,6 +55,15 @@ static bool fused(struct device *d, struct tensor out, struct tensor lse, struct
     if (by_head)
         launch_turn(d->stream, lse, by_head, 0);
     return true;
+}
+
+static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                          struct tensor v, const struct attention_opts *opts)
+{
+    if (!opts->eight_bits || !d->flash8 || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
+        return false;
+    void *numbers = cuda_scratch(d, SLOT_SCORES, flash8_scratch(q, k));
+    return !numbers || launch_flash8(d->stream, out, lse, q, k, v, opts->scale, numbers);
 }
 
 // ---- in products
@@ -162,7 +172,8 @@ static void attend(struct device *d, const char *op, struct tensor out, struct t
     cuda_enter(d);
     if (k.n[0] == 0)
         without_keys(d, out, lse);
-    else if (!fused(d, out, lse, q, k, v, opts) && !launch_flash(d->stream, out, lse, q, k, v, opts))
+    else if (!in_eight_bits(d, out, lse, q, k, v, opts) && !fused(d, out, lse, q, k, v, opts) &&
+             !launch_flash(d->stream, out, lse, q, k, v, opts))
         in_products(d, out, lse, q, k, v, opts);
     cuda_launched(d, op);
 }

@@ -127,27 +127,40 @@ static void cuda_close(struct device *d)
     free(d);
 }
 
+// Ten times its number.
+static int capability_of(int gpu, int *out, struct err *err)
+{
+    int major = 0, minor = 0;
+    cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu);
+    *out = major * 10 + minor;
+    return e == cudaSuccess ? 0 : explain(err, e, "opening the GPU");
+}
+
 static int check_gpu(int gpu, struct err *err)
 {
-    int count = 0, major = 0, minor = 0;
+    int count = 0, capability;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e != cudaSuccess)
         return explain(err, e, "opening the GPU");
     if (gpu < 0 || gpu >= count)
         return err_set(err, ERR_INVALID, "GPU %d: this process sees %d, numbered from 0 (CUDA_VISIBLE_DEVICES chooses)",
                        gpu, count);
-    if ((e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu)) != cudaSuccess ||
-        (e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu)) != cudaSuccess)
-        return explain(err, e, "opening the GPU");
-    if (major * 10 + minor < OLDEST)
+    TRY(capability_of(gpu, &capability, err));
+    if (capability < OLDEST)
         return err_set(err, ERR_UNSUPPORTED, "GPU %d has compute capability %d.%d: 8.0 (A100) or newer is needed", gpu,
-                       major, minor);
+                       capability / 10, capability % 10);
     return 0;
 }
 
 static int open_libraries(struct device *d, struct err *err)
 {
+    enum { HOPPER = 90 };
     cudaError_t e;
+    int capability;
+    TRY(capability_of(d->gpu, &capability, err));
+    d->flash8 = capability == HOPPER;
     if ((e = cudaSetDevice(d->gpu)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
         (e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->gpu)) != cudaSuccess ||

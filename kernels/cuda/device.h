@@ -17,14 +17,15 @@ enum slot {
     SLOT_QUANTISED,
     SLOT_LINK,
     SLOTS
-}; // of cuBLASLt and cuDNN; of attention, and sums in f32; a converted operand; one converted to E4M3; rows on their
-   // way
+}; // of cuBLASLt and cuDNN; of attention, its numbers of 8 bits, and sums in f32; a converted operand; one converted to
+   // E4M3; rows on their way
 
 struct device {
     struct check check;
     int gpu, processors;
     enum dtype type; // of activations
     bool exact;      // as device_options has it
+    bool flash8;     // this GPU runs flash8.cu
     cudaStream_t stream;
     cublasLtHandle_t blas;
     cudnnHandle_t dnn;

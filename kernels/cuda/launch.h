@@ -160,4 +160,12 @@ void launch_peer_exchange(cudaStream_t s, const struct peer_exchange *x, int pro
 bool launch_flash(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                   struct tensor v, const struct attention_opts *opts);
 
+// ---- flash8.cu, for compute capability 9.0 alone
+// The same in numbers of 8 bits, without mask and bias: q and k as integers, weights and values as E4M3. In bf16 or
+// f16, heads of a multiple of 8 numbers up to 128, one key or more, rows on 16-byte boundaries, a scale above 0.
+// scratch: flash8_scratch(q, k) bytes. False: other operands, and nothing was done.
+size_t flash8_scratch(struct tensor q, struct tensor k);
+bool launch_flash8(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                   struct tensor v, float scale, void *scratch);
+
 #endif

@@ -50,16 +50,6 @@ template <typename T, int V> __device__ static void store_e4m3(uint8_t *y, const
     }
 }
 
-// The compiler must not keep these numbers as f32 as well, in twice the registers.
-template <typename T, int V> __device__ static void keep_packed(pack<T, V> &x)
-{
-    if constexpr (sizeof x == 16) {
-        uint4 raw = *reinterpret_cast<uint4 *>(&x);
-        asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
-        *reinterpret_cast<uint4 *>(&x) = raw;
-    }
-}
-
 // A block a row. R: vectors a thread keeps in registers, 0: the row is too long and is read again.
 template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREADS) quant_kernel(quant_of<T> p)
 {

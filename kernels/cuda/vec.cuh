@@ -71,6 +71,16 @@ template <typename T, int V> __device__ inline void store(T *p, const float (&in
     }
 }
 
+// The compiler must not keep these numbers as f32 as well, in twice the registers.
+template <typename T, int V> __device__ inline void keep_packed(pack<T, V> &x)
+{
+    if constexpr (sizeof x == 16) {
+        uint4 raw = *reinterpret_cast<uint4 *>(&x);
+        asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+        *reinterpret_cast<uint4 *>(&x) = raw;
+    }
+}
+
 // A vector operand of any weight type; p NULL: absent.
 struct row {
     const void *p;

@@ -112,7 +112,7 @@ static void run_attention(struct bed *bed, const struct call *c)
     struct tensor head[3];
     for (int i = 0; i < 3; i++)
         head[i] = tensor_reshape(tensor_cols(c->x, i * width, width), 3, rows, c->heads, dim, 1);
-    const struct attention_opts opts = {.scale = 1.0F / (float)dim};
+    const struct attention_opts opts = {.scale = 1.0F / (float)dim, .eight_bits = bed->b->precision.fp8};
     bed->k->attention(bed->d, tensor_reshape(c->y, 3, rows, c->heads, dim, 1), head[0], head[1], head[2], &opts);
 }
 

@@ -92,7 +92,8 @@ static struct tensor heads(const struct bed *b, struct tensor t, int64_t rows, i
 
 static void attention(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
 {
-    const struct attention_opts opts = {.scale = 1.0F / (float)b->head_dim};
+    const struct attention_opts opts = {.scale = 1.0F / (float)b->head_dim,
+                                        .eight_bits = b->w[0].w[0].dtype == DT_E4M3};
     k->attention(d, heads(b, b->y, rows, 0), heads(b, b->qkv, rows, 0), heads(b, b->qkv, rows, 1),
                  heads(b, b->qkv, rows, 2), &opts);
 }

@@ -1017,6 +1017,139 @@ static void flash_rows(void **state)
     }
 }
 
+// ---- in 8 bits
+
+static double apart(struct fix *f, struct pair p) // relative L2
+{
+    const int64_t row = p.c.n[1] * p.c.n[2];
+    float *got = malloc((size_t)p.whole.n[0] * sizeof *got + 1);
+    double difference = 0, all = 0;
+    G->download(f->d, got, p.whole);
+    assert_int_equal(G->sync(f->d, NULL), 0);
+    for (int64_t i = 0; i < p.whole.n[0]; i++)
+        if (i % p.c.ld < row) {
+            const double c = get(p.c, i);
+            difference += ((double)got[i] - c) * ((double)got[i] - c);
+            all += c * c;
+        }
+    free(got);
+    return sqrt(difference / all);
+}
+
+// scale: of scores; where they are far apart, the weights are those of few keys and lose more.
+static void eight_bits_case(struct fix *f, struct attention_case c, double scale)
+{
+    struct pair q = ACTIVE(f, c.gap, 1.5, c.m, c.heads, c.dim), k = ACTIVE(f, 2 * c.gap, 1.5, c.s, c.heads, c.dim),
+                v = ACTIVE(f, 0, 1, c.s, c.heads, c.dim), out = OUTPUT(f, c.gap, c.m, c.heads, c.dim),
+                part = OUTPUT(f, 0, c.m, c.heads, c.dim),
+                lse = make(f, DT_F32, DT_F32, SHAPE(c.m, c.heads), c.gap % 3, 0, 0);
+    const struct attention_opts opts = {.scale = (float)scale, .eight_bits = true};
+    C->attention_part(f->cpu, part.c, lse.c, q.c, k.c, v.c, &opts);
+    C->attention(f->cpu, out.c, q.c, k.c, v.c, &opts);
+    G->attention(f->d, out.g, q.g, k.g, v.g, &opts);
+    G->attention_part(f->d, part.g, lse.g, q.g, k.g, v.g, &opts);
+    const double sharp = scale * (double)c.dim > 20 ? 2.5 : 1;
+    same(f, "attention in 8 bits", out, 0.08 * sharp); // and nothing beside it
+    same(f, "attention_part in 8 bits", part, 0.08 * sharp);
+    same(f, "the logarithms of attention_part in 8 bits", lse, 6e-3 * sharp);
+    if (c.m * c.heads * c.dim > 1000 && (apart(f, out) > 0.045 * sharp || apart(f, part) > 0.045 * sharp))
+        fail_msg("attention in 8 bits, (%lld, %lld, %lld): off by %.2f %%", (long long)c.m, (long long)c.s,
+                 (long long)c.dim, 100 * apart(f, out));
+}
+
+static void eight_bits(void **state)
+{
+    struct fix *f = *state;
+    const int64_t counts[] = {1, 5, 64, 77, 127, 128, 129, 255, 256, 257, 300, 512, 1030},
+                  dims[] = {8, 32, 64, 96, 128};
+    EACH_TYPE(f)
+    {
+        for (int i = 0; i < 26; i++) {
+            const struct attention_case c = {.m = counts[i * 5 % 13],
+                                             .s = counts[i * 7 % 13],
+                                             .heads = 1 + i % 3,
+                                             .dim = dims[i % 5],
+                                             .gap = i % 3 * 8};
+            eight_bits_case(f, c, (i % 4 == 3 ? 8 : 1) / sqrt((double)c.dim));
+        }
+        eight_bits_case(f, (struct attention_case){0, 5, 2, 64, false, false, false, 0}, 1);
+        eight_bits_case(f, (struct attention_case){5, 0, 2, 64, false, false, false, 0}, 1);
+        eight_bits_case(f, (struct attention_case){20, 40, 2, 7, false, false, false, 0}, 0.3); // not of 8 bits
+        eight_bits_case(f, (struct attention_case){9, 200, 2, 200, false, false, false, 0}, 0.07);
+        eight_bits_case(f, (struct attention_case){200, 4500, 2, 128, false, false, false, 0}, 0.09);
+    }
+}
+
+// A query alone gets the bits that it gets among others; and 8 bits are used where they can be.
+static void eight_bits_rows(void **state)
+{
+    struct fix *f = *state;
+    int major = 0;
+    assert_int_equal(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+    EACH_TYPE(f)
+    {
+        const int64_t m = 200, heads = 3, dim = 128, n = heads * dim;
+        struct pair rows = ACTIVE(f, 0, 1.5, m, 3 * n), whole = OUTPUT(f, 0, m, heads, dim),
+                    some = OUTPUT(f, 0, m, heads, dim), plain = OUTPUT(f, 0, m, heads, dim);
+        struct tensor t[3];
+        float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
+        for (int i = 0; i < 3; i++)
+            t[i] = tensor_reshape(tensor_cols(rows.g, i * n, n), 3, m, heads, dim, 1);
+        struct attention_opts opts = {.scale = 0.1f, .eight_bits = true};
+        G->attention(f->d, whole.g, t[0], t[1], t[2], &opts);
+        for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1) {
+            const int64_t now = count < m - first ? count : m - first;
+            G->attention(f->d, tensor_rows(some.g, first, now), tensor_rows(t[0], first, now), t[1], t[2], &opts);
+        }
+        opts.eight_bits = false;
+        G->attention(f->d, plain.g, t[0], t[1], t[2], &opts);
+        G->download(f->d, a, whole.g);
+        G->download(f->d, b, some.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        if (f->type != DT_F32)
+            assert_memory_equal(a, b, (size_t)(m * n) * sizeof *a);
+        G->download(f->d, b, plain.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        const bool differ = memcmp(a, b, (size_t)(m * n) * sizeof *a) != 0;
+        assert_int_equal(differ, f->type != DT_F32 && major == 9);
+        free(a);
+        free(b);
+    }
+}
+
+// What is not finite is seen: in a query's numbers by the query, in a key's by all, in a value's in its column.
+static void eight_bits_not_finite(void **state)
+{
+    struct fix *f = *state;
+    const float wrong[] = {NAN, INFINITY, -INFINITY};
+    enum { M = 70, S = 300, DIM = 64 };
+    EACH_TYPE(f)
+    {
+        for (int which = 0; which < 3; which++)
+            for (int w = 0; w < 3; w++) {
+                struct pair t[3], out = OUTPUT(f, 0, M, 2, DIM);
+                const struct attention_opts opts = {.scale = 0.1f, .eight_bits = true};
+                float got[M * 2 * DIM];
+                for (int i = 0; i < 3; i++) {
+                    t[i] = ACTIVE(f, 0, 1, i ? S : M, 2, DIM);
+                    if (i == which) // row 33, head 1, number 10
+                        ((float *)t[i].c.data)[33 * 2 * DIM + DIM + 10] = wrong[w];
+                    G->upload(f->d, t[i].g, t[i].c.data);
+                }
+                G->attention(f->d, out.g, t[0].g, t[1].g, t[2].g, &opts);
+                G->download(f->d, got, out.g);
+                assert_int_equal(G->sync(f->d, NULL), 0);
+                for (int i = 0; i < M * 2 * DIM; i++) {
+                    const bool head = i / DIM % 2 == 1, query = i / (2 * DIM) == 33, column = i % DIM == 10;
+                    if (!head || (which == 0 && !query))
+                        assert_true(isfinite(got[i]));
+                    else if (which == 2 ? column : isnan(wrong[w]))
+                        assert_false(isfinite(got[i]));
+                }
+            }
+    }
+}
+
 static void conv_case(struct fix *f, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kh, int64_t kw,
                       int64_t gap, enum dtype type, bool bias)
 {
@@ -1230,6 +1363,9 @@ int main(void)
         cmocka_unit_test(attention_merge),
         cmocka_unit_test(flash_attention),
         cmocka_unit_test(flash_rows),
+        cmocka_unit_test(eight_bits),
+        cmocka_unit_test(eight_bits_rows),
+        cmocka_unit_test(eight_bits_not_finite),
         cmocka_unit_test(conv2d),
         cmocka_unit_test(recordings),
         cmocka_unit_test(first_failure_stays),

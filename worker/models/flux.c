@@ -257,9 +257,10 @@ static void leave(struct dit_pass *p, struct tensor text_gate, struct tensor ima
     p->image_gate = image_gate;
 }
 
-// out (rows, dim) = attention of all rows with each other; qkv (rows, 3 * dim) already normed and rotated
-static void attend(const struct flux *f, struct exec *x, const struct dit_pass *p, int layer, struct tensor out,
-                   struct tensor qkv)
+// out (rows, dim) = attention of all rows with each other; qkv (rows, 3 * dim) already normed and rotated. A block
+// whose products, as that of w, are of 8 bits attends in 8 bits.
+static void attend(const struct flux *f, struct exec *x, const struct dit_pass *p, int layer, const struct linear *w,
+                   struct tensor out, struct tensor qkv)
 {
     exec_attend(x, &(struct attention_call){.layer = layer,
                                             .out = split_heads(f, out),
@@ -268,7 +269,8 @@ static void attend(const struct flux *f, struct exec *x, const struct dit_pass *
                                             .v = split_heads(f, tensor_cols(qkv, 2 * f->dim, f->dim)),
                                             .rows = p->rows->of_rank,
                                             .text = p->rows->text_of_rank,
-                                            .opts.scale = 1.0F / sqrtf((float)f->head_dim)});
+                                            .opts.scale = 1.0F / sqrtf((float)f->head_dim),
+                                            .opts.eight_bits = w->w[0].dtype == DT_E4M3});
 }
 
 static void norm_and_rotate(const struct flux *f, struct exec *x, struct tensor qkv, struct tensor norm_q,
@@ -329,7 +331,7 @@ static void double_block(const struct flux *f, struct exec *x, struct dit_pass *
     const struct stream_rows text = stream_rows(p, true, qkv, attention), image = stream_rows(p, false, qkv, attention);
     stream_in(f, x, p, &b->text, &text);
     stream_in(f, x, p, &b->image, &image);
-    attend(f, x, p, i, attention, qkv);
+    attend(f, x, p, i, &b->image.qkv, attention, qkv);
     arena_release(x->arena, inner);
     stream_out(f, x, p, &b->text, &text);
     stream_out(f, x, p, &b->image, &image);
@@ -360,7 +362,7 @@ static void single_block(const struct flux *f, struct exec *x, struct dit_pass *
     single_enter(f, x, p, normed, b->mod_at);
     x->k->linear(x->d, qkv, normed, &b->qkv, ACT_NONE);
     norm_and_rotate(f, x, qkv, b->norm_q, b->norm_k, p->rows->rope);
-    attend(f, x, p, (int)f->n_double + i, tensor_cols(both, 0, f->dim), qkv);
+    attend(f, x, p, (int)f->n_double + i, &b->qkv, tensor_cols(both, 0, f->dim), qkv);
     x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), normed, &b->up, ACT_GELU_TANH);
     x->k->linear(x->d, p->update, both, &b->out, ACT_NONE);
     leave(p, chunk(f, p, b->mod_at, 2), chunk(f, p, b->mod_at, 2));

@@ -1,0 +1,461 @@
+// flash8.cu: attention in numbers of 8 bits, on compute capability 9.0: scores from integers, weights and values as
+// E4M3, sums in f32. Which are good enough for what is from SageAttention2 (Zhang et al. 2024): a first prediction of
+// the demo model is 1.0 % off by it, and 1.9 % with E4M3 for q and k.
+//
+// The kernel is a FlashAttention (Dao et al. 2022; for Hopper Shah et al. 2024). Two threads load tiles of keys and of
+// values ahead. Two warpgroups take 64 queries each: while the tensor cores multiply the weights of one tile with its
+// values, after the scores of the next, the warps make weights of these. What is not finite becomes NaN.
+#include "kernels/cuda/flash8.cuh"
+#include "kernels/cuda/hopper.cuh"
+
+using namespace flash8;
+
+enum {
+    WARP = 32,
+    GROUP = 128, // threads of a warpgroup
+    GROUPS = 2,
+    GROUP_QUERIES = 64,
+    QUERIES = GROUPS * GROUP_QUERIES,
+    THREADS = (GROUPS + 1) * GROUP,
+    STAGES = 4,
+    VALUES = GROUP_QUERIES * TILE / GROUP, // of a thread: scores of a tile, sums of the result
+    STEPS = TILE / 32,
+};
+static_assert(DIM == TILE, "a tile of keys and one of values are alike");
+
+struct shared {
+    int8_t q[QUERIES * DIM];
+    int8_t k[STAGES][TILE * DIM];
+    uint8_t v[STAGES][DIM * TILE];
+    alignas(16) uint16_t out[QUERIES][DIM + 8]; // eight rows' 16 bytes meet no bank twice
+    float last[GROUPS * GROUP];
+    uint64_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+template <typename T> struct result {
+    T *out;
+    float *lse; // (m, heads), rows of lse_ld, or NULL
+    int64_t out_ld, lse_ld;
+    int dim;
+};
+
+struct ring { // a place among the stages
+    unsigned stage = 0, phase = 0;
+    __device__ void next()
+    {
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        phase ^= stage == 0;
+    }
+};
+
+// The last tile, which may have fewer keys, comes first.
+__device__ static int tile_of(int i, int tiles)
+{
+    return i == 0 ? tiles - 1 : i - 1;
+}
+
+// Tiles, as places among the stages get free: two threads do this, for keys and for values, which are kept longer.
+__device__ static void load_keys(shared &sh, const CUtensorMap *q, const CUtensorMap *k, int tiles)
+{
+    const int head = (int)blockIdx.y;
+    hopper::barrier_expect(&sh.q_full, sizeof sh.q);
+    hopper::tile_load(sh.q, q, head * DIM, (int)blockIdx.x * QUERIES, &sh.q_full);
+    ring at;
+    for (int i = 0; i < tiles; i++, at.next()) {
+        hopper::barrier_wait(&sh.k_empty[at.stage], at.phase ^ 1);
+        hopper::barrier_expect(&sh.k_full[at.stage], sizeof sh.k[0]);
+        hopper::tile_load(sh.k[at.stage], k, head * DIM, tile_of(i, tiles) * TILE, &sh.k_full[at.stage]);
+    }
+}
+
+__device__ static void load_values(shared &sh, const CUtensorMap *v, int tiles)
+{
+    ring at;
+    for (int i = 0; i < tiles; i++, at.next()) {
+        hopper::barrier_wait(&sh.v_empty[at.stage], at.phase ^ 1);
+        hopper::barrier_expect(&sh.v_full[at.stage], sizeof sh.v[0]);
+        hopper::tile_load(sh.v[at.stage], v, tile_of(i, tiles) * TILE, (int)blockIdx.y * DIM, &sh.v_full[at.stage]);
+    }
+}
+
+// What a thread knows of its two queries, 8 rows apart. Scores are in units of log2.
+struct softmax_of {
+    float factor[2], highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
+    int highest_fixed[2]; // in fixed point, modulo 2^32
+};
+
+// Weights up to 2^SLACK are let be before all is set to a new highest score; the largest weight is E4M3's 256.
+static constexpr float SLACK = 3, WEIGHT_POWER = 8 - SLACK;
+
+// A weight is 2^x as f16, made by integers: x + 15 in fixed point has the exponent and the mantissa of an f16 in its
+// upper half, if the mantissa may go straight from one power to the next, up to 6 % too high between (Schraudolph
+// 1999). Two of them, half a power apart, add up to 2^(x + UNIT_POWER) within 0.8 %, a third of what E4M3 loses. It
+// takes half of the time of the GPU's own exponentials.
+static constexpr int POINT = 26, BIAS = 15, HALF_POWER = 0x02000200; // of two f16
+static constexpr float UNIT_POWER = 1.0552f, MARGIN = 0.0625f; // more than rounding makes of 2^21 units of a score
+
+__device__ static int fixed(float x)
+{
+    return __float2int_rn(x * (1 << POINT));
+}
+
+__device__ static float exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The highest of a row's scores among the four threads that have them. Chains, since a long one takes its time.
+template <bool FULL> __device__ static int highest_of(const int (&s)[VALUES], int r, int keys)
+{
+    int top[4] = {INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+#pragma unroll
+    for (int i = 2 * r; i < VALUES; i += 4)
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+            if (FULL || i / 4 * 8 + c < keys)
+                top[i / 4 % 4] = max(top[i / 4 % 4], s[i + c]);
+    int all = max(max(top[0], top[1]), max(top[2], top[3]));
+    all = max(all, __shfl_xor_sync(~0u, all, 1));
+    return max(all, __shfl_xor_sync(~0u, all, 2));
+}
+
+// s: scores of a tile as integers. w: its weights, pairs of f16, times 2^(WEIGHT_POWER + power). keys: how many columns
+// of the tile from this thread's first on are keys, unless it is full.
+template <bool FULL>
+__device__ static void soften(softmax_of &f, __half2 (&w)[VALUES / 2], const int (&s)[VALUES], float k_factor,
+                              int power, int keys)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int top = highest_of<FULL>(s, r, keys);
+        const float factor = f.factor[r] * k_factor, score = factor < 32 ? (float)top * factor : NAN;
+        const int slope = fixed(factor);
+        f.shrink[r] = 1;
+        if (!(score <= f.highest[r] + SLACK)) { // also for NaN
+            f.shrink[r] = exp2_fast(f.highest[r] - score);
+            f.highest[r] = score;
+            f.highest_fixed[r] = top * slope;
+        }
+        const float above = BIAS + WEIGHT_POWER - UNIT_POWER + (float)power; // below the highest by so much: 0
+        const int base = fixed(above) - f.highest_fixed[r];
+        const int least = __float2int_ru(__fdividef(f.highest[r] - above + MARGIN, factor));
+        __half2 sum[2] = {};
+#pragma unroll
+        for (int i = 2 * r; i < VALUES; i += 4) {
+            const uint32_t first = (uint32_t)(max(s[i], least) * slope + base),
+                           second = (uint32_t)(max(s[i + 1], least) * slope + base);
+            uint32_t low = __byte_perm(first, second, 0x7632), high = low + HALF_POWER;
+            if (!FULL) {
+                const uint32_t seen = (i / 4 * 8 < keys ? 0xffff : 0) | (i / 4 * 8 + 1 < keys ? 0xffff0000 : 0);
+                low &= seen;
+                high &= seen;
+            }
+            w[i / 2] = __hfma2(*reinterpret_cast<__half2 *>(&high), __float2half2_rn(0.70710678f),
+                               *reinterpret_cast<__half2 *>(&low));
+            sum[i / 4 % 2] = __hadd2(sum[i / 4 % 2], w[i / 2]);
+        }
+        const float2 both = __half22float2(__hadd2(sum[0], sum[1]));
+        f.sum[r] = f.sum[r] * f.shrink[r] + (both.x + both.y) * exp2_fast((float)-power);
+    }
+}
+
+__device__ static uint32_t two_e4m3(__half2 two)
+{
+    uint16_t codes;
+    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(codes) : "r"(*reinterpret_cast<uint32_t *>(&two)));
+    return codes;
+}
+
+// Weights as an operand: columns 8 apart, as a thread has sums, become neighbours in a word.
+__device__ static void pack_weights(uint32_t (&p)[VALUES / 4], const __half2 (&w)[VALUES / 2])
+{
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; i++) { // word i: 16 columns i / 2, row i % 2
+        const __half2 *from = w + i / 2 * 4 + i % 2;
+        p[i] = two_e4m3(from[0]) | two_e4m3(from[2]) << 16;
+    }
+}
+
+// The largest power of the head's values. Those of a tile are as much less, and its weights that much smaller.
+__device__ static int highest_power(const tile_factors *tile, int tiles)
+{
+    int top = INT_MIN;
+    for (int i = (int)threadIdx.x % WARP; i < tiles; i += WARP)
+        top = max(top, tile[i].v_power);
+    return __reduce_max_sync(~0u, top);
+}
+
+template <typename T>
+__device__ static void store_out(shared &sh, const result<T> &to, const eight &e, const float (&o)[VALUES],
+                                 const float (&scale)[2], int row, int head)
+{
+    const int lane = (int)threadIdx.x % WARP, first = (int)blockIdx.x * QUERIES + row;
+    T *at = reinterpret_cast<T *>(&sh.out[row + lane % 16][lane / 16 * 8]);
+#pragma unroll
+    for (int i = 0; i < VALUES; i += 8) {
+        uint32_t word[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            pair_from_f32(reinterpret_cast<T *>(&word[j]), o[i + 2 * j] * scale[j % 2],
+                          o[i + 2 * j + 1] * scale[j % 2]);
+        hopper::matrices_store(at + 2 * i, word);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int r = 2 * i + lane / 16, column = lane % 16 * 8;
+        if (first + r < e.m && column < to.dim)
+            *reinterpret_cast<uint4 *>(to.out + (first + r) * to.out_ld + head * to.dim + column) =
+                *reinterpret_cast<const uint4 *>(&sh.out[row + r][column]);
+    }
+}
+
+__device__ static void multiply_scores(int (&s)[VALUES], uint64_t q, uint64_t k)
+{
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) // addresses count in 16 bytes
+        hopper::product(s, q + 2 * i, k + 2 * i, i > 0);
+    hopper::products_commit();
+}
+
+__device__ static void multiply_values(float (&o)[VALUES], const uint32_t (&p)[VALUES / 4], uint64_t v, bool more)
+{
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+        hopper::product(o, p + 4 * i, v + 2 * i, more || i > 0);
+    hopper::products_commit();
+}
+
+// One warpgroup's work: what it has in registers besides the softmax.
+struct products {
+    int s[VALUES];            // scores
+    float o[VALUES];          // sums of weighted values
+    uint32_t p[VALUES / 4];   // weights
+    uint64_t q, keys, values; // operands in shared memory; of the first stage
+    ring k, v;
+};
+
+__device__ static void begin_scores(shared &sh, products &x)
+{
+    constexpr unsigned APART = sizeof sh.k[0] / 16; // as addresses of operands count
+    hopper::barrier_wait(&sh.k_full[x.k.stage], x.k.phase);
+    hopper::products_begin();
+    multiply_scores(x.s, x.q, x.keys + x.k.stage * APART);
+}
+
+__device__ static void begin_values(shared &sh, products &x, bool more)
+{
+    constexpr unsigned APART = sizeof sh.v[0] / 16;
+    hopper::barrier_wait(&sh.v_full[x.v.stage], x.v.phase);
+    hopper::products_begin();
+    multiply_values(x.o, x.p, x.values + x.v.stage * APART, more);
+}
+
+// All but the last LATER products are done: the scores.
+template <int LATER> __device__ static void end_scores(shared &sh, products &x)
+{
+    hopper::products_wait<LATER>();
+    hopper::registers_settle(x.s);
+    if (threadIdx.x % WARP == 0)
+        hopper::barrier_arrive(&sh.k_empty[x.k.stage]);
+    x.k.next();
+}
+
+__device__ static void end_values(shared &sh, products &x)
+{
+    hopper::products_wait<0>();
+    hopper::registers_settle(x.o);
+    hopper::registers_settle(x.p);
+    if (threadIdx.x % WARP == 0)
+        hopper::barrier_arrive(&sh.v_empty[x.v.stage]);
+    x.v.next();
+}
+
+// The assembler is free to let the warps wait for the values before they soften the scores, and does, unless there is a
+// store of what comes last.
+__device__ static void soften_before_values(shared &sh, const softmax_of &f)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(hopper::shared_address(&sh.last[threadIdx.x])),
+                 "f"(f.sum[0] + f.sum[1])
+                 : "memory");
+}
+
+template <typename T> __device__ static void attend(shared &sh, const eight &e, const result<T> &to, int group)
+{
+    const int lane = (int)threadIdx.x % WARP, head = (int)blockIdx.y;
+    const int row = group * GROUP_QUERIES + (int)threadIdx.x % GROUP / WARP * 16; // the warp's first
+    const int query = (int)blockIdx.x * QUERIES + row + lane / 4;
+    const tile_factors *tile = e.tile + head * e.tiles, last = tile[e.tiles - 1];
+    const int top = highest_power(tile, e.tiles);
+    const auto power_of = [&](const tile_factors &t) { return max(t.v_power - top, -24); };
+    softmax_of f;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        f.factor[r] = query + 8 * r < e.m ? e.q_factor[(int64_t)(query + 8 * r) * e.heads + head] : 0;
+    products x;
+    x.q = hopper::operand(sh.q + group * GROUP_QUERIES * DIM);
+    x.keys = hopper::operand(sh.k[0]);
+    x.values = hopper::operand(sh.v[0]);
+    __half2 w[VALUES / 2];
+
+    hopper::barrier_wait(&sh.q_full, 0);
+    begin_scores(sh, x);
+    end_scores<0>(sh, x);
+    soften<false>(f, w, x.s, last.k, power_of(last), e.s - (e.tiles - 1) * TILE - lane % 4 * 2);
+    pack_weights(x.p, w);
+    tile_factors next = tile[0]; // loaded a tile ahead
+    for (int i = 1; i < e.tiles; i++) {
+        const tile_factors now = next;
+        next = tile[i];
+        begin_scores(sh, x);
+        begin_values(sh, x, i > 1);
+        end_scores<1>(sh, x);
+        soften<true>(f, w, x.s, now.k, power_of(now), TILE);
+        soften_before_values(sh, f);
+        end_values(sh, x);
+        if (__any_sync(~0u, f.shrink[0] != 1 || f.shrink[1] != 1))
+#pragma unroll
+            for (int j = 0; j < VALUES; j++)
+                x.o[j] *= f.shrink[j / 2 % 2];
+        pack_weights(x.p, w);
+    }
+    begin_values(sh, x, e.tiles > 1);
+    float scale[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        f.sum[r] += __shfl_xor_sync(~0u, f.sum[r], 1);
+        f.sum[r] += __shfl_xor_sync(~0u, f.sum[r], 2);
+        scale[r] = exp2f((float)top) / f.sum[r] + f.highest[r] * 0; // integers know no NaN
+        if (to.lse && lane % 4 == 0 && query + 8 * r < e.m)
+            to.lse[(int64_t)(query + 8 * r) * to.lse_ld + head] =
+                (f.highest[r] + log2f(f.sum[r]) - WEIGHT_POWER) * 0.6931471805599453f;
+    }
+    end_values(sh, x);
+    store_out(sh, to, e, x.o, scale, row, head);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1)
+    flash8_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                  const __grid_constant__ CUtensorMap v, const eight e, const result<T> to)
+{
+    extern __shared__ __align__(1024) uint8_t memory[];
+    shared &sh = *reinterpret_cast<shared *>(memory);
+    const int group = __shfl_sync(~0u, (int)threadIdx.x / GROUP, 0); // the same for a warp, and known to be
+    if (threadIdx.x == 0) {
+        hopper::barrier_init(&sh.q_full, 1);
+        for (int i = 0; i < STAGES; i++) {
+            hopper::barrier_init(&sh.k_full[i], 1);
+            hopper::barrier_init(&sh.v_full[i], 1);
+            hopper::barrier_init(&sh.k_empty[i], GROUPS * GROUP / WARP);
+            hopper::barrier_init(&sh.v_empty[i], GROUPS * GROUP / WARP);
+        }
+        hopper::barriers_visible();
+    }
+    __syncthreads();
+    if (group == GROUPS) {
+        hopper::registers_less<24>();
+        if (threadIdx.x % GROUP == 0)
+            load_keys(sh, &q, &k, e.tiles);
+        else if (threadIdx.x % GROUP == WARP)
+            load_values(sh, &v, e.tiles);
+    } else {
+        hopper::registers_more<240>();
+        attend(sh, e, to, group);
+    }
+}
+
+// ---- host side
+
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+static encode_fn encoder()
+{
+    void *f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) != cudaSuccess)
+        return nullptr;
+    return (encode_fn)f;
+}
+
+// Boxes of `high` rows of 128 bytes, of (rows, columns) bytes.
+static bool map_of(CUtensorMap *map, const void *p, int64_t rows, int64_t columns, int high)
+{
+    static const encode_fn encode = encoder();
+    const cuuint64_t n[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, ld = (cuuint64_t)columns;
+    const cuuint32_t box[2] = {128, (cuuint32_t)high}, step[2] = {1, 1};
+    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(p), n, &ld, box, step,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Lays out e's arrays in the bytes at p; returns how many they are.
+static size_t layout(eight &e, uint8_t *p)
+{
+    const size_t heads = (size_t)e.heads, tiles = heads * (size_t)e.tiles, queries = heads * (size_t)e.m;
+    size_t used = 0;
+    const auto take = [&](size_t bytes) {
+        uint8_t *at = p + used;
+        used += (bytes + 255) / 256 * 256;
+        return at;
+    };
+    e.q = (int8_t *)take(queries * DIM);
+    e.k = (int8_t *)take(heads * (size_t)e.s * DIM);
+    e.v = take(tiles * TILE * DIM);
+    e.q_factor = (float *)take(queries * sizeof(float));
+    e.tile = (tile_factors *)take(tiles * sizeof(tile_factors));
+    return used;
+}
+
+static eight eight_of(struct tensor q, struct tensor k)
+{
+    eight e = {};
+    e.m = (int)q.n[0];
+    e.s = (int)k.n[0];
+    e.heads = (int)q.n[1];
+    e.tiles = (int)ceil_div(e.s, TILE);
+    return e;
+}
+
+size_t flash8_scratch(struct tensor q, struct tensor k)
+{
+    eight e = eight_of(q, k);
+    return layout(e, nullptr);
+}
+
+bool launch_flash8(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                   struct tensor v, float scale, void *scratch)
+{
+    const struct tensor all[] = {out, q, k, v};
+    const int64_t dim = q.n[2], longest = q.n[0] > k.n[0] ? q.n[0] : k.n[0];
+    for (const struct tensor &t : all)
+        if (t.dtype == DT_F32 || !wide(t, 8))
+            return false;
+    if (dim % 8 || dim > DIM || longest > 1 << 20 || q.n[1] > MAX_GRID_Y || !(scale > 0))
+        return false;
+    eight e = eight_of(q, k);
+    layout(e, (uint8_t *)scratch);
+    CUtensorMap maps[3];
+    if (!map_of(&maps[0], e.q, e.m, (int64_t)e.heads * DIM, QUERIES) ||
+        !map_of(&maps[1], e.k, e.s, (int64_t)e.heads * DIM, TILE) ||
+        !map_of(&maps[2], e.v, (int64_t)e.heads * DIM, (int64_t)e.tiles * TILE, DIM))
+        return false;
+    make(s, e, q, k, v, scale);
+    with_type(out.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        if constexpr (sizeof(T) == 2) {
+            static const cudaError_t ready =
+                cudaFuncSetAttribute(flash8_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
+            const result<T> to = {(T *)out.data, tensor_none(lse) ? nullptr : (float *)lse.data, out.ld, lse.ld,
+                                  (int)dim};
+            (void)ready; // a failure is the launch's, too
+            flash8_kernel<T><<<dim3((unsigned)ceil_div(e.m, QUERIES), (unsigned)e.heads), THREADS, sizeof(shared), s>>>(
+                maps[0], maps[1], maps[2], e, to);
+        }
+    });
+    return true;
+}
