@@ -97,10 +97,10 @@ static bool active(const struct check *c, struct tensor t, int dims)
     return t.dtype == c->activation && t.dims > 0 && (dims == 0 || t.dims == dims);
 }
 
-// What a linear layer of E4M3 takes besides activations.
+// What a linear layer of numbers of 8 bits takes besides activations.
 static bool quantised(const struct check *c, struct tensor t)
 {
-    return c->e4m3 && t.dtype == DT_E4M3 && t.dims == 2 && (t.scale || !c->memory || t.n[0] == 0);
+    return c->quantised && dtype_quantised(t.dtype) && t.dims == 2 && (t.scale || !c->memory || t.n[0] == 0);
 }
 
 // A vector of n: (n), or (1, n) as a row of a matrix is.
@@ -127,13 +127,13 @@ bool check_zero(struct check *c, struct tensor t)
 
 bool check_linear(struct check *c, struct tensor y, struct tensor x, const struct linear *w)
 {
-    const bool e4m3 = w->parts == 1 && quantised(c, w->w[0]);
-    bool ok = active(c, y, 2) && (active(c, x, 2) || (e4m3 && quantised(c, x))) && x.n[0] == y.n[0] && x.n[1] == w->k &&
-              y.n[1] == w->n && w->parts >= 1 && w->parts <= LINEAR_MAX_PARTS;
+    const bool codes = w->parts == 1 && quantised(c, w->w[0]);
+    bool ok = active(c, y, 2) && (active(c, x, 2) || (codes && quantised(c, x) && x.dtype == w->w[0].dtype)) &&
+              x.n[0] == y.n[0] && x.n[1] == w->k && y.n[1] == w->n && w->parts >= 1 && w->parts <= LINEAR_MAX_PARTS;
     int64_t n = 0;
     for (int i = 0; ok && i < w->parts; i++) {
         n += w->w[i].n[0];
-        ok = (weight_type(w->w[i]) || e4m3) && w->w[i].dims == 2 && w->w[i].n[1] == w->k &&
+        ok = (weight_type(w->w[i]) || codes) && w->w[i].dims == 2 && w->w[i].n[1] == w->k &&
              (tensor_none(w->b[i]) || vector(w->b[i], w->w[i].n[0]));
     }
     return rule(c, ok && n == w->n, "linear", "y (m, n), x (m, k), weights (n_i, k), n the sum of n_i", 3, "y", y, "x",

@@ -10,7 +10,7 @@
 struct check {
     enum dtype activation;
     bool memory;        // operands must have an address (dry: need not)
-    bool e4m3;          // the device computes with E4M3
+    bool quantised;     // the device computes with E4M3 and I8
     struct err failure; // code 0: none yet
 };
 

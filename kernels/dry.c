@@ -16,7 +16,8 @@ static int dry_open(const struct device_options *options, struct device **out, s
     *out = malloc(sizeof **out);
     if (!*out)
         return err_set(err, ERR_NO_MEMORY, "no memory for a dry device");
-    **out = (struct device){.check = {.activation = options->activation, .e4m3 = true}, .next = (uintptr_t)1 << 32};
+    **out =
+        (struct device){.check = {.activation = options->activation, .quantised = true}, .next = (uintptr_t)1 << 32};
     return 0;
 }
 

@@ -7,8 +7,9 @@
 //  - Tensors are views in memory that the same device allocated (or, for the cpu backend, any host memory).
 //  - Outputs do not overlap inputs unless the entry says "in place". Zero rows are legal everywhere and do nothing.
 //  - Activations have the device's activation type (f32 on cpu). Weights come in f32, bf16 or f16, as in the file.
-//    On devices that can, linear layers may be placed as E4M3 (8-bit floats, a factor for each row: an output channel);
-//    they take activations of E4M3 too, whose producers write each row's factor, its largest magnitude / 448.
+//    On devices that can, linear layers may be placed in 8 bits, as E4M3 (floats) or I8 (integers), with a factor for
+//    each row: an output channel; they take activations of that type too, whose producers write each row's factor, its
+//    largest magnitude / 448 or / 127.
 //  - Errors are sticky: an operation on a failed device does nothing, and sync() reports the first failure. So a
 //    forward pass reads like the paper's figure, and is checked once. dry reports shape mistakes the same way.
 //  - An operation reads its inputs' rows alone unless it says otherwise; the ones that look across rows (attention,
@@ -46,7 +47,7 @@ struct attention_opts {
     bool causal;        // query i sees keys 0..i; needs as many queries as keys
     struct tensor bias; // (heads, queries, keys) f32 added to the scaled scores, or none
     // In numbers of 8 bits where the device is faster so and there is neither bias nor causal: q and k as integers,
-    // weights and values as E4M3. Loses less than the linear layers of a block in E4M3 do.
+    // weights and values as E4M3. Loses about as much as the linear layers of a block do as I8.
     bool eight_bits;
 };
 
@@ -128,8 +129,9 @@ struct kernels {
     // *out = a weight in host memory where the device's operations can read it: the host tensor itself (cpu), or a
     // copy that the device owns until it is closed (cuda). A copy of two or more dimensions has the activation type.
     int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
-    // The same for a linear layer, whose parts may become one part there. type: E4M3, or the activation type.
-    // A layer whose n or k is no multiple of 16 stays in the activation type. ERR_UNSUPPORTED: this device has no E4M3.
+    // The same for a linear layer, whose parts may become one part there. type: E4M3, I8, or the activation type.
+    // A layer whose n or k is no multiple of 16 stays in the activation type. ERR_UNSUPPORTED: this device has no such
+    // type.
     int (*place_linear)(struct device *d, struct linear *w, enum dtype type, struct err *err);
     // Gives back a placed copy before the device is closed, after all work that reads it. Others: nothing to do.
     void (*displace)(struct device *d, struct tensor placed);
@@ -186,7 +188,7 @@ struct kernels {
     // ---- rows
     void (*copy)(struct device *d, struct tensor dst, struct tensor src); // same shape and type, any ld
     void (*zero)(struct device *d, struct tensor t);
-    // y (m, n) = act(x (m, k) W^T + b); x may be E4M3 where W is
+    // y (m, n) = act(x (m, k) W^T + b); x may be E4M3 or I8 where W is
     void (*linear)(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
     void (*activate)(struct device *d, struct tensor x, enum act act);             // in place
     void (*add)(struct device *d, struct tensor x, struct tensor y);               // x += y
@@ -197,7 +199,7 @@ struct kernels {
     void (*layer_norm)(struct device *d, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta,
                        float eps);
     // y = layer_norm(x) * (1 + scale) + shift; scale and shift (n), activation type (adaLN, Peebles & Xie 2023). y may
-    // be E4M3.
+    // be E4M3 or I8.
     void (*modulate)(struct device *d, struct tensor y, struct tensor x, struct tensor scale, struct tensor shift,
                      float eps);
     // gate_add, then modulate of the result, in one pass: x += gate * update; y = modulate(x)

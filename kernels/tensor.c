@@ -7,8 +7,9 @@ static const struct {
     const char *name;
     size_t size;
 } types[DT_COUNT] = {
-    [DT_F32] = {"F32", 4}, [DT_BF16] = {"BF16", 2}, [DT_F16] = {"F16", 2}, [DT_F64] = {"F64", 8},
-    [DT_I32] = {"I32", 4}, [DT_I64] = {"I64", 8},   [DT_U8] = {"U8", 1},   [DT_E4M3] = {"F8_E4M3", 1},
+    [DT_F32] = {"F32", 4}, [DT_BF16] = {"BF16", 2},    [DT_F16] = {"F16", 2},
+    [DT_F64] = {"F64", 8}, [DT_I32] = {"I32", 4},      [DT_I64] = {"I64", 8},
+    [DT_U8] = {"U8", 1},   [DT_E4M3] = {"F8_E4M3", 1}, [DT_I8] = {"I8", 1},
 };
 
 size_t dtype_size(enum dtype dtype)

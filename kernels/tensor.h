@@ -9,7 +9,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum dtype { DT_F32, DT_BF16, DT_F16, DT_F64, DT_I32, DT_I64, DT_U8, DT_E4M3, DT_COUNT };
+enum dtype { DT_F32, DT_BF16, DT_F16, DT_F64, DT_I32, DT_I64, DT_U8, DT_E4M3, DT_I8, DT_COUNT };
+
+// Numbers of 8 bits, each row with a factor of its own.
+static inline bool dtype_quantised(enum dtype dtype)
+{
+    return dtype == DT_E4M3 || dtype == DT_I8;
+}
 
 size_t dtype_size(enum dtype dtype);
 const char *dtype_name(enum dtype dtype); // as safetensors spells it: "F32", "BF16", ...
@@ -22,7 +28,7 @@ struct tensor {
     int dims;                   // 1 to TENSOR_MAX_DIMS; 0: no tensor (optional arguments)
     int64_t n[TENSOR_MAX_DIMS]; // n[dims] and beyond are 1
     int64_t ld;                 // elements from one entry of n[0] to the next
-    float *scale;               // E4M3: each row's numbers are to be multiplied by scale[row]; else NULL
+    float *scale;               // E4M3 and I8: each row's numbers are to be multiplied by scale[row]; else NULL
 };
 
 static inline bool tensor_none(struct tensor t)

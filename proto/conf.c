@@ -36,7 +36,7 @@ struct key {
 };
 
 static const char *const devices[] = {"cpu", "cuda", NULL};
-static const char *const precisions[] = {"default", "fp32", "bf16", "fp16", "fp8", NULL};
+static const char *const precisions[] = {"default", "fp32", "bf16", "fp16", "fp8", "int8", NULL};
 static const char *const answers[] = {"no", "yes", NULL};
 static const char *const weights[] = {"replicated", "sharded", NULL};
 static const char *const on_errors[] = {"wait", "refuse", "allow", NULL};
@@ -837,7 +837,7 @@ int conf_parse(const char *text, const char *name, struct conf **out, struct err
 {
     static_assert(LOG_DEBUG == 0 && LOG_ERROR == 3, "levels[] is in the order of enum log_level");
     static_assert(CONF_ON_ERROR_WAIT == 0 && CONF_ON_ERROR_ALLOW == 2, "on_errors[] is in the order of the enum");
-    static_assert(DITFLEET__V1__PRECISION__PRECISION_DEFAULT == 0 && DITFLEET__V1__PRECISION__PRECISION_FP8 == 4,
+    static_assert(DITFLEET__V1__PRECISION__PRECISION_DEFAULT == 0 && DITFLEET__V1__PRECISION__PRECISION_INT8 == 5,
                   "precisions[] is in the order of the job's");
     struct parser p = {.name = name, .text = text, .err = err};
     p.conf = calloc(1, sizeof *p.conf);

@@ -389,8 +389,8 @@ const char *job_rng_name(Ditfleet__V1__Rng rng)
 
 const char *job_precision_name(Ditfleet__V1__Precision precision)
 {
-    static const char *const names[] = {"default", "fp32", "bf16", "fp16", "fp8"};
-    return (unsigned)precision < 5 ? names[precision] : "unknown";
+    static const char *const names[] = {"default", "fp32", "bf16", "fp16", "fp8", "int8"};
+    return (unsigned)precision < 6 ? names[precision] : "unknown";
 }
 
 const char *job_priority_name(Ditfleet__V1__Priority priority)

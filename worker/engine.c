@@ -48,7 +48,7 @@ static int open_residency(struct engine *e, int64_t budget, struct err *err)
 // Prices are rank 0's alone: files and free memory are not the same to all.
 static void open_prices(struct engine *e, const struct engine_options *options)
 {
-    const struct precision precision = {.activation = options->device.activation, .fp8 = options->fp8};
+    const struct precision precision = {.activation = options->device.activation, .codes = options->codes};
     struct tuned_key key;
     e->tuned = options->tuned && comm_size(e->control) > 1;
     if (!e->tuned || comm_rank(e->control) != 0)
@@ -78,7 +78,7 @@ int engine_new(const struct engine_options *options, struct engine **out, struct
     e->k = &e->table;
     e->data = e->control = options->control;
     e->memory_limit = options->memory_limit;
-    e->fp8 = options->fp8;
+    e->codes = options->codes;
     e->exact = options->device.exact;
     e->held = options->held;
     e->ranks_here = options->ranks_here ? options->ranks_here : comm_size(options->control);
@@ -112,7 +112,7 @@ void engine_free(struct engine *e)
 
 struct home engine_home(const struct engine *e)
 {
-    struct home home = {.k = e->k, .d = e->d, .fp8 = e->fp8, .residency = e->residency, .held = e->held};
+    struct home home = {.k = e->k, .d = e->d, .codes = e->codes, .residency = e->residency, .held = e->held};
     home.rank = comm_rank(e->data);
     if (!e->residency)
         home.room = engine_memory_share(e);

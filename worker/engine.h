@@ -17,7 +17,7 @@ struct engine;
 struct engine_options {
     const struct kernels *kernels;
     struct device_options device; // exact: so are the plans, and none has a ring unless it is asked for
-    bool fp8;                     // models placed on this engine offer their linear layers as E4M3 (struct precision)
+    enum dtype codes;             // of linear layers that models offer for it, as struct precision has it
     struct comm *control;
     int64_t memory_limit; // bytes of activations a rank may take; 0: what the host has free. In the host's memory alone
     // Of a device with memory of its own: bytes of it that this process may take for everything, context and libraries

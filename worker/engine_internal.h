@@ -26,7 +26,8 @@ struct engine {
     char opened[ENGINE_KEY]; // the job for which data's memory is open; "": it is not
     int64_t memory_limit;
     int ranks_here; // of control's
-    bool fp8, exact;
+    enum dtype codes;
+    bool exact;
     struct plan held;            // of all models with this engine's home
     struct residency *residency; // NULL: the device computes in the host's memory
     struct prompt_cache *cache;

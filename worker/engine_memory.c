@@ -13,9 +13,9 @@ void engine_key(const struct model *m, const Ditfleet__V1__Job *job, const struc
 {
     char plan_text[PLAN_TEXT];
     plan_print(plan, plan_text);
-    snprintf(key, ENGINE_KEY, "%s fp8=%d %ux%u steps=%u text=%u images=%u branches=%d weights=%d %s", m->hash,
-             m->home && m->home->fp8, job->width, job->height, job->num_inference_steps, job->max_sequence_length,
-             job->num_images, job_true_cfg(job) ? 2 : 1, plan->weights, plan_text);
+    snprintf(key, ENGINE_KEY, "%s codes=%d %ux%u steps=%u text=%u images=%u branches=%d weights=%d %s", m->hash,
+             m->home ? (int)m->home->codes : 0, job->width, job->height, job->num_inference_steps,
+             job->max_sequence_length, job->num_images, job_true_cfg(job) ? 2 : 1, plan->weights, plan_text);
 }
 
 static int predict_anew(const struct engine *e, const struct model *m, const Ditfleet__V1__Job *job,

@@ -71,9 +71,10 @@ void exec_exchange(struct exec *x, struct comm *c, int sends, const struct link_
 
 struct tensor exec_input(struct exec *x, int64_t rows, const struct linear *w)
 {
-    if (w->w[0].dtype != DT_E4M3)
+    const enum dtype type = w->w[0].dtype;
+    if (!dtype_quantised(type))
         return exec_tensor(x, 2, rows, w->k, 1, 1);
-    struct tensor t = arena_tensor(x->arena, DT_E4M3, 2, rows, w->k, 1, 1);
+    struct tensor t = arena_tensor(x->arena, type, 2, rows, w->k, 1, 1);
     t.scale = arena_tensor(x->arena, DT_F32, 1, rows, 1, 1, 1).data;
     return t;
 }

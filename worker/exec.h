@@ -96,7 +96,7 @@ static inline struct tensor exec_tensor(struct exec *x, int dims, int64_t n0, in
     return arena_tensor(x->arena, x->k->activation, dims, n0, n1, n2, n3);
 }
 
-// An undefined input (rows, w->k) for a linear layer: of the activation type or, as the layer's weights, of E4M3.
+// An undefined input (rows, w->k) for a linear layer: of the activation type or, as the layer's weights, of 8 bits.
 struct tensor exec_input(struct exec *x, int64_t rows, const struct linear *w);
 
 #endif

@@ -216,7 +216,7 @@ static int check_precision(const struct worker *w, Ditfleet__V1__Precision wante
     if (wanted == DITFLEET__V1__PRECISION__PRECISION_DEFAULT)
         return 0;
     TRY(precision_of(w->kernels, wanted, wanted, &p, err));
-    if (p.activation == w->precision.activation && p.fp8 == w->precision.fp8)
+    if (p.activation == w->precision.activation && p.codes == w->precision.codes)
         return 0;
     return err_set(err, ERR_UNSUPPORTED,
                    "precision %s: group %s, which took the job, computes in %s; leave precision at default, or ask for "

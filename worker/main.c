@@ -147,7 +147,7 @@ static int open_engine(struct worker *w, const struct arguments *a, struct err *
                                                       .gpu = cuda ? (int)a->rank - w->group->first_rank : 0,
                                                       .activation = w->precision.activation,
                                                       .exact = w->group->exact != 0},
-                                           .fp8 = w->precision.fp8,
+                                           .codes = w->precision.codes,
                                            .control = w->comm,
                                            .memory_budget = w->group->memory_budget,
                                            .held = held,

@@ -42,8 +42,8 @@ static int find_transformer(struct model *m, struct err *err)
 
 static int load_limits(struct model *m, struct err *err)
 {
-    static const char *const precisions[] = {"default", "fp32", "bf16",
-                                             "fp16",    "fp8",  NULL}; // as job.proto numbers them
+    static const char *const precisions[] = {"default", "fp32", "bf16", "fp16",
+                                             "fp8",     "int8", NULL}; // as job.proto numbers them
     struct model_limits *l = &m->limits;
     const int64_t side = 128 * vae_scale(m->vae);
     int precision = DITFLEET__V1__PRECISION__PRECISION_DEFAULT;

@@ -16,8 +16,8 @@ struct model_limits {
     int64_t default_width, default_height, default_num_inference_steps, default_max_sequence_length;
     double default_guidance_scale;
     int64_t min_side, max_side, max_pixels;
-    // "default", "fp32", "bf16", "fp16" or "fp8": what PRECISION_DEFAULT means on a device that has the choice. The CPU
-    // has none.
+    // "default", "fp32", "bf16", "fp16", "fp8" or "int8": what PRECISION_DEFAULT means on a device that has the choice.
+    // The CPU has none.
     Ditfleet__V1__Precision precision;
 };
 

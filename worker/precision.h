@@ -5,11 +5,14 @@
 #include "kernels/kernels.h"
 #include "proto/job.h"
 
-// fp8: the linear layers of blocks are E4M3, and so are their inputs; the rest has the activation type, bf16.
+// fp8 and int8: the linear layers of blocks and their inputs are E4M3, or I8; the rest has the activation type, bf16.
+// With I8 the blocks' attention is in 8 bits, too (attention_opts in kernels.h). It would not be what loses most with
+// E4M3, but layers of E4M3 lose all that there is to lose.
 struct precision {
     enum dtype activation;
-    bool fp8;
+    enum dtype codes; // E4M3 or I8; others: no numbers of 8 bits
 };
+
 // wanted: a job's; preferred: what PRECISION_DEFAULT stands for with this model (model_limits.precision), itself
 // PRECISION_DEFAULT where the model does not say, then it is the backend's own type. The CPU computes in float32 and
 // leaves a model's preference alone. ERR_UNSUPPORTED: not on this backend; names what it can do.

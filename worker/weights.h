@@ -18,7 +18,7 @@ struct residency;
 struct home {
     const struct kernels *k;
     struct device *d;                  // outlives the model
-    bool fp8;                          // linear layers that the model offers for it become E4M3
+    enum dtype codes;                  // E4M3 or I8: linear layers that the model offers for it become so
     const struct invention *invention; // not NULL: no file is opened, weights are windows into it (worker/invent.h)
     struct residency *residency;       // not NULL: it says which parts are there, and when (worker/residency.h)
     bool plan;                         // shapes and types alone are wanted: k computes nothing
@@ -33,8 +33,8 @@ int weights_open(const char *dir, const char *stem, const struct home *home, str
 // The same of a transformer in one file. Its tensors are asked for by diffusers' names, whichever the file has; errors
 // name them as the file does.
 int weights_open_file(const char *path, const struct home *home, struct weights **out, struct err *err);
-// Whether the linear layers fetched from here on may be E4M3 where the home asks for it; at first they may not.
-void weights_offer_fp8(struct weights *w, bool offered);
+// Whether the linear layers fetched from here on may be of 8 bits where the home asks for it; at first they may not.
+void weights_offer_codes(struct weights *w, bool offered);
 void weights_free(struct weights *w);
 bool weights_has(const struct weights *w, const char *name);
 // Refuses a tensor by this name: a configuration whose key stops short of it would run half a model.

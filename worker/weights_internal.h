@@ -38,7 +38,7 @@ struct fetched {
     bool layer; // linear; else tensor
     struct linear *linear;
     struct tensor *tensor;
-    bool fp8;
+    enum dtype type; // a layer's, where it is to lie: of 8 bits, or the activation type
 };
 
 struct weights {
@@ -51,7 +51,7 @@ struct weights {
     size_t n_later, room_later;
     void *pieces, *buffers; // on the device, each as one: few pieces of memory can be opened to other ranks
     int64_t piece_bytes, buffer_bytes, second_at; // bytes of them; where the second buffer begins
-    bool fp8;                                     // linear layers may be E4M3
+    bool codes;                                   // linear layers may be of 8 bits
     const char *prefix;                           // not NULL: names are the authors', behind this
     struct tensor *placed;
     size_t n_placed, room_placed;

@@ -18,9 +18,9 @@ void weights_displace(struct weights *w)
     free(w->later);
 }
 
-void weights_offer_fp8(struct weights *w, bool offered)
+void weights_offer_codes(struct weights *w, bool offered)
 {
-    w->fp8 = offered && w->home.fp8;
+    w->codes = offered && dtype_quantised(w->home.codes);
 }
 
 // Makes room to remember one more placed tensor before it is placed.
@@ -51,10 +51,10 @@ static int place_tensor(struct weights *w, struct tensor *t, struct err *err)
     return 0;
 }
 
-static int place_linear(struct weights *w, struct linear *l, bool fp8, struct err *err)
+static int place_linear(struct weights *w, struct linear *l, enum dtype type, struct err *err)
 {
     TRY(make_room(w, 2 * LINEAR_MAX_PARTS, err));
-    TRY(w->home.k->place_linear(w->home.d, l, fp8 ? DT_E4M3 : w->home.k->activation, err));
+    TRY(w->home.k->place_linear(w->home.d, l, type, err));
     for (int i = 0; i < l->parts; i++) {
         remember(w, l->w[i]);
         remember(w, l->b[i]);
@@ -64,7 +64,7 @@ static int place_linear(struct weights *w, struct linear *l, bool fp8, struct er
 
 static int place_fetched(struct weights *w, const struct fetched *f, struct err *err)
 {
-    return f->layer ? place_linear(w, f->linear, f->fp8, err) : place_tensor(w, f->tensor, err);
+    return f->layer ? place_linear(w, f->linear, f->type, err) : place_tensor(w, f->tensor, err);
 }
 
 // The i-th tensor of what was fetched; NULL: there are no more. It may be none.
@@ -86,9 +86,10 @@ static int64_t grains(int64_t bytes)
 // rules of kernels.h.
 static int64_t stored_bytes(const struct weights *w, const struct fetched *f, const struct tensor *t)
 {
-    enum { E4M3_MULTIPLE = 16 };
+    enum { CODES_MULTIPLE = 16 };
     const bool device = w->home.k && (w->home.k->memory || w->home.plan);
-    if (f->layer && f->fp8 && t->dims == 2 && f->linear->n % E4M3_MULTIPLE == 0 && f->linear->k % E4M3_MULTIPLE == 0)
+    if (f->layer && dtype_quantised(f->type) && t->dims == 2 && f->linear->n % CODES_MULTIPLE == 0 &&
+        f->linear->k % CODES_MULTIPLE == 0)
         return grains(tensor_count(*t)) + grains(t->n[0] * (int64_t)sizeof *t->scale);
     if (device && (f->layer || t->dims > 1))
         return tensor_count(*t) * (int64_t)dtype_size(w->home.k->activation);
@@ -108,7 +109,8 @@ int weights_place(struct weights *w, struct fetched f, struct err *err)
 {
     f.kind = w->kind;
     f.index = w->index;
-    f.fp8 = w->fp8;
+    if (w->home.k)
+        f.type = w->codes ? w->home.codes : w->home.k->activation;
     count(w, &f);
     if (!w->home.k)
         return 0;
@@ -132,7 +134,7 @@ int64_t weights_placed_bytes(const struct weights *w)
     int64_t sum = w->piece_bytes + w->buffer_bytes;
     for (size_t i = 0; i < w->n_placed; i++) {
         const struct tensor t = w->placed[i];
-        const size_t scales = t.dtype == DT_E4M3 ? (size_t)t.n[0] * sizeof *t.scale : 0;
+        const size_t scales = dtype_quantised(t.dtype) ? (size_t)t.n[0] * sizeof *t.scale : 0;
         sum += (int64_t)((tensor_bytes(t) + scales + GRAIN - 1) & ~(size_t)(GRAIN - 1));
     }
     return sum;
@@ -186,13 +188,13 @@ static void forgo(const struct weights *w, const struct fetched *f)
     }
     one.n = f->linear->n;
     one.k = f->linear->k;
-    one.w[0] = tensor_2d(NULL, f->fp8 ? DT_E4M3 : w->home.k->activation, one.n, one.k);
+    one.w[0] = tensor_2d(NULL, f->type, one.n, one.k);
     if (!tensor_none(f->linear->b[0]))
         one.b[0] = tensor_1d(NULL, w->home.k->activation, one.n);
     *f->linear = one;
 }
 
-// A block as it is gathered: its tensors one after the other, the factors of E4M3 behind the numbers.
+// A block as it is gathered: its tensors one after the other, the factors of 8 bits behind the numbers.
 struct layout {
     char *piece; // not NULL: it gets some of the layout's bytes, mine
     struct span mine;
@@ -230,7 +232,7 @@ static int64_t lay_block(const struct weights *w, int block, struct layout l)
             if (tensor_none(*t))
                 continue;
             t->data = lay(w, &l, t->data, (int64_t)tensor_bytes(*t));
-            if (t->dtype == DT_E4M3)
+            if (dtype_quantised(t->dtype))
                 t->scale = lay(w, &l, t->scale, t->n[0] * (int64_t)sizeof *t->scale);
         }
     return l.at;

@@ -60,7 +60,7 @@ static bool fused(struct device *d, struct tensor out, struct tensor lse, struct
 static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                           struct tensor v, const struct attention_opts *opts)
 {
-    if (!opts->eight_bits || !d->flash8 || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
+    if (!opts->eight_bits || !d->hopper || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
         return false;
     void *numbers = cuda_scratch(d, SLOT_SCORES, flash8_scratch(q, k));
     return !numbers || launch_flash8(d->stream, out, lse, q, k, v, opts->scale, numbers);

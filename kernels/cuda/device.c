@@ -160,7 +160,7 @@ static int open_libraries(struct device *d, struct err *err)
     cudaError_t e;
     int capability;
     TRY(capability_of(d->gpu, &capability, err));
-    d->flash8 = capability == HOPPER;
+    d->hopper = capability == HOPPER;
     if ((e = cudaSetDevice(d->gpu)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
         (e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->gpu)) != cudaSuccess ||
@@ -191,7 +191,7 @@ static int cuda_open(const struct device_options *options, struct device **out, 
     struct device *d = calloc(1, sizeof *d);
     if (!d)
         return err_set(err, ERR_NO_MEMORY, "no memory for a cuda device");
-    d->check = (struct check){.activation = type, .memory = true, .e4m3 = true};
+    d->check = (struct check){.activation = type, .memory = true, .quantised = true};
     d->gpu = options->gpu;
     d->type = type;
     d->exact = options->exact;
@@ -464,7 +464,7 @@ static void modulate(struct device *d, const char *op, const struct modulation *
     cuda_enter(d);
     if (!launch_modulate(d->stream, m)) {
         struct tensor y = m->y;
-        if (y.dtype == DT_E4M3) {
+        if (dtype_quantised(y.dtype)) {
             y = tensor_2d(NULL, d->type, y.n[0], y.n[1]);
             y.data = cuda_scratch(d, SLOT_OPERAND, tensor_bytes(y));
             if (!y.data)

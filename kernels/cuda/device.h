@@ -25,7 +25,7 @@ struct device {
     int gpu, processors;
     enum dtype type; // of activations
     bool exact;      // as device_options has it
-    bool flash8;     // this GPU runs flash8.cu
+    bool hopper;     // this GPU runs linear8.cu and flash8.cu
     cudaStream_t stream;
     cublasLtHandle_t blas;
     cudnnHandle_t dnn;

@@ -369,30 +369,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- host side
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-static encode_fn encoder()
-{
-    void *f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found) != cudaSuccess)
-        return nullptr;
-    return (encode_fn)f;
-}
-
-// Boxes of `high` rows of 128 bytes, of (rows, columns) bytes.
-static bool map_of(CUtensorMap *map, const void *p, int64_t rows, int64_t columns, int high)
-{
-    static const encode_fn encode = encoder();
-    const cuuint64_t n[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, ld = (cuuint64_t)columns;
-    const cuuint32_t box[2] = {128, (cuuint32_t)high}, step[2] = {1, 1};
-    return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void *>(p), n, &ld, box, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // Lays out e's arrays in the bytes at p; returns how many they are.
 static size_t layout(eight &e, uint8_t *p)
 {
@@ -439,10 +415,11 @@ bool launch_flash8(cudaStream_t s, struct tensor out, struct tensor lse, struct 
         return false;
     eight e = eight_of(q, k);
     layout(e, (uint8_t *)scratch);
+    const int64_t width = (int64_t)e.heads * DIM, keys = (int64_t)e.tiles * TILE;
     CUtensorMap maps[3];
-    if (!map_of(&maps[0], e.q, e.m, (int64_t)e.heads * DIM, QUERIES) ||
-        !map_of(&maps[1], e.k, e.s, (int64_t)e.heads * DIM, TILE) ||
-        !map_of(&maps[2], e.v, (int64_t)e.heads * DIM, (int64_t)e.tiles * TILE, DIM))
+    if (!hopper::map_of(&maps[0], e.q, e.m, width, width, QUERIES) ||
+        !hopper::map_of(&maps[1], e.k, e.s, width, width, TILE) ||
+        !hopper::map_of(&maps[2], e.v, width, keys, keys, DIM))
         return false;
     make(s, e, q, k, v, scale);
     with_type(out.dtype, [&](auto *type) {

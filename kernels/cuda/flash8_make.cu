@@ -1,8 +1,7 @@
 // flash8_make.cu: q, k and v of an attention to 8 bits: integers with a factor for each query and for the keys of a
 // tile, values as E4M3 with a power of two for a tile, turned over, since products of 8 bits want the keys side by
 // side. What is not finite stays visible: in q and k it makes the factor NaN, in v it becomes NaN.
-#include <cuda_fp8.h>
-
+#include "kernels/cuda/codes.cuh"
 #include "kernels/cuda/flash8.cuh"
 
 using namespace flash8;

@@ -35,7 +35,7 @@ void launch_to_u8(cudaStream_t s, struct tensor y, struct tensor x);
 void launch_norm(cudaStream_t s, struct tensor y, struct tensor x, struct tensor gamma, struct tensor beta, float one,
                  float eps, bool centred);
 // x += gate * update where update is given; y = (x - mean) / sqrt(var + eps) * (scale + 1) + shift, y of x's type or
-// E4M3. False: a type, width or address it is not made for, and nothing was done.
+// E4M3 or I8. False: a type, width or address it is not made for, and nothing was done.
 struct modulation {
     struct tensor x, gate, update, y, scale, shift;
     float eps;
@@ -52,10 +52,10 @@ void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const 
                         struct tensor beta, enum act act);
 
 // ---- quant.cu
-// y E4M3 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448, or 1 for
-// a row of zeros. Infinities and NaN become NaN, a row with an infinity gets an infinite factor.
+// y E4M3 or I8 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448 or
+// / 127, or 1 for a row of zeros. Infinities and NaN become NaN, a row with an infinity gets an infinite factor.
 void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x);
-// y (m, n) f32, bf16 or f16 = the numbers of x (m, n) E4M3 without their factors, which all three hold exactly
+// y (m, n) f32, bf16 or f16 = the numbers of x (m, n) E4M3 or I8 without their factors, which all three hold exactly
 void launch_codes(cudaStream_t s, struct tensor y, struct tensor x);
 // y (m, n) = act(sums (m, n) * x_scale (m) * w_scale (n) + bias); sums f32, without gaps, 16-byte aligned
 void launch_factored(cudaStream_t s, struct tensor y, const float *sums, const float *x_scale, const float *w_scale,
@@ -159,6 +159,12 @@ void launch_peer_exchange(cudaStream_t s, const struct peer_exchange *x, int pro
 // scale counts as infinite. False: other operands, and nothing was done.
 bool launch_flash(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                   struct tensor v, const struct attention_opts *opts);
+
+// ---- linear8.cu, for compute capability 9.0 alone
+// y (m, n) bf16 or f16 = act(x w^T + bias); x (m, k) and w (n, k) I8 with their factors; n a multiple of 8, k of 16;
+// bias of y's type. False: other operands, or another activation than none and gelu_tanh, and nothing was done.
+bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tensor x, struct tensor w,
+                    struct tensor bias, enum act act);
 
 // ---- flash8.cu, for compute capability 9.0 alone
 // The same in numbers of 8 bits, without mask and bias: q and k as integers, weights and values as E4M3. In bf16 or

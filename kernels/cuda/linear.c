@@ -1,10 +1,11 @@
-// linear.c: the linear layer, in the activation type and in E4M3.
+// linear.c: the linear layer, in the activation type and in 8 bits.
 //
-// E4M3, y = act(x_scale * w_scale * (x w^T) + bias), goes the first of these ways that the library has an algorithm
-// for: everything in its product (Hopper, cuBLAS 12.9 or newer); the product with its factors, then bias and activation
-// in a pass of ours; bare sums in f32, a part of the rows at a time, then all the rest in a pass of ours (GPUs whose
-// library knows one factor a tensor only). Where it has none (GPUs without E4M3, sizes that are no multiple of 16) the
-// sums come from the same numbers in the activation type, which holds them exactly.
+// Integers go through linear8.cu on Hopper. E4M3, y = act(x_scale * w_scale * (x w^T) + bias), goes the first of these
+// ways that the library has an algorithm for: everything in its product (Hopper, cuBLAS 12.9 or newer); the product
+// with its factors, then bias and activation in a pass of ours; bare sums in f32, a part of the rows at a time, then
+// all the rest in a pass of ours (GPUs whose library knows one factor a tensor only). Where there is none (integers on
+// other GPUs, GPUs without E4M3, sizes that are no multiple of 16) the sums come from the same numbers in the
+// activation type, which holds them exactly.
 #include "kernels/cuda/device.h"
 
 #include <stdio.h>
@@ -56,33 +57,33 @@ static void linear_parts(struct device *d, struct tensor y, struct tensor x, con
     }
 }
 
-// ---- E4M3
+// ---- 8 bits
 
 static size_t padded(int64_t bytes)
 {
     return ((size_t)bytes + 255) & ~(size_t)255;
 }
 
-// Rows as E4M3 with 16-byte aligned factors: themselves, a copy of their factors, or all made in scratch memory. data
-// NULL: the device has failed.
-static struct tensor quantised(struct device *d, struct tensor x)
+// Rows of a type of 8 bits with 16-byte aligned factors: themselves, a copy of their factors, or all made in scratch
+// memory. data NULL: the device has failed.
+static struct tensor quantised(struct device *d, struct tensor x, enum dtype type)
 {
     struct tensor q = x;
     const int64_t m = x.n[0], k = x.n[1];
-    if (x.dtype == DT_E4M3 && alignment_of(x.scale, 16) == 16)
+    if (x.dtype == type && alignment_of(x.scale, 16) == 16)
         return x;
-    const size_t codes = x.dtype == DT_E4M3 ? 0 : padded(m * k), factors = (size_t)m * sizeof(float);
+    const size_t codes = x.dtype == type ? 0 : padded(m * k), factors = (size_t)m * sizeof(float);
     char *room = cuda_scratch(d, SLOT_QUANTISED, codes + factors);
     if (!room) {
         q.data = NULL;
         return q;
     }
-    if (x.dtype == DT_E4M3) {
+    if (x.dtype == type) {
         q.scale = (float *)room;
         launch_copy(d->stream, tensor_1d(q.scale, DT_F32, m), tensor_1d(x.scale, DT_F32, m));
         return q;
     }
-    q = tensor_2d(room, DT_E4M3, m, k);
+    q = tensor_2d(room, type, m, k);
     q.scale = (float *)(room + codes);
     launch_quantise(d->stream, q, x);
     return q;
@@ -121,28 +122,37 @@ static void linear_by_sums(struct device *d, struct tensor y, struct tensor x, s
         struct tensor from = tensor_rows(x, i, rows), sums = tensor_2d(room, DT_F32, rows, n);
         struct product p = product_of(sums, from, w, (struct tensor){0}, ACT_NONE);
         p.x_scale = p.w_scale = NULL;
-        if (!in_library(d, &p, CUBLASLT_EPILOGUE_DEFAULT))
+        if (w.dtype != DT_E4M3 || !in_library(d, &p, CUBLASLT_EPILOGUE_DEFAULT))
             sums_by_conversion(d, sums, from, w);
         launch_factored(d->stream, tensor_rows(y, i, rows), room, from.scale, w.scale, bias, act);
     }
 }
 
-static void linear_e4m3(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
+// False: the library does not have it all, and nothing was done.
+static bool linear_e4m3(struct device *d, struct tensor y, struct tensor x, struct tensor w, struct tensor bias,
+                        enum act act)
 {
-    const struct tensor q = quantised(d, x), w = l->w[0];
+    const struct product p = product_of(y, x, w, bias, act);
+    const int64_t epilogue = cuda_epilogue(&p);
+    if (alignment_of(w.scale, 16) != 16)
+        return false;
+    if (epilogue >= 0 && in_library(d, &p, epilogue))
+        return true;
+    if (epilogue == CUBLASLT_EPILOGUE_DEFAULT || !in_library(d, &p, CUBLASLT_EPILOGUE_DEFAULT))
+        return false;
+    cuda_epilogue_after(d, &p);
+    return true;
+}
+
+static void linear_codes(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
+{
+    const struct tensor w = l->w[0], bias = l->b[0], q = quantised(d, x, w.dtype);
     if (!q.data)
         return;
-    const struct product p = product_of(y, q, w, l->b[0], act);
-    const int64_t epilogue = cuda_epilogue(&p);
-    if (alignment_of(w.scale, 16) == 16) {
-        if (epilogue >= 0 && in_library(d, &p, epilogue))
-            return;
-        if (epilogue != CUBLASLT_EPILOGUE_DEFAULT && in_library(d, &p, CUBLASLT_EPILOGUE_DEFAULT)) {
-            cuda_epilogue_after(d, &p);
-            return;
-        }
-    }
-    linear_by_sums(d, y, q, w, l->b[0], act);
+    if (w.dtype == DT_E4M3 ? linear_e4m3(d, y, q, w, bias, act)
+                           : d->hopper && launch_linear8(d->stream, d->processors, y, q, w, bias, act))
+        return;
+    linear_by_sums(d, y, q, w, bias, act);
 }
 
 // A profile tells the shapes apart: rows x outputs x inputs.
@@ -159,8 +169,8 @@ void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struc
     if (!check_linear(&d->check, y, x, w) || tensor_count(y) == 0)
         return;
     cuda_enter(d);
-    if (w->w[0].dtype == DT_E4M3)
-        linear_e4m3(d, y, x, w, act);
+    if (dtype_quantised(w->w[0].dtype))
+        linear_codes(d, y, x, w, act);
     else
         linear_parts(d, y, x, w, act);
     launched(d, y, w);

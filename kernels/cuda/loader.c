@@ -75,7 +75,7 @@ static cudaError_t send(struct courier *c, struct buffer *b, const struct piece 
     gather(b->host, p->src);
     e = cudaMemcpyAsync(same ? p->dst.data : b->stage, b->host, tensor_bytes(stage), cudaMemcpyHostToDevice, c->stream);
     if (e == cudaSuccess && !same) {
-        if (p->dst.dtype == DT_E4M3)
+        if (dtype_quantised(p->dst.dtype))
             launch_quantise(c->stream, p->dst, stage);
         else
             launch_convert(c->stream, p->dst, stage);
@@ -215,9 +215,10 @@ int loader_put(struct device *d, struct tensor dst, struct tensor src, struct er
     if (!d->loader && !(d->loader = start(d, err)))
         return (int)err->code;
     d->loader->busy = true;
-    if (dst.dtype == DT_E4M3 && some == 0)
-        return err_set(err, ERR_UNSUPPORTED, "a weight with rows of %lld numbers cannot be E4M3", (long long)row);
-    if (whole && dst.dtype != DT_E4M3)
+    if (dtype_quantised(dst.dtype) && some == 0)
+        return err_set(err, ERR_UNSUPPORTED, "a weight with rows of %lld numbers cannot be %s", (long long)row,
+                       dtype_name(dst.dtype));
+    if (whole && !dtype_quantised(dst.dtype))
         put_row(d->loader, flat(dst), flat(src));
     else if (some == 0)
         for (int64_t i = 0; i < rows; i++)

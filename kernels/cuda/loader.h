@@ -10,7 +10,7 @@
 struct loader;
 
 // dst (any shape, without gaps, on the device) = src (the same shape, host memory), converted where their types differ
-// and quantised to E4M3 in whole rows. Returns before it is done; src stays as it is until loader_wait. Starts the
+// and quantised to 8 bits in whole rows. Returns before it is done; src stays as it is until loader_wait. Starts the
 // threads when there are none yet.
 int loader_put(struct device *d, struct tensor dst, struct tensor src, struct err *err);
 // Until all that was put has arrived; a failure on the way is the device's. Cheap where nothing was put.

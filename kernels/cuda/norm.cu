@@ -1,9 +1,6 @@
 // norm.cu: normalisations. A row stays in registers between the passes over it; sums are taken in an
 // order that depends on the row's length alone, so a row's result does not depend on the rows beside it.
-#include "kernels/cuda/vec.cuh"
-
-#include <cfloat>
-#include <cuda_fp8.h>
+#include "kernels/cuda/codes.cuh"
 
 enum { WARP = 32, MAX_THREADS = 1024 };
 
@@ -185,37 +182,29 @@ template <typename T> __device__ static void add_update(pack<T, MOD_V> &x, const
     store(x.v, v);
 }
 
-__device__ static void store_e4m3(uint8_t *y, const float (&v)[MOD_V], float inverse)
-{
-    pack<__nv_fp8x2_storage_t, MOD_V / 2> out;
-#pragma unroll
-    for (int j = 0; j < MOD_V; j += 2)
-        out.v[j / 2] = __nv_cvt_float2_to_fp8x2({v[j] * inverse, v[j + 1] * inverse}, __NV_SATFINITE, __NV_E4M3);
-    *reinterpret_cast<decltype(out) *>(y) = out;
-}
-
-// The row's numbers as E4M3, its largest magnitude at the type's largest, 448.
-template <int R>
-__device__ static void store_row_e4m3(uint8_t *y, float *scale, const float (&v)[R][MOD_V], int at, int n, float *shared)
+// The row's numbers in 8 bits, its largest magnitude as the largest there is.
+template <typename C, int R>
+__device__ static void store_row_codes(uint8_t *y, float *scale, const float (&v)[R][MOD_V], int at, int n, float *shared)
 {
     float top = 0;
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int j = 0; j < MOD_V; j++)
-            top = at + r * MOD_STEP < n ? fmaxf(top, fabsf(v[r][j])) : top;
+            top = at + r * MOD_STEP < n ? fmaxf(top, C::magnitude(v[r][j])) : top;
     top = across<largest>(top, shared);
-    const float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
+    const float factor = C::factor(top), inverse = 1 / factor;
     if (threadIdx.x == 0)
         *scale = factor;
 #pragma unroll
     for (int r = 0; r < R; r++)
         if (at + r * MOD_STEP < n)
-            store_e4m3(y + at + r * MOD_STEP, v[r], inverse);
+            store_codes<C>(y + at + r * MOD_STEP, v[r], inverse);
 }
 
+// C: the way of 8 bits, or void.
 // A block a row, R vectors a thread. All that comes from far away is asked for before anything is used.
-template <typename T, int R, bool UPDATE, bool E4M3>
+template <typename T, int R, bool UPDATE, typename C>
 __global__ void __launch_bounds__(MOD_THREADS) mod_kernel(mod_of<T> p)
 {
     __shared__ float shared[3][MOD_WARPS];
@@ -266,36 +255,39 @@ __global__ void __launch_bounds__(MOD_THREADS) mod_kernel(mod_of<T> p)
 #pragma unroll
         for (int j = 0; j < MOD_V; j++)
             v[r][j] = v[r][j] * rstd * (1 + to_f32(scale.v[j])) + to_f32(shift.v[j]);
-        if (!E4M3)
+        if (std::is_void_v<C>)
             store((T *)p.y + row * p.y_ld + i, v[r]);
     }
-    if (E4M3)
-        store_row_e4m3((uint8_t *)p.y + row * p.y_ld, p.y_scale + row, v, at, n, shared[2]);
+    if constexpr (!std::is_void_v<C>)
+        store_row_codes<C>((uint8_t *)p.y + row * p.y_ld, p.y_scale + row, v, at, n, shared[2]);
+}
+
+template <typename T, int R, typename C>
+static void mod_rows_as(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual)
+{
+    if (residual)
+        mod_kernel<T, R, true, C><<<(unsigned)rows, MOD_THREADS, 0, s>>>(p);
+    else
+        mod_kernel<T, R, false, C><<<(unsigned)rows, MOD_THREADS, 0, s>>>(p);
 }
 
 template <typename T, int R>
-static void mod_rows(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual, bool e4m3)
+static void mod_rows(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual, enum dtype y)
 {
-    const unsigned blocks = (unsigned)rows;
-    if (residual && e4m3)
-        mod_kernel<T, R, true, true><<<blocks, MOD_THREADS, 0, s>>>(p);
-    else if (residual)
-        mod_kernel<T, R, true, false><<<blocks, MOD_THREADS, 0, s>>>(p);
-    else if (e4m3)
-        mod_kernel<T, R, false, true><<<blocks, MOD_THREADS, 0, s>>>(p);
-    else
-        mod_kernel<T, R, false, false><<<blocks, MOD_THREADS, 0, s>>>(p);
+    (y == DT_E4M3 ? mod_rows_as<T, R, as_e4m3>
+     : y == DT_I8 ? mod_rows_as<T, R, as_integer>
+                  : mod_rows_as<T, R, void>)(s, p, rows, residual);
 }
 
 template <typename T>
-static void mod_any(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual, bool e4m3)
+static void mod_any(cudaStream_t s, const mod_of<T> &p, int64_t rows, bool residual, enum dtype y)
 {
     const int64_t r = ceil_div(p.n, MOD_STEP);
     (r <= 1   ? mod_rows<T, 1>
      : r <= 2 ? mod_rows<T, 2>
      : r <= 3 ? mod_rows<T, 3>
      : r <= 4 ? mod_rows<T, 4>
-              : mod_rows<T, MOD_MOST>)(s, p, rows, residual, e4m3);
+              : mod_rows<T, MOD_MOST>)(s, p, rows, residual, y);
 }
 
 // Rows of whole vectors, of the rows' own type.
@@ -328,7 +320,7 @@ bool launch_modulate(cudaStream_t s, const struct modulation *m)
                            m->y.ld,
                            (int)m->x.n[1],
                            m->eps};
-            mod_any<T>(s, p, m->x.n[0], residual, m->y.dtype == DT_E4M3);
+            mod_any<T>(s, p, m->x.n[0], residual, m->y.dtype);
         }
     });
     return true;

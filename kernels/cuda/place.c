@@ -3,8 +3,9 @@
 
 #include <stdlib.h>
 
-enum { E4M3_SINCE = 89 };    // compute capability, tens and ones
-enum { E4M3_MULTIPLE = 16 }; // that the library's products of E4M3 want of n and k
+enum { E4M3_SINCE = 89 };     // compute capability, tens and ones
+enum { CODES_MULTIPLE = 16 }; // that products of 8 bits want of n and k
+
 // Memory that lives as long as the device.
 static int keep(struct device *d, size_t bytes, void **out, struct err *err)
 {
@@ -44,10 +45,15 @@ int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct 
     return 0;
 }
 
-// ERR_UNSUPPORTED where the GPU has no E4M3.
-static int check_e4m3(const struct device *d, struct err *err)
+// ERR_UNSUPPORTED where the GPU has not the type.
+static int check_codes(const struct device *d, enum dtype type, struct err *err)
 {
     int major = 0, minor = 0;
+    if (type == DT_I8 && is_half(d->type))
+        return 0;
+    if (type == DT_I8)
+        return err_set(err, ERR_UNSUPPORTED, "int8 goes with activations of bf16 or fp16, here they are %s",
+                       dtype_name(d->type));
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->gpu);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->gpu);
     if (is_half(d->type) && major * 10 + minor >= E4M3_SINCE)
@@ -55,17 +61,17 @@ static int check_e4m3(const struct device *d, struct err *err)
     return err_set(
         err, ERR_UNSUPPORTED,
         "fp8 asks for a GPU of compute capability 8.9 (RTX 40, H100) or newer and activations of bf16 or fp16, "
-        "here are %d.%d and %s: use precision bf16",
+        "here are %d.%d and %s: use precision int8 or bf16",
         major, minor, dtype_name(d->type));
 }
 
-// Undefined weights of one part; the factors of E4M3 lie behind the numbers, in the same block.
+// Undefined weights of one part; the factors of 8 bits lie behind the numbers, in the same block.
 static int keep_linear(struct device *d, struct linear *one, enum dtype type, bool bias, struct err *err)
 {
     const size_t numbers = (size_t)(one->n * one->k) * dtype_size(type);
     one->w[0] = tensor_2d(NULL, type, one->n, one->k);
-    TRY(keep(d, numbers + (type == DT_E4M3 ? (size_t)one->n * sizeof(float) : 0), &one->w[0].data, err));
-    if (type == DT_E4M3)
+    TRY(keep(d, numbers + (dtype_quantised(type) ? (size_t)one->n * sizeof(float) : 0), &one->w[0].data, err));
+    if (dtype_quantised(type))
         one->w[0].scale = (float *)((char *)one->w[0].data + numbers);
     if (!bias)
         return 0;
@@ -78,14 +84,14 @@ static int keep_linear(struct device *d, struct linear *one, enum dtype type, bo
 int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
 {
     TRY(check_report(&d->check, err));
-    if (type == DT_E4M3)
-        TRY(check_e4m3(d, err));
+    if (dtype_quantised(type))
+        TRY(check_codes(d, type, err));
     struct linear one = {.parts = 1, .n = w->n, .k = w->k};
     bool bias = false;
     for (int i = 0; i < w->parts; i++)
         bias |= !tensor_none(w->b[i]);
-    const bool e4m3 = type == DT_E4M3 && w->n % E4M3_MULTIPLE == 0 && w->k % E4M3_MULTIPLE == 0;
-    TRY(keep_linear(d, &one, e4m3 ? DT_E4M3 : d->type, bias, err));
+    const bool codes = dtype_quantised(type) && w->n % CODES_MULTIPLE == 0 && w->k % CODES_MULTIPLE == 0;
+    TRY(keep_linear(d, &one, codes ? type : d->type, bias, err));
     for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
         struct tensor b = bias ? tensor_rows(one.b[0], row, w->w[i].n[0]) : (struct tensor){0};
         TRY(loader_put(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));

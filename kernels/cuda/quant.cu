@@ -1,9 +1,5 @@
-// quant.cu: E4M3 numbers and their factors. What has an infinity or a NaN in it stays visible: an element that cannot be
-// told by a finite number becomes NaN, and a row with an infinity has an infinite factor.
-#include "kernels/cuda/vec.cuh"
-
-#include <cfloat>
-#include <cuda_fp8.h>
+// quant.cu: numbers of 8 bits and their factors.
+#include "kernels/cuda/codes.cuh"
 
 enum { WARP = 32, MAX_THREADS = 1024, POINT_THREADS = 128 };
 
@@ -15,11 +11,11 @@ template <typename T> struct quant_of {
     int n;
 };
 
-template <typename T, int V> __device__ static float magnitude(float top, const pack<T, V> &x)
+template <typename C, typename T, int V> __device__ static float magnitude(float top, const pack<T, V> &x)
 {
 #pragma unroll
     for (int j = 0; j < V; j++)
-        top = fmaxf(top, fabsf(to_f32(x.v[j]))); // a NaN is passed over: its own element tells of it
+        top = fmaxf(top, C::magnitude(to_f32(x.v[j])));
     return top;
 }
 
@@ -36,22 +32,18 @@ __device__ static float block_largest(float v)
     return __uint_as_float(bits);
 }
 
-template <typename T, int V> __device__ static void store_e4m3(uint8_t *y, const pack<T, V> &x, float inverse)
+template <typename C, typename T, int V> __device__ static void store_pack(uint8_t *y, const pack<T, V> &x, float inverse)
 {
-    if constexpr (V == 1) {
-        *y = __nv_cvt_float_to_fp8(to_f32(x.v[0]) * inverse, __NV_SATFINITE, __NV_E4M3);
-    } else {
-        pack<__nv_fp8x2_storage_t, V / 2> out;
+    float v[V];
 #pragma unroll
-        for (int j = 0; j < V; j += 2)
-            out.v[j / 2] = __nv_cvt_float2_to_fp8x2({to_f32(x.v[j]) * inverse, to_f32(x.v[j + 1]) * inverse},
-                                                    __NV_SATFINITE, __NV_E4M3);
-        *reinterpret_cast<decltype(out) *>(y) = out;
-    }
+    for (int j = 0; j < V; j++)
+        v[j] = to_f32(x.v[j]);
+    store_codes<C>(y, v, inverse);
 }
 
 // A block a row. R: vectors a thread keeps in registers, 0: the row is too long and is read again.
-template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREADS) quant_kernel(quant_of<T> p)
+template <typename C, typename T, int V, int R>
+__global__ void __launch_bounds__(MAX_THREADS) quant_kernel(quant_of<T> p)
 {
     typedef pack<T, V> vec;
     const T *x = p.x + blockIdx.x * p.x_ld;
@@ -67,14 +59,13 @@ template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREAD
 #pragma unroll
         for (int r = 0; r < R; r++)
             if (first + r * step < p.n)
-                top = magnitude(top, kept[r]);
+                top = magnitude<C>(top, kept[r]);
     } else {
         for (int i = first; i < p.n; i += step)
-            top = magnitude(top, *reinterpret_cast<const vec *>(x + i));
+            top = magnitude<C>(top, *reinterpret_cast<const vec *>(x + i));
     }
     top = block_largest(top);
-    // The least normal number bounds it from below: a factor of 0 would have no inverse.
-    float factor = top > 0 ? fmaxf(top / 448, FLT_MIN) : 1, inverse = 1 / factor;
+    const float factor = C::factor(top), inverse = 1 / factor;
     if (threadIdx.x == 0)
         p.scale[blockIdx.x] = factor;
     if constexpr (R > 0) {
@@ -82,28 +73,28 @@ template <typename T, int V, int R> __global__ void __launch_bounds__(MAX_THREAD
         for (int r = 0; r < R; r++)
             if (first + r * step < p.n) {
                 keep_packed(kept[r]);
-                store_e4m3(y + first + r * step, kept[r], inverse);
+                store_pack<C>(y + first + r * step, kept[r], inverse);
             }
     } else {
         for (int i = first; i < p.n; i += step)
-            store_e4m3(y + i, *reinterpret_cast<const vec *>(x + i), inverse);
+            store_pack<C>(y + i, *reinterpret_cast<const vec *>(x + i), inverse);
     }
 }
 
-template <typename T, int V> static void quant_rows(cudaStream_t s, int64_t rows, const quant_of<T> &p)
+template <typename C, typename T, int V> static void quant_rows(cudaStream_t s, int64_t rows, const quant_of<T> &p)
 {
     int64_t vectors = ceil_div(p.n, V), r = vectors <= 256 ? 1 : vectors <= 512 ? 2 : vectors <= 1024 ? 4 : 8;
     unsigned blocks = (unsigned)rows, threads = (unsigned)(ceil_div(ceil_div(vectors, r), WARP) * WARP);
     if (threads > MAX_THREADS)
-        quant_kernel<T, V, 0><<<blocks, MAX_THREADS, 0, s>>>(p);
+        quant_kernel<C, T, V, 0><<<blocks, MAX_THREADS, 0, s>>>(p);
     else if (r == 1)
-        quant_kernel<T, V, 1><<<blocks, threads, 0, s>>>(p);
+        quant_kernel<C, T, V, 1><<<blocks, threads, 0, s>>>(p);
     else if (r == 2)
-        quant_kernel<T, V, 2><<<blocks, threads, 0, s>>>(p);
+        quant_kernel<C, T, V, 2><<<blocks, threads, 0, s>>>(p);
     else if (r == 4)
-        quant_kernel<T, V, 4><<<blocks, threads, 0, s>>>(p);
+        quant_kernel<C, T, V, 4><<<blocks, threads, 0, s>>>(p);
     else
-        quant_kernel<T, V, 8><<<blocks, threads, 0, s>>>(p);
+        quant_kernel<C, T, V, 8><<<blocks, threads, 0, s>>>(p);
 }
 
 void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x)
@@ -111,32 +102,30 @@ void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x)
     with_type(x.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         constexpr int V = 16 / sizeof(T);
-        quant_of<T> p = {(uint8_t *)y.data, y.scale, (const T *)x.data, y.ld, x.ld, (int)x.n[1]};
-        if (p.n % V == 0 && wide(x, V) && wide(y, V))
-            quant_rows<T, V>(s, x.n[0], p);
-        else
-            quant_rows<T, 1>(s, x.n[0], p);
+        const quant_of<T> p = {(uint8_t *)y.data, y.scale, (const T *)x.data, y.ld, x.ld, (int)x.n[1]};
+        with_codes(y.dtype, [&](auto *way) {
+            typedef std::remove_pointer_t<decltype(way)> C;
+            if (p.n % V == 0 && wide(x, V) && wide(y, V))
+                quant_rows<C, T, V>(s, x.n[0], p);
+            else
+                quant_rows<C, T, 1>(s, x.n[0], p);
+        });
     });
 }
 
 // ---- back to floats
 
-template <int V> __device__ static void load_e4m3(float (&out)[V], const uint8_t *p)
-{
-    pack<uint8_t, V> t = *reinterpret_cast<const pack<uint8_t, V> *>(p);
-#pragma unroll
-    for (int j = 0; j < V; j++)
-        out[j] = __half2float(__half(__nv_cvt_fp8_to_halfraw(t.v[j], __NV_E4M3)));
-}
-
-template <typename T, int V>
+template <typename C, typename T, int V>
 __global__ void __launch_bounds__(POINT_THREADS)
     codes_kernel(T *y, int64_t y_ld, const uint8_t *x, int64_t x_ld, int64_t rows, int64_t n)
 {
     int64_t i = ((int64_t)blockIdx.x * POINT_THREADS + threadIdx.x) * V;
     for (int64_t r = blockIdx.y; i < n && r < rows; r += gridDim.y) {
+        const pack<uint8_t, V> t = *reinterpret_cast<const pack<uint8_t, V> *>(x + r * x_ld + i);
         float v[V];
-        load_e4m3(v, x + r * x_ld + i);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            v[j] = C::number(t.v[j]);
         store(y + r * y_ld + i, v);
     }
 }
@@ -148,15 +137,18 @@ static dim3 grid_over(int64_t rows, int64_t n)
 
 void launch_codes(cudaStream_t s, struct tensor y, struct tensor x)
 {
-    int64_t rows = x.n[0], n = x.n[1];
+    const int64_t rows = x.n[0], n = x.n[1];
+    const uint8_t *from = (const uint8_t *)x.data;
     with_type(y.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
-        if (n % 8 == 0 && wide(x, 8) && wide(y, 8))
-            codes_kernel<T, 8><<<grid_over(rows, n / 8), POINT_THREADS, 0, s>>>((T *)y.data, y.ld, (const uint8_t *)x.data,
-                                                                               x.ld, rows, n);
-        else
-            codes_kernel<T, 1><<<grid_over(rows, n), POINT_THREADS, 0, s>>>((T *)y.data, y.ld, (const uint8_t *)x.data,
-                                                                           x.ld, rows, n);
+        with_codes(x.dtype, [&](auto *way) {
+            typedef std::remove_pointer_t<decltype(way)> C;
+            if (n % 8 == 0 && wide(x, 8) && wide(y, 8))
+                codes_kernel<C, T, 8>
+                    <<<grid_over(rows, n / 8), POINT_THREADS, 0, s>>>((T *)y.data, y.ld, from, x.ld, rows, n);
+            else
+                codes_kernel<C, T, 1><<<grid_over(rows, n), POINT_THREADS, 0, s>>>((T *)y.data, y.ld, from, x.ld, rows, n);
+        });
     });
 }
 

@@ -50,7 +50,7 @@ int bench_load(struct bench *b, struct err *err)
                    .gpu = comm_rank(b->comm),
                    .activation = b->precision.activation,
                    .exact = b->exact},
-        .fp8 = b->precision.fp8,
+        .codes = b->precision.codes,
         .control = b->comm,
         .held = b->held,
         .memory_limit = b->k->memory ? INT64_MAX : 0,

@@ -112,14 +112,14 @@ static void run_attention(struct bed *bed, const struct call *c)
     struct tensor head[3];
     for (int i = 0; i < 3; i++)
         head[i] = tensor_reshape(tensor_cols(c->x, i * width, width), 3, rows, c->heads, dim, 1);
-    const struct attention_opts opts = {.scale = 1.0F / (float)dim, .eight_bits = bed->b->precision.fp8};
+    const struct attention_opts opts = {.scale = 1.0F / (float)dim, .eight_bits = bed->b->precision.codes == DT_I8};
     bed->k->attention(bed->d, tensor_reshape(c->y, 3, rows, c->heads, dim, 1), head[0], head[1], head[2], &opts);
 }
 
-// The input of an E4M3 product, as a block of the model makes it: by the modulation before it.
+// The input of a product of 8 bits, as a block of the model makes it: by the modulation before it.
 static int quantise(struct bed *bed, struct tensor *x, struct err *err)
 {
-    struct tensor y = tensor_2d(NULL, DT_E4M3, x->n[0], x->n[1]), scale;
+    struct tensor y = tensor_2d(NULL, bed->b->precision.codes, x->n[0], x->n[1]), scale;
     void *factors;
     TRY(make(bed, 1, x->n[1], &scale, err));
     TRY(block(bed, tensor_bytes(y), &y.data, err));
@@ -140,11 +140,11 @@ static int product(struct bed *bed, struct err *err)
     double seconds;
     TRY(invention_tensor(bed->invention, "the product's weight", 2, shape, &w, err));
     TRY(linear_init(&c.w, 1, &w, NULL, err));
-    TRY(bed->k->place_linear(bed->d, &c.w, b->precision.fp8 ? DT_E4M3 : bed->k->activation, err));
+    TRY(bed->k->place_linear(bed->d, &c.w, b->precision.codes, err));
     int rc = make(bed, side, side, &c.y, err);
     if (rc == 0)
         rc = make(bed, side, side, &c.x, err);
-    if (rc == 0 && b->precision.fp8)
+    if (rc == 0 && dtype_quantised(b->precision.codes))
         rc = quantise(bed, &c.x, err);
     if (rc == 0)
         rc = measure(bed, &c, &seconds, err);

@@ -96,8 +96,9 @@ int bench_errors(struct bench *b, struct err *err)
 {
     struct record two[2] = {{0}, {0}}; // in the precision; in float32
     if (b->precision.activation == DT_F32)
-        return err_set(err, ERR_INVALID,
-                       "--what error compares with float32: it goes with --precision bf16, fp16 or fp8, on a GPU");
+        return err_set(
+            err, ERR_INVALID,
+            "--what error compares with float32: it goes with --precision bf16, fp16, fp8 or int8, on a GPU");
     const int rc = run_both(b, two, err);
     if (rc == 0)
         compare(b, &two[0], &two[1]);

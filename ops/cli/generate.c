@@ -87,7 +87,7 @@ static int open_engine(const struct generate *g, struct comm *comm, struct engin
     struct precision precision;
     TRY(precision_of(g->kernels, g->job->precision, g->model->limits.precision, &precision, err));
     options.device.activation = precision.activation;
-    options.fp8 = precision.fp8;
+    options.codes = precision.codes;
     return engine_new(&options, out, err);
 }
 

@@ -70,7 +70,7 @@ static const struct prose {
      "Measures in some seconds what computing and exchanging costs between so many ranks, and keeps it in the user's "
      "cache, where groups of so many ranks, of the fleet and of generate, find it.",
      "ditfleet tune --ranks 4\n"
-     "ditfleet tune --device cuda --ranks 2 --precision fp8"},
+     "ditfleet tune --device cuda --ranks 2 --precision int8"},
     {"doctor",
      "Looks at the driver, each GPU, the ways between them, limits and, with --config, at Redis, directories and "
      "models. A line a finding, with what to fix. Nothing is changed.",

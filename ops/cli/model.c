@@ -156,7 +156,7 @@ static int memory_on_gpu(const char *dir, const Ditfleet__V1__Job *job, const st
 {
     struct kernels k = kernels_dry;
     const struct device_options options = {.threads = 1, .activation = p->activation};
-    struct home home = {.k = &k, .fp8 = p->fp8, .plan = true};
+    struct home home = {.k = &k, .codes = p->codes, .plan = true};
     struct engine_estimate e = {0};
     struct model *m = NULL;
     k.activation = p->activation;
@@ -173,7 +173,8 @@ static int memory_on_gpu(const char *dir, const Ditfleet__V1__Job *job, const st
 
 static int memory(const char *dir, const struct model *m, json_t *list, struct err *err)
 {
-    static const struct precision precisions[] = {{DT_F32, false}, {DT_BF16, false}, {DT_F16, false}, {DT_BF16, true}};
+    static const struct precision precisions[] = {
+        {DT_F32, DT_F32}, {DT_BF16, DT_BF16}, {DT_F16, DT_F16}, {DT_BF16, DT_E4M3}, {DT_BF16, DT_I8}};
     Ditfleet__V1__Job *job = job_new();
     struct engine_estimate e = {0};
     int rc = job ? model_resolve_job(m, job, err) : err_set(err, ERR_NO_MEMORY, "out of memory");

@@ -92,8 +92,7 @@ static struct tensor heads(const struct bed *b, struct tensor t, int64_t rows, i
 
 static void attention(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
 {
-    const struct attention_opts opts = {.scale = 1.0F / (float)b->head_dim,
-                                        .eight_bits = b->w[0].w[0].dtype == DT_E4M3};
+    const struct attention_opts opts = {.scale = 1.0F / (float)b->head_dim, .eight_bits = b->w[0].w[0].dtype == DT_I8};
     k->attention(d, heads(b, b->y, rows, 0), heads(b, b->qkv, rows, 0), heads(b, b->qkv, rows, 1),
                  heads(b, b->qkv, rows, 2), &opts);
 }
@@ -158,26 +157,26 @@ static int make(struct bed *b, enum dtype type, int64_t rows, int64_t columns, f
     return rc;
 }
 
-static int make_weights(struct bed *b, bool fp8, struct err *err)
+static int make_weights(struct bed *b, enum dtype codes, struct err *err)
 {
     const int64_t w = b->width, shapes[WEIGHTS][2] = {{3 * w, w}, {w, w}, {4 * w, w}, {w, 4 * w}};
     for (int i = 0; i < WEIGHTS; i++) {
         struct tensor t;
         TRY(invention_tensor(b->invention, "a weight", 2, shapes[i], &t, err));
         TRY(linear_init(&b->w[i], 1, &t, NULL, err));
-        TRY(b->k.place_linear(b->d, &b->w[i], fp8 ? DT_E4M3 : b->k.activation, err));
+        TRY(b->k.place_linear(b->d, &b->w[i], codes, err));
     }
     return 0;
 }
 
-static int make_bed(struct bed *b, int64_t rows, int64_t width, int64_t head_dim, bool fp8, struct err *err)
+static int make_bed(struct bed *b, int64_t rows, int64_t width, int64_t head_dim, enum dtype codes, struct err *err)
 {
     const enum dtype type = b->k.activation;
     b->rows = rows;
     b->width = width;
     b->head_dim = head_dim;
     TRY(invention_new((size_t)(4 * width * width) * sizeof(uint16_t), 1, &b->invention, err));
-    TRY(make_weights(b, fp8, err));
+    TRY(make_weights(b, codes, err));
     TRY(make(b, type, rows, width, 1, &b->x, err));
     TRY(make(b, type, rows, width, 1, &b->a, err));
     TRY(make(b, type, rows, width, 1, &b->y, err));
@@ -325,7 +324,7 @@ static int measure_bed(struct bed *b, const struct size *size, struct findings *
     return 0;
 }
 
-static int measure_compute(struct bed *b, bool cpu, bool fp8, struct findings *f, struct err *err)
+static int measure_compute(struct bed *b, bool cpu, enum dtype codes, struct findings *f, struct err *err)
 {
     struct sizes lists[SAMPLES] = {0};
     for (int i = 0; i < 2; i++) {
@@ -333,7 +332,7 @@ static int measure_compute(struct bed *b, bool cpu, bool fp8, struct findings *f
         int64_t most = 0;
         for (int j = 0; j < 3; j++)
             most = size->rows[j] > most ? size->rows[j] : most;
-        int rc = make_bed(b, most, size->width, size->head_dim, fp8, err);
+        int rc = make_bed(b, most, size->width, size->head_dim, codes, err);
         if (rc == 0)
             rc = measure_bed(b, size, f, lists, err);
         clear_bed(b);
@@ -444,11 +443,11 @@ static int time_beside(struct bed *b, int64_t rows, struct findings *f, struct e
 }
 
 // GPUs that cannot reach each other's memory wait for shards as for anything.
-static int measure_beside(struct bed *b, bool fp8, struct findings *f, struct err *err)
+static int measure_beside(struct bed *b, enum dtype codes, struct findings *f, struct err *err)
 {
     const struct size *size = &gpu_sizes[1];
     double all = 1;
-    int rc = make_bed(b, size->rows[1], size->width, size->head_dim, fp8, err);
+    int rc = make_bed(b, size->rows[1], size->width, size->head_dim, codes, err);
     if (rc == 0)
         rc = comm_open_memory(b->comm, true, b->mail[OUT], err);
     if (rc == 0 && !comm_memory_is_open(b->comm))
@@ -520,11 +519,11 @@ static int measure(void *arg, struct comm *comm, struct err *err)
     b.k.activation = t->precision.activation;
     int rc = open_bed(&b, t, err);
     if (rc == 0)
-        rc = measure_compute(&b, cpu, t->precision.fp8, &t->found, err);
+        rc = measure_compute(&b, cpu, t->precision.codes, &t->found, err);
     if (rc == 0 && comm_size(comm) > 1)
         rc = measure_exchange(&b, &t->found, err);
     if (rc == 0 && b.link)
-        rc = measure_beside(&b, t->precision.fp8, &t->found, err);
+        rc = measure_beside(&b, t->precision.codes, &t->found, err);
     if (rc == 0)
         rc = middle_rank(comm, &t->found, err);
     if (rc != 0)
@@ -636,7 +635,7 @@ static int run(const struct cli_command *self, int argc, char **argv)
         {"--ranks", "N", "processes that share the machine; default: cores, two at least; of GPUs 1", CLI_INT, &t.ranks,
          1, COMM_MAX_RANKS},
         {"--threads", "N", "threads of each rank; default: cores / ranks", CLI_INT, &t.threads, 1, 1024},
-        {"--precision", "NAME", "of a GPU: fp32, bf16, fp16 or fp8 (default bf16)", CLI_STRING, &precision, 0, 0},
+        {"--precision", "NAME", "of a GPU: fp32, bf16, fp16, fp8 or int8 (default bf16)", CLI_STRING, &precision, 0, 0},
         {"--json", NULL, "one JSON object instead of lines", CLI_BOOL, &t.json, 0, 0},
     };
     struct err err = {.code = ERR_NONE};

@@ -2,12 +2,13 @@
 """The peer of `ditfleet bench --compare`: the same transformer in compiled PyTorch, with random weights.
 
     python3 reference_gpu.py --config DIR/transformer/config.json --width 1024 --height 1024 --steps 28 \
-        --text-tokens 512 --precision bf16|fp8|fp16|fp32 --device cuda|cpu [--runs N]
+        --text-tokens 512 --precision bf16|fp8|int8|fp16|fp32 --device cuda|cpu [--runs N]
 
 diffusers' FluxTransformer2DModel where diffusers is installed, else the plain one below, which is the same function.
 On a GPU: torch.compile block by block, which is ready in a minute (--whole and --mode max-autotune-no-cudagraphs take
 many and gain little), and a CUDA graph of one step, attention by cuDNN where it can;
-fp8: the blocks' linear layers by torch._scaled_mm, a factor for each row of activations and each output channel.
+fp8, and int8 as well, which it has not: the blocks' linear layers by torch._scaled_mm, a factor for each row of activations and
+each output channel.
 
 Prints one line of JSON when it is warm, {"name": ...} or {"missing": why}. Then, for every line "run" on stdin (or N
 times), one loop of all steps, synchronised after each: {"step_ms": [...], "loop_s": ..., "peak_bytes": ...}.
@@ -31,7 +32,7 @@ except ImportError as error:
     say(missing=f"python3 has no PyTorch ({error})")
     sys.exit(0)
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # ---- FLUX.1's transformer, as worker/models/flux.c computes it
@@ -218,7 +219,7 @@ def build(config, args, kind):
     model = model.to(device=args.device, dtype=kind).eval().requires_grad_(False)
     for name, p in model.named_parameters():
         p.normal_(1 if p.dim() == 1 and name.endswith("weight") else 0, 0.02)
-    if args.precision == "fp8":
+    if args.precision in ("fp8", "int8"):
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             quantise(block)
     if not args.eager:

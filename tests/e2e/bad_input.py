@@ -73,7 +73,7 @@ CASES = [
     # enums and what the device cannot do
     ("precision: PRECISION_FP8", DEAD, "unsupported", "precision fp8: on cpu there is fp32"),
     ("precision: PRECISION_FP32 num_inference_steps: 1", OK, "", ""),
-    (b"\x98\x01\x63", DEAD, "invalid", "precision is the number 99; allowed: default, fp32, bf16, fp16, fp8"),
+    (b"\x98\x01\x63", DEAD, "invalid", "precision is the number 99; allowed: default, fp32, bf16, fp16, fp8, int8"),
     (b"\x70\x09", DEAD, "invalid", "rng is the number 9; allowed: cpu-f32"),
     (b"\xb0\x01\x07", DEAD, "invalid", "priority is the number 7; allowed: normal, high, low"),
     ('scheduler: "EulerDiscreteScheduler"', DEAD, "unsupported", "allowed: FlowMatchEulerDiscreteScheduler"),

@@ -66,7 +66,7 @@ expect 0 "there is no SHA256SUMS" model verify "$fleet/model"
 expect 0 '"sums":6' model verify "$fleet/model" --json
 check 'len(d["hash"]) == 64 and [p["part"] for p in d["parts"]][2] == "transformer"'
 check 'd["memory"][0]["device"] == "CPU" and d["memory"][0]["weights"] == sum(p["bytes"] for p in d["parts"])'
-check '[m["precision"] for m in d["memory"]] == ["fp32", "fp32", "bf16", "fp16", "fp8"]'
+check '[m["precision"] for m in d["memory"]] == ["fp32", "fp32", "bf16", "fp16", "fp8", "int8"]'
 check 'd["memory"][1]["weights"] > 1.9 * d["memory"][2]["weights"] and all(m["activations"] > 1e6 for m in d["memory"])'
 echo 'not a sum' >>"$fleet/model/SHA256SUMS"
 expect 1 "line 7 is not as sha256sum writes it" model verify "$fleet/model"

@@ -135,7 +135,7 @@ static void wrong_files_are_refused_by_file_line_key_and_rule(void **state)
         {"[group a]\ngpu = 1\nmodel = f@1=/x", {"[group a] gpu", "device is cpu"}},
         {"[group a]\nexact = yes\nmodel = f@1=/x", {"[group a] exact", "device is cpu"}},
         {"[group a]\nprecision = bf16\nmodel = f@1=/x", {"[group a] precision", "computes in fp32"}},
-        {"[group a]\nprecision = int8\nmodel = f@1=/x", {"precision", "one of default fp32 bf16 fp16 fp8"}},
+        {"[group a]\nprecision = int4\nmodel = f@1=/x", {"precision", "one of default fp32 bf16 fp16 fp8 int8"}},
         {"[group a]\ndevice = cuda\nranks = 2\nmodel = f@1=/x", {"[group a] ranks", "is 2", "gpu names 1"}},
         {"[group a]\ndevice = cuda\ngpu = 64\nmodel = f@1=/x", {"[group a] gpu", "0 to 63"}},
         {"[group a]\ndevice = cuda\ngpu = 0,1,0\nmodel = f@1=/x", {"[group a] gpu", "each GPU once"}},

@@ -175,9 +175,10 @@ static void test_names_of_enums(void **state)
         if (strcmp(rules[i].name, "priority") == 0)
             assert_string_equal(job_rule_allowed(&rules[i], allowed, sizeof allowed), "normal, high, low");
         if (strcmp(rules[i].name, "precision") == 0)
-            assert_string_equal(job_rule_allowed(&rules[i], allowed, sizeof allowed), "default, fp32, bf16, fp16, fp8");
+            assert_string_equal(job_rule_allowed(&rules[i], allowed, sizeof allowed),
+                                "default, fp32, bf16, fp16, fp8, int8");
     }
-    assert_string_equal(job_precision_name(DITFLEET__V1__PRECISION__PRECISION_FP8), "fp8");
+    assert_string_equal(job_precision_name(DITFLEET__V1__PRECISION__PRECISION_INT8), "int8");
     assert_string_equal(job_priority_name(DITFLEET__V1__PRIORITY__PRIORITY_LOW), "low");
     assert_string_equal(job_state_name(DITFLEET__V1__STATE__STATE_RETRY_WAIT), "RETRY_WAIT");
     assert_int_equal(job_state_parse("UPLOADING"), DITFLEET__V1__STATE__STATE_UPLOADING);

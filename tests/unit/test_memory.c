@@ -422,22 +422,23 @@ static void no_such_memory(void **state)
     assert_int_equal(card.n, 0);
 }
 
-// What a plan says E4M3 saves: a byte a weight of the blocks' linear layers, less their scales.
-static void fp8_is_planned(void **state)
+// What a plan says 8 bits save: a byte a weight of the blocks' linear layers, less their scales.
+static void eight_bits_are_planned(void **state)
 {
     (void)state;
     struct err err = {.code = ERR_NONE};
     struct residency *r;
-    int64_t bytes[2];
+    int64_t bytes[3];
     struct kernels k = card_kernels();
     k.activation = DT_BF16;
     assert_int_equal(residency_new(&k, NULL, 0, &r, &err), 0); // nothing fits: nothing is placed
-    for (int fp8 = 0; fp8 < 2; fp8++) {
+    for (int i = 0; i < 3; i++) {
+        const enum dtype codes[] = {DT_BF16, DT_E4M3, DT_I8};
         struct model *m;
-        const struct home home = {.k = &k, .fp8 = fp8 == 1, .residency = r};
+        const struct home home = {.k = &k, .codes = codes[i], .residency = r};
         assert_int_equal(model_load_on(DEMO_MODEL, &home, &m, &err), 0);
         assert_int_equal(m->here, 0);
-        bytes[fp8] = model_placed_bytes(m, DIT);
+        bytes[i] = model_placed_bytes(m, DIT);
         model_free(m);
     }
     residency_free(r);
@@ -448,15 +449,23 @@ static void fp8_is_planned(void **state)
     int64_t doubles = 2, singles = blocks - doubles; // of the demo model
     const int64_t weights = (doubles * 24 + singles * 12) * dim * dim, saved = bytes[0] - bytes[1];
     assert_true(saved <= weights && saved >= weights * 95 / 100);
+    assert_int_equal(bytes[1], bytes[2]);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(everything_fits),   cmocka_unit_test(encoders_make_way), cmocka_unit_test(one_stage_at_a_time),
-        cmocka_unit_test(stages_take_turns), cmocka_unit_test(models_take_turns), cmocka_unit_test(last_prompts),
-        cmocka_unit_test(stopped_jobs),      cmocka_unit_test(traces_are_whole),  cmocka_unit_test(too_large),
-        cmocka_unit_test(no_such_memory),    cmocka_unit_test(fp8_is_planned),
+        cmocka_unit_test(everything_fits),
+        cmocka_unit_test(encoders_make_way),
+        cmocka_unit_test(one_stage_at_a_time),
+        cmocka_unit_test(stages_take_turns),
+        cmocka_unit_test(models_take_turns),
+        cmocka_unit_test(last_prompts),
+        cmocka_unit_test(stopped_jobs),
+        cmocka_unit_test(traces_are_whole),
+        cmocka_unit_test(too_large),
+        cmocka_unit_test(no_such_memory),
+        cmocka_unit_test(eight_bits_are_planned),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -361,7 +361,7 @@ static void wrong_keys(void **state)
          "default_max_sequence_length"},
         {"ditfleet.json", "default_guidance_scale", "-1", ERR_INVALID, "ditfleet.json", "default_guidance_scale"},
         {"ditfleet.json", "precision", "\"fp4\"", ERR_INVALID, "ditfleet.json",
-         "precision is \"fp4\"; allowed: default, fp32, bf16, fp16, fp8"},
+         "precision is \"fp4\"; allowed: default, fp32, bf16, fp16, fp8, int8"},
         {"ditfleet.json", "precision", "8", ERR_INVALID, "ditfleet.json", "precision is \"\""},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -522,13 +522,15 @@ static void precisions(void **state)
         struct precision gpu, cpu;
         bool refused; // on the CPU
     } rows[] = {
-        {P(DEFAULT), P(DEFAULT), {DT_BF16, false}, {DT_F32, false}, false},
-        {P(DEFAULT), P(FP8), {DT_BF16, true}, {DT_F32, false}, false},
-        {P(DEFAULT), P(FP16), {DT_F16, false}, {DT_F32, false}, false},
-        {P(BF16), P(FP8), {DT_BF16, false}, {DT_F32, false}, true},
-        {P(FP16), P(DEFAULT), {DT_F16, false}, {DT_F32, false}, true},
-        {P(FP8), P(DEFAULT), {DT_BF16, true}, {DT_F32, false}, true},
-        {P(FP32), P(FP8), {DT_F32, false}, {DT_F32, false}, false},
+        {P(DEFAULT), P(DEFAULT), {DT_BF16, DT_BF16}, {DT_F32, DT_F32}, false},
+        {P(DEFAULT), P(FP8), {DT_BF16, DT_E4M3}, {DT_F32, DT_F32}, false},
+        {P(DEFAULT), P(FP16), {DT_F16, DT_F16}, {DT_F32, DT_F32}, false},
+        {P(BF16), P(FP8), {DT_BF16, DT_BF16}, {DT_F32, DT_F32}, true},
+        {P(FP16), P(DEFAULT), {DT_F16, DT_F16}, {DT_F32, DT_F32}, true},
+        {P(FP8), P(DEFAULT), {DT_BF16, DT_E4M3}, {DT_F32, DT_F32}, true},
+        {P(INT8), P(FP8), {DT_BF16, DT_I8}, {DT_F32, DT_F32}, true},
+        {P(DEFAULT), P(INT8), {DT_BF16, DT_I8}, {DT_F32, DT_F32}, false},
+        {P(FP32), P(FP8), {DT_F32, DT_F32}, {DT_F32, DT_F32}, false},
     };
     struct kernels gpu = kernels_dry;
     gpu.activation = DT_BF16;
@@ -537,7 +539,7 @@ static void precisions(void **state)
         struct err err = {.code = ERR_NONE};
         assert_int_equal(precision_of(&gpu, rows[i].wanted, rows[i].preferred, &p, &err), 0);
         assert_int_equal(p.activation, rows[i].gpu.activation);
-        assert_int_equal(p.fp8, rows[i].gpu.fp8);
+        assert_int_equal(p.codes, rows[i].gpu.codes);
         assert_int_equal(precision_of(&kernels_cpu, rows[i].wanted, rows[i].preferred, &p, &err),
                          rows[i].refused ? ERR_UNSUPPORTED : 0);
         if (rows[i].refused)

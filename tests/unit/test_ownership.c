@@ -436,20 +436,20 @@ static void a_refusal_proposes_sharding(void **state)
     job_free(job);
 }
 
-// E4M3's factors are in the parts of blocks, too.
-static void fp8_is_planned(void **state)
+// The factors of 8 bits are in the parts of blocks, too.
+static void eight_bits_are_planned(void **state)
 {
     (void)state;
     struct err err = {.code = ERR_NONE};
     struct residency *r;
     struct kernels k = card_kernels();
-    int64_t bytes[2][2]; // fp8, sharded
+    int64_t bytes[2][2]; // of 8 bits, sharded
     k.activation = DT_BF16;
     assert_int_equal(residency_new(&k, NULL, 0, &r, &err), 0); // nothing fits: nothing is placed
     for (int i = 0; i < 4; i++) {
         struct model *m;
         const struct home home = {.k = &k,
-                                  .fp8 = i / 2 == 1,
+                                  .codes = i / 2 == 1 ? DT_I8 : DT_BF16,
                                   .residency = r,
                                   .held = {.ranks = 2, .weights = i % 2 ? PLAN_SHARDED : PLAN_REPLICATED}};
         assert_int_equal(model_load_on(DEMO_MODEL, &home, &m, &err), 0);
@@ -482,17 +482,12 @@ static int tear_down(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(sharded_has_the_same_bits),
-        cmocka_unit_test(stages_have_the_same_bits),
-        cmocka_unit_test(a_rank_has_its_share),
-        cmocka_unit_test(flux_dev_fits_on_two),
-        cmocka_unit_test(bytes_are_predicted),
-        cmocka_unit_test(parts_come_and_go),
-        cmocka_unit_test(other_stages_are_refused),
-        cmocka_unit_test(refused),
-        cmocka_unit_test(no_room_on_the_host),
-        cmocka_unit_test(a_refusal_proposes_sharding),
-        cmocka_unit_test(fp8_is_planned),
+        cmocka_unit_test(sharded_has_the_same_bits), cmocka_unit_test(stages_have_the_same_bits),
+        cmocka_unit_test(a_rank_has_its_share),      cmocka_unit_test(flux_dev_fits_on_two),
+        cmocka_unit_test(bytes_are_predicted),       cmocka_unit_test(parts_come_and_go),
+        cmocka_unit_test(other_stages_are_refused),  cmocka_unit_test(refused),
+        cmocka_unit_test(no_room_on_the_host),       cmocka_unit_test(a_refusal_proposes_sharding),
+        cmocka_unit_test(eight_bits_are_planned),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

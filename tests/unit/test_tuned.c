@@ -222,7 +222,8 @@ static void full_disk(void **state)
 
 static void keys_and_defaults(void **state)
 {
-    const struct precision fp32 = {.activation = DT_F32}, fp8 = {.activation = DT_BF16, .fp8 = true};
+    const struct precision fp32 = {.activation = DT_F32}, fp8 = {.activation = DT_BF16, .codes = DT_E4M3},
+                           int8 = {.activation = DT_BF16, .codes = DT_I8};
     struct kernels gpu = kernels_dry;
     struct tuned_key k;
     (void)state;
@@ -234,6 +235,9 @@ static void keys_and_defaults(void **state)
     assert_true(k.device[0] && k.ranks == 3 && k.threads == 0);
     assert_string_equal(k.precision, "fp8");
     const struct machine h100 = machine_default(&k);
+    tuned_key_of(&gpu, 3, 2, &int8, &k);
+    assert_string_equal(k.precision, "int8");
+    assert_true(machine_default(&k).products == h100.products);
     assert_true(cpu.products > 0 && cpu.collective > 0 && h100.products > 100 * cpu.products);
 }
 

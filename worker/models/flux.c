@@ -258,7 +258,7 @@ static void leave(struct dit_pass *p, struct tensor text_gate, struct tensor ima
 }
 
 // out (rows, dim) = attention of all rows with each other; qkv (rows, 3 * dim) already normed and rotated. A block
-// whose products, as that of w, are of 8 bits attends in 8 bits.
+// whose products, as that of w, are of integers attends in 8 bits.
 static void attend(const struct flux *f, struct exec *x, const struct dit_pass *p, int layer, const struct linear *w,
                    struct tensor out, struct tensor qkv)
 {
@@ -270,7 +270,7 @@ static void attend(const struct flux *f, struct exec *x, const struct dit_pass *
                                             .rows = p->rows->of_rank,
                                             .text = p->rows->text_of_rank,
                                             .opts.scale = 1.0F / sqrtf((float)f->head_dim),
-                                            .opts.eight_bits = w->w[0].dtype == DT_E4M3});
+                                            .opts.eight_bits = w->w[0].dtype == DT_I8});
 }
 
 static void norm_and_rotate(const struct flux *f, struct exec *x, struct tensor qkv, struct tensor norm_q,
@@ -426,14 +426,14 @@ static int load_stream(struct flux *f, struct stream *s, int i, bool text, struc
     weights_belong(w, WEIGHTS_ONCE, 2 * i + !text);
     TRY(weights_linear1(w, &s->mod, 6 * dim, dim, true, err, "transformer_blocks.%d.%s.linear", i, norm));
     weights_belong(w, WEIGHTS_BLOCK, i);
-    weights_offer_fp8(w, true);
+    weights_offer_codes(w, true);
     TRY(weights_linear(w, &s->qkv, attn, 3, qkv[text], n, dim, true, err));
     TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sq.weight", attn, text ? "added_" : ""));
     TRY(weights_get(w, &s->norm_k, 1, f->head_dim, 1, 1, 1, err, "%s.norm_%sk.weight", attn, text ? "added_" : ""));
     TRY(weights_linear1(w, &s->out, dim, dim, true, err, "%s.%s", attn, text ? "to_add_out" : "to_out.0"));
     TRY(weights_linear1(w, &s->up, MLP_RATIO * dim, dim, true, err, "transformer_blocks.%d.%s.net.0.proj", i, ff));
     TRY(weights_linear1(w, &s->down, dim, MLP_RATIO * dim, true, err, "transformer_blocks.%d.%s.net.2", i, ff));
-    weights_offer_fp8(w, false);
+    weights_offer_codes(w, false);
     s->mod_at = f->mod_width;
     f->mod_width += 6 * dim;
     return 0;
@@ -449,13 +449,13 @@ static int load_single(struct flux *f, struct single_block *s, int i, struct err
     weights_belong(w, WEIGHTS_ONCE, (int)(2 * f->n_double) + i);
     TRY(weights_linear1(w, &s->mod, 3 * dim, dim, true, err, "single_transformer_blocks.%d.norm.linear", i));
     weights_belong(w, WEIGHTS_BLOCK, (int)f->n_double + i);
-    weights_offer_fp8(w, true);
+    weights_offer_codes(w, true);
     TRY(weights_linear(w, &s->qkv, attn, 3, qkv, n, dim, true, err));
     TRY(weights_get(w, &s->norm_q, 1, f->head_dim, 1, 1, 1, err, "%s.norm_q.weight", attn));
     TRY(weights_get(w, &s->norm_k, 1, f->head_dim, 1, 1, 1, err, "%s.norm_k.weight", attn));
     TRY(weights_linear1(w, &s->up, MLP_RATIO * dim, dim, true, err, "single_transformer_blocks.%d.proj_mlp", i));
     TRY(weights_linear1(w, &s->out, dim, (1 + MLP_RATIO) * dim, true, err, "single_transformer_blocks.%d.proj_out", i));
-    weights_offer_fp8(w, false);
+    weights_offer_codes(w, false);
     s->mod_at = f->mod_width;
     f->mod_width += 3 * dim;
     return 0;
