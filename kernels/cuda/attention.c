@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-static const int64_t SCORE_BYTES = 256 << 20; // of scores, which their weights take the place of
+static const int64_t SCORE_BYTES = 256 << 20; // of scores, which their weights take the place of; of numbers of 8 bits
 
 // ---- fused
 
@@ -57,13 +57,32 @@ static bool fused(struct device *d, struct tensor out, struct tensor lse, struct
     return true;
 }
 
+// Heads first.. of t (rows, heads, dim), or of lse (rows, heads), which may be none.
+static struct tensor some_heads(struct tensor t, int64_t first, int64_t count)
+{
+    if (!tensor_none(t)) {
+        t.data = (char *)t.data + first * t.n[2] * (int64_t)dtype_size(t.dtype);
+        t.n[1] = count;
+    }
+    return t;
+}
+
+// As many heads at a time as fit the scratch memory.
 static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                           struct tensor v, const struct attention_opts *opts)
 {
     if (!opts->eight_bits || !d->hopper || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
         return false;
-    void *numbers = cuda_scratch(d, SLOT_SCORES, flash8_scratch(q, k));
-    return !numbers || launch_flash8(d->stream, out, lse, q, k, v, opts->scale, numbers);
+    const int64_t heads = q.n[1], one = (int64_t)flash8_scratch(some_heads(q, 0, 1), some_heads(k, 0, 1));
+    const int64_t most = min64(heads, one < SCORE_BYTES ? SCORE_BYTES / one : 1);
+    void *numbers = cuda_scratch(d, SLOT_SCORES, flash8_scratch(some_heads(q, 0, most), some_heads(k, 0, most)));
+    for (int64_t h = 0; numbers && h < heads; h += most) {
+        const int64_t n = min64(most, heads - h);
+        if (!launch_flash8(d->stream, some_heads(out, h, n), some_heads(lse, h, n), some_heads(q, h, n),
+                           some_heads(k, h, n), some_heads(v, h, n), opts->scale, numbers))
+            return false; // at the first: all are alike
+    }
+    return true;
 }
 
 // ---- in products

@@ -49,6 +49,20 @@ template <typename C, int V> __device__ inline void store_codes(uint8_t *y, cons
     }
 }
 
+// Every thread of the block gets the largest of all. None is negative, so their bits are in their order.
+__device__ inline float block_largest(float v)
+{
+    enum { WARP = 32, MOST_WARPS = 32 };
+    __shared__ unsigned shared[MOST_WARPS];
+    unsigned bits = __reduce_max_sync(~0u, __float_as_uint(v));
+    if (threadIdx.x % WARP == 0)
+        shared[threadIdx.x / WARP] = bits;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / WARP; i++)
+        bits = max(bits, shared[i]);
+    return __uint_as_float(bits);
+}
+
 // Calls f with a null pointer of the type's way.
 template <typename F> static inline void with_codes(enum dtype type, F f)
 {

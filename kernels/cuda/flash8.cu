@@ -39,14 +39,7 @@ template <typename T> struct result {
     int dim;
 };
 
-struct ring { // a place among the stages
-    unsigned stage = 0, phase = 0;
-    __device__ void next()
-    {
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        phase ^= stage == 0;
-    }
-};
+typedef hopper::ring<STAGES> ring;
 
 // The last tile, which may have fewer keys, comes first.
 __device__ static int tile_of(int i, int tiles)
@@ -81,7 +74,7 @@ __device__ static void load_values(shared &sh, const CUtensorMap *v, int tiles)
 // What a thread knows of its two queries, 8 rows apart. Scores are in units of log2.
 struct softmax_of {
     float factor[2], highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shrink[2];
-    int highest_fixed[2]; // in fixed point, modulo 2^32
+    uint32_t highest_fixed[2]; // in fixed point, modulo 2^32
 };
 
 // Weights up to 2^SLACK are let be before all is set to a new highest score; the largest weight is E4M3's 256.
@@ -131,21 +124,21 @@ __device__ static void soften(softmax_of &f, __half2 (&w)[VALUES / 2], const int
     for (int r = 0; r < 2; r++) {
         const int top = highest_of<FULL>(s, r, keys);
         const float factor = f.factor[r] * k_factor, score = factor < 32 ? (float)top * factor : NAN;
-        const int slope = fixed(factor);
+        const uint32_t slope = (uint32_t)fixed(factor);
         f.shrink[r] = 1;
         if (!(score <= f.highest[r] + SLACK)) { // also for NaN
             f.shrink[r] = exp2_fast(f.highest[r] - score);
             f.highest[r] = score;
-            f.highest_fixed[r] = top * slope;
+            f.highest_fixed[r] = (uint32_t)top * slope;
         }
         const float above = BIAS + WEIGHT_POWER - UNIT_POWER + (float)power; // below the highest by so much: 0
-        const int base = fixed(above) - f.highest_fixed[r];
+        const uint32_t base = (uint32_t)fixed(above) - f.highest_fixed[r];
         const int least = __float2int_ru(__fdividef(f.highest[r] - above + MARGIN, factor));
         __half2 sum[2] = {};
 #pragma unroll
         for (int i = 2 * r; i < VALUES; i += 4) {
-            const uint32_t first = (uint32_t)(max(s[i], least) * slope + base),
-                           second = (uint32_t)(max(s[i + 1], least) * slope + base);
+            const uint32_t first = (uint32_t)max(s[i], least) * slope + base,
+                           second = (uint32_t)max(s[i + 1], least) * slope + base;
             uint32_t low = __byte_perm(first, second, 0x7632), high = low + HALF_POWER;
             if (!FULL) {
                 const uint32_t seen = (i / 4 * 8 < keys ? 0xffff : 0) | (i / 4 * 8 + 1 < keys ? 0xffff0000 : 0);
@@ -289,7 +282,7 @@ template <typename T> __device__ static void attend(shared &sh, const eight &e, 
     const int query = (int)blockIdx.x * QUERIES + row + lane / 4;
     const tile_factors *tile = e.tile + head * e.tiles, last = tile[e.tiles - 1];
     const int top = highest_power(tile, e.tiles);
-    const auto power_of = [&](const tile_factors &t) { return max(t.v_power - top, -24); };
+    const auto power_of = [&](const tile_factors &t) { return max(t.v_power - top, -24); }; // less makes all weights 0
     softmax_of f;
 #pragma unroll
     for (int r = 0; r < 2; r++)

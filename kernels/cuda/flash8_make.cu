@@ -38,18 +38,6 @@ template <typename T> __device__ static float largest(const vec<T> &x)
     return wrong == 0 ? top : INFINITY;
 }
 
-__device__ static float block_largest(float v)
-{
-    __shared__ unsigned shared[THREADS / WARP];
-    unsigned bits = __reduce_max_sync(~0u, __float_as_uint(v)); // none is negative, so their bits are in their order
-    if (threadIdx.x % WARP == 0)
-        shared[threadIdx.x / WARP] = bits;
-    __syncthreads();
-    for (int i = 0; i < THREADS / WARP; i++)
-        bits = max(bits, shared[i]);
-    return __uint_as_float(bits);
-}
-
 __device__ static float factor_of(float top)
 {
     return top == INFINITY ? NAN : top / 127;

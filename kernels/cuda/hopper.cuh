@@ -63,6 +63,16 @@ __device__ inline void barriers_visible() // to the other blocks and to the copy
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// A place among stages that are filled and emptied in turns, and the phase of its barriers.
+template <int STAGES> struct ring {
+    unsigned stage = 0, phase = 0;
+    __device__ void next()
+    {
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        phase ^= stage == 0;
+    }
+};
+
 // ---- clusters
 
 __device__ inline unsigned cluster_rank()

@@ -47,14 +47,7 @@ template <typename T> struct result {
     const float *x_scale, *w_scale; // of rows and columns
 };
 
-struct ring { // a place among the stages
-    unsigned stage = 0, phase = 0;
-    __device__ void next()
-    {
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        phase ^= stage == 0;
-    }
-};
+typedef hopper::ring<STAGES> ring;
 
 __device__ static void place(const tiles &t, int i, int *down, int *across)
 {

@@ -19,19 +19,6 @@ template <typename C, typename T, int V> __device__ static float magnitude(float
     return top;
 }
 
-// Every thread gets the largest of all; none is negative, so their bits are in their order.
-__device__ static float block_largest(float v)
-{
-    __shared__ unsigned shared[MAX_THREADS / WARP];
-    unsigned bits = __reduce_max_sync(~0u, __float_as_uint(v));
-    if (threadIdx.x % WARP == 0)
-        shared[threadIdx.x / WARP] = bits;
-    __syncthreads();
-    for (unsigned i = 0; i < blockDim.x / WARP; i++)
-        bits = max(bits, shared[i]);
-    return __uint_as_float(bits);
-}
-
 template <typename C, typename T, int V> __device__ static void store_pack(uint8_t *y, const pack<T, V> &x, float inverse)
 {
     float v[V];

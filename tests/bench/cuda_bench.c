@@ -125,11 +125,21 @@ static void run_rope(struct bench *b, const struct call *c)
     G->qk_norm_rope(b->d, heads_of(c->x, 0), heads_of(c->x, 1), c->z, c->z, 1e-6F, c->u);
 }
 
-static void run_attention(struct bench *b, const struct call *c)
+static void attend(struct bench *b, const struct call *c, bool eight_bits)
 {
-    const struct attention_opts opts = {.scale = 0.08838834764831845F};
+    const struct attention_opts opts = {.scale = 0.08838834764831845F, .eight_bits = eight_bits};
     G->attention(b->d, tensor_reshape(c->y, 3, c->y.n[0], HEADS, HEAD, 1), heads_of(c->x, 0), heads_of(c->x, 1),
                  heads_of(c->x, 2), &opts);
+}
+
+static void run_attention(struct bench *b, const struct call *c)
+{
+    attend(b, c, false);
+}
+
+static void run_attention_in_eight_bits(struct bench *b, const struct call *c)
+{
+    attend(b, c, true);
 }
 
 static const struct shape {
@@ -175,11 +185,11 @@ static void ceilings(struct bench *b)
         G->free(b->d, all[i].data);
 }
 
-// ---- E4M3
+// ---- 8 bits
 
-static struct tensor e4m3_room(struct bench *b, int64_t m, int64_t n)
+static struct tensor codes_room(struct bench *b, enum dtype type, int64_t m, int64_t n)
 {
-    struct tensor t = tensor_2d(NULL, DT_E4M3, m, n);
+    struct tensor t = tensor_2d(NULL, type, m, n);
     struct err err = {0};
     if (G->alloc(b->d, tensor_bytes(t), &t.data, &err) ||
         G->alloc(b->d, (size_t)m * sizeof(float), (void **)&t.scale, &err)) {
@@ -189,10 +199,10 @@ static struct tensor e4m3_room(struct bench *b, int64_t m, int64_t n)
     return t;
 }
 
-// t as E4M3; t is given back.
-static struct tensor e4m3_of(struct bench *b, struct tensor t)
+// t as E4M3 or I8; t is given back.
+static struct tensor codes_of(struct bench *b, enum dtype type, struct tensor t)
 {
-    struct tensor q = e4m3_room(b, t.n[0], t.n[1]);
+    struct tensor q = codes_room(b, type, t.n[0], t.n[1]);
     G->sync(b->d, NULL);
     launch_quantise(0, q, t);
     cudaStreamSynchronize(0);
@@ -200,28 +210,30 @@ static struct tensor e4m3_of(struct bench *b, struct tensor t)
     return q;
 }
 
-static void free_e4m3(struct bench *b, struct tensor t)
+static void free_codes(struct bench *b, struct tensor t)
 {
     G->free(b->d, t.data);
     G->free(b->d, t.scale);
 }
 
 // bf16: x is given as such, and quantised on the way.
-static void linear_e4m3(struct bench *b, int64_t rows, const struct shape *s, bool bf16)
+static void linear_codes(struct bench *b, enum dtype type, int64_t rows, const struct shape *s, bool bf16)
 {
     char name[64];
-    struct tensor w = e4m3_of(b, make(b, s->n, s->k, 1)), x = make(b, rows, s->k, 1);
+    struct tensor w = codes_of(b, type, make(b, s->n, s->k, 1)), x = make(b, rows, s->k, 1);
     struct tensor bias = tensor_reshape(make(b, 1, s->n, 1), 1, s->n, 1, 1, 1);
-    struct call c = {.run = run_linear, .y = make(b, rows, s->n, 1), .x = bf16 ? x : e4m3_of(b, x), .act = s->act};
+    struct call c = {
+        .run = run_linear, .y = make(b, rows, s->n, 1), .x = bf16 ? x : codes_of(b, type, x), .act = s->act};
     bias.ld = 1;
     c.w = (struct linear){.parts = 1, .n = s->n, .k = s->k, .w = {w}, .b = {bias}};
-    snprintf(name, sizeof name, "E4M3 linear %lld x %s%s", (long long)rows, s->name, bf16 ? ", of bf16" : "");
+    snprintf(name, sizeof name, "%s linear %lld x %s%s", type == DT_I8 ? "I8" : "E4M3", (long long)rows, s->name,
+             bf16 ? ", of bf16" : "");
     measure(b, name, &c, 2.0 * (double)rows * (double)s->n * (double)s->k, 0);
-    free_e4m3(b, w);
+    free_codes(b, w);
     if (bf16)
         G->free(b->d, c.x.data);
     else
-        free_e4m3(b, c.x);
+        free_codes(b, c.x);
     G->free(b->d, c.y.data), G->free(b->d, bias.data);
 }
 
@@ -235,10 +247,10 @@ static void run_quantise(struct bench *b, const struct call *c)
 static void quantising(struct bench *b, int64_t rows, int64_t n)
 {
     char name[64];
-    struct call c = {.run = run_quantise, .y = e4m3_room(b, rows, n), .x = make(b, rows, n, 1)};
+    struct call c = {.run = run_quantise, .y = codes_room(b, DT_E4M3, rows, n), .x = make(b, rows, n, 1)};
     snprintf(name, sizeof name, "quantise %lld x %lld", (long long)rows, (long long)n);
     measure(b, name, &c, 0, (double)tensor_bytes(c.x) + (double)tensor_bytes(c.y));
-    free_e4m3(b, c.y);
+    free_codes(b, c.y);
     G->free(b->d, c.x.data);
 }
 
@@ -246,7 +258,7 @@ static void quantising(struct bench *b, int64_t rows, int64_t n)
 static void accuracy(struct bench *b, struct device *f, int64_t k)
 {
     enum { M = 512, N = 512 };
-    struct tensor x = e4m3_of(b, make(b, M, k, 1)), w = e4m3_of(b, make(b, N, k, 1)), wide[4];
+    struct tensor x = codes_of(b, DT_E4M3, make(b, M, k, 1)), w = codes_of(b, DT_E4M3, make(b, N, k, 1)), wide[4];
     float *host[2] = {malloc(sizeof(float) * M * N), malloc(sizeof(float) * M * N)},
           *factors = malloc(sizeof(float) * (M + N));
     for (int i = 0; i < 4; i++) { // x, w and two results
@@ -274,22 +286,25 @@ static void accuracy(struct bench *b, struct device *f, int64_t k)
     printf("E4M3 sums over %lld: relative L2 error %.2e\n", (long long)k, sqrt(apart / all));
     for (int i = 0; i < 4; i++)
         G->free(f, wide[i].data);
-    free_e4m3(b, x), free_e4m3(b, w);
+    free_codes(b, x), free_codes(b, w);
     free(host[0]), free(host[1]), free(factors);
 }
 
-static void e4m3(struct bench *b)
+static void eight_bits(struct bench *b)
 {
     static const struct shape large = {"8192 -> 8192", 8192, 8192, ACT_NONE};
     struct device *f;
-    b->flops = 0; // the first product is the ceiling of those that follow
-    linear_e4m3(b, 8192, &large, false);
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
-        linear_e4m3(b, ROWS, &shapes[i], false);
-        linear_e4m3(b, ROWS, &shapes[i], true);
+    for (int k = 0; k < 2; k++) {
+        const enum dtype type = k ? DT_I8 : DT_E4M3;
+        b->flops = 0; // the first product is the ceiling of those that follow
+        linear_codes(b, type, 8192, &large, false);
+        for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+            linear_codes(b, type, ROWS, &shapes[i], false);
+            linear_codes(b, type, ROWS, &shapes[i], true);
+        }
+        for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+            linear_codes(b, type, 512, &shapes[i], false);
     }
-    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
-        linear_e4m3(b, 512, &shapes[i], false);
     quantising(b, ROWS, DIM);
     quantising(b, ROWS, 4 * DIM);
     quantising(b, ROWS, 5 * DIM);
@@ -314,6 +329,8 @@ static void blocks(struct bench *b, int64_t rows)
     const double bytes = (double)tensor_bytes(h), s = (double)rows;
     snprintf(name, sizeof name, "attention %lld, 24 heads of 128", (long long)rows);
     measure(b, name, &(struct call){.run = run_attention, .y = y, .x = qkv}, 4 * s * s * DIM, 0);
+    measure(b, "the same in 8 bits", &(struct call){.run = run_attention_in_eight_bits, .y = y, .x = qkv},
+            4 * s * s * DIM, 0);
     measure(b, "modulate", &(struct call){.run = run_modulate, .y = y, .x = h, .z = scale, .u = shift}, 0, 2 * bytes);
     measure(b, "qk_norm_rope", &(struct call){.run = run_rope, .x = qkv, .z = gamma, .u = rope}, 0,
             4 * bytes + (double)tensor_bytes(rope));
@@ -343,7 +360,7 @@ int main(int argc, char **argv)
     linears(&b, 512, shapes, sizeof shapes / sizeof shapes[0]);
     linears(&b, 512, text, sizeof text / sizeof text[0]);
     blocks(&b, ROWS);
-    e4m3(&b);
+    eight_bits(&b);
     int code = G->sync(b.d, &err);
     if (code)
         printf("%s\n", err.text);

@@ -1134,6 +1134,7 @@ static void eight_bits(void **state)
         eight_bits_case(f, (struct attention_case){20, 40, 2, 7, false, false, false, 0}, 0.3); // not of 8 bits
         eight_bits_case(f, (struct attention_case){9, 200, 2, 200, false, false, false, 0}, 0.07);
         eight_bits_case(f, (struct attention_case){200, 4500, 2, 128, false, false, false, 0}, 0.09);
+        eight_bits_case(f, (struct attention_case){40, 90000, 13, 8, false, false, false, 0}, 0.3); // heads in turns
     }
 }
 
@@ -1421,10 +1422,12 @@ static void bad_devices(void **state)
     assert_int_equal(G->sync(f->gpu[0], &err), 0); // a refused allocation is no failure of the device
 }
 
-int main(void)
+// test_cuda [PATTERN]: the tests whose names match it.
+int main(int argc, char **argv)
 {
     struct device *d;
     struct err err = {0};
+    cmocka_set_test_filter(argc > 1 ? argv[1] : NULL);
     int code = G->open(&(struct device_options){.activation = DT_BF16}, &d, &err);
     if (code == ERR_UNAVAILABLE || code == ERR_UNSUPPORTED) {
         printf("skipped: no GPU here: %s\n", err.text);
