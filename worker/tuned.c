@@ -186,16 +186,16 @@ int tuned_save(const char *folder, const struct tuned_key *key, const struct mac
 struct machine machine_default(const struct tuned_key *key)
 {
     const double threads = key->threads;
+    const bool int8 = strcmp(key->precision, "int8") == 0, fp8 = strcmp(key->precision, "fp8") == 0;
     if (key->threads == 0)
-        return (struct machine){
-            .products = strcmp(key->precision, "fp8") == 0 || strcmp(key->precision, "int8") == 0 ? 1200e12 : 660e12,
-            .attention = 530e12,
-            .rows = 2.6e12,
-            .copies = 2.9e12,
-            .operation = 2e-6,
-            .exchange = 306e9,
-            .collective = 24e-6,
-            .beside = 0.28};
+        return (struct machine){.products = int8 || fp8 ? 1200e12 : 660e12,
+                                .attention = int8 ? 800e12 : 530e12,
+                                .rows = 2.6e12,
+                                .copies = 2.9e12,
+                                .operation = 2e-6,
+                                .exchange = 306e9,
+                                .collective = 24e-6,
+                                .beside = 0.28};
     return (struct machine){.products = 100e9 * threads,
                             .attention = 60e9 * threads,
                             .rows = 15e9 * threads,
