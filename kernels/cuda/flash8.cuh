@@ -17,7 +17,7 @@ struct tile_factors {
     int v_power; // a value's by 2 to the power of it
 };
 
-// q (m, heads, DIM), k (s, heads, DIM), v (heads, DIM, tiles * TILE), whose keys are in the order of place_of.
+// q (m, heads, DIM), k (s, heads, DIM), v (heads, DIM, tiles * TILE), whose keys are in the order of key_at.
 struct eight {
     int8_t *q, *k;
     uint8_t *v;                // E4M3; zeros beyond s
@@ -33,7 +33,7 @@ __device__ inline int key_at(int place)
     return place / 16 * 16 + place % 4 / 2 * 8 + place % 16 / 4 * 2 + place % 2;
 }
 
-// A head's factor of NaN says that its numbers are not all finite. scale: of scores. q, k, v and out's type are one.
+// A factor of NaN says that its numbers are not all finite. scale: of scores. bf16 or f16.
 void make(cudaStream_t s, const eight &e, struct tensor q, struct tensor k, struct tensor v, float scale);
 
 } // namespace flash8

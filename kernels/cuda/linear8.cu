@@ -232,9 +232,7 @@ template <typename T, bool GELU>
 static void launch(cudaStream_t s, int processors, const CUtensorMap &x, const CUtensorMap &w, const tiles &t,
                    const result<T> &p)
 {
-    static const cudaError_t ready =
-        cudaFuncSetAttribute(linear8_kernel<T, GELU>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-    (void)ready; // a failure is the launch's, too
+    cudaFuncSetAttribute(linear8_kernel<T, GELU>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
     const int clusters = processors / CLUSTER, tiles = t.down * t.across;
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;

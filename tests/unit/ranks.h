@@ -79,7 +79,7 @@ struct group {
     const Ditfleet__V1__Job *job;
     struct plan want;              // ranks and degrees
     const struct kernels *kernels; // NULL: the CPU's; a GPU for each rank where they have memory of their own
-    enum dtype activation;         // of GPUs
+    enum dtype activation, codes;  // of GPUs
     bool exact;
     bool apart;  // weights are had as plan_hold says, else all by every rank
     int stop_at; // not 0: before, the same job is stopped at that step
@@ -143,6 +143,7 @@ static inline int whole_job(const struct group *g, struct comm *comm, struct err
                                                       .gpu = k->memory ? comm_rank(comm) : 0,
                                                       .activation = g->activation,
                                                       .exact = g->exact},
+                                           .codes = g->codes,
                                            .control = comm,
                                            .held = held};
     struct engine *e;

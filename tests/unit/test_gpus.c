@@ -53,13 +53,14 @@ static bool same_bits(const struct outcome *o, const struct outcome *one)
 
 enum { EXACT = -1 };
 
-// limit 0: float32, whose bounds are those of CPU ranks (ranks.h). EXACT: in exact mode, to the bit.
+// limit 0: float32, whose bounds are those of CPU ranks (ranks.h). EXACT: in exact mode, to the bit. type: of
+// activations; I8: of layers, activations are bf16.
 static void job_by(const struct model *m, const char *const *fields, struct plan want, enum dtype type, double limit)
 {
     Ditfleet__V1__Job *job = demo_job(m, fields);
     struct outcome *one = outcome_new(), *all = outcome_new();
     struct group g = {.model = m, .job = job, .want = PLAN(1, 1, 1, 1), .outcome = one, .work = whole_job};
-    g.kernels = cuda, g.activation = type, g.exact = limit == EXACT;
+    g.kernels = cuda, g.activation = type == DT_I8 ? DT_BF16 : type, g.codes = type, g.exact = limit == EXACT;
     run_group(&g);
     expect_success(one, 1);
     g.want = want, g.outcome = all, g.apart = true;
@@ -136,8 +137,8 @@ static void exact_is_to_the_bit(void **state)
                                       "height", "640", "num_inference_steps", "4");
     const char *const *guided = FIELDS("prompt", "a red ring", "negative_prompt", "blue", "true_cfg_scale", "3", "seed",
                                        "5", "width", "256", "height", "192", "num_inference_steps", "4");
-    const enum dtype types[] = {DT_BF16, DT_F16, DT_F32};
-    for (int i = 0; i < 3; i++) {
+    const enum dtype types[] = {DT_BF16, DT_F16, DT_F32, DT_I8};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         job_by(*state, PLAIN, (struct plan)PLAN(GPUS, 1, GPUS, 1), types[i], EXACT);
         job_by(*state, large, (struct plan)PLAN(GPUS, 1, GPUS, 1), types[i], EXACT);
         job_by(*state, guided, (struct plan)PLAN(GPUS, 2, 1, 1), types[i], EXACT);
