@@ -136,6 +136,8 @@ static void dry_linear(struct device *d, struct tensor y, struct tensor x, const
         return;
     COUNT(2.0 * (double)y.n[0] * (double)w->n * (double)w->k, y, x);
     d->cost.bytes += bytes_of(w->parts, w->w) + bytes_of(w->parts, w->b);
+    const double codes = dtype_quantised(w->w[0].dtype) && !dtype_quantised(x.dtype) ? (double)tensor_count(x) : 0;
+    d->cost.codes = codes > d->cost.codes ? codes : d->cost.codes;
 }
 
 static void dry_activate(struct device *d, struct tensor x, enum act act)

@@ -68,6 +68,8 @@ struct kernel_cost {
     double copied;    // of these, copy's
     double row_bytes; // of these, of other operations without flops
     double calls;     // operations
+    double
+        codes; // bytes of the largest input that a linear layer is to turn into 8 bits, in memory of the device's own
 };
 
 // Adds what was counted between two readings.
@@ -80,6 +82,7 @@ static inline void kernel_cost_add(struct kernel_cost *to, const struct kernel_c
     to->copied += now->copied - before->copied;
     to->row_bytes += now->row_bytes - before->row_bytes;
     to->calls += now->calls - before->calls;
+    to->codes = now->codes > to->codes ? now->codes : to->codes;
 }
 
 // ---- links: devices of several processes, of one host or of many, that send each other rows.

@@ -104,6 +104,8 @@ int cost_memory(const struct model *m, const Ditfleet__V1__Job *job, const struc
         for (int i = 0; i < ENGINE_STAGES; i++)
             if (e.stage_bytes[i] > most.stage_bytes[i])
                 most.stage_bytes[i] = e.stage_bytes[i];
+        if (e.cost.codes > most.cost.codes)
+            most.cost.codes = e.cost.codes;
     }
     *out = most;
     return 0;

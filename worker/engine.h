@@ -32,6 +32,7 @@ struct engine_options {
 
 // Of a budget, what contexts and the workspaces of libraries take.
 #define ENGINE_LIBRARY_BYTES ((int64_t)1229 << 20)
+#define ENGINE_CODES_BYTES   ((int64_t)272 << 20) // of these, for inputs that become 8 bits on their way
 
 // Called by all ranks at once. ERR_INVALID: a budget beyond the device's memory; GPUs that are not alike.
 int engine_new(const struct engine_options *options, struct engine **out, struct err *err);

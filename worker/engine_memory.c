@@ -67,7 +67,8 @@ struct demand engine_demand(const struct engine *e, const struct model *m, const
     struct demand d = {.most = estimate->activation_bytes + extra};
     for (int i = 0; i < ENGINE_STAGES; i++)
         d.stage[i] = estimate->stage_bytes[i] + extra;
-    d.fixed = ENGINE_LIBRARY_BYTES + prompt_cache_bytes(e->cache, &shape);
+    const int64_t codes = (int64_t)estimate->cost.codes - ENGINE_CODES_BYTES;
+    d.fixed = ENGINE_LIBRARY_BYTES + (codes > 0 ? codes : 0) + prompt_cache_bytes(e->cache, &shape);
     d.between = tokens * m->info.channels * (int64_t)dtype_size(e->k->activation);
     return d;
 }

@@ -34,7 +34,7 @@ static void counts(void **state)
     K->linear(d, f32(2, 3, 8, 1), f32(2, 3, 4, 1), &l, ACT_NONE);
     K->cost(d, &c);
     assert_true(c.flops == 2.0 * 3 * 8 * 4 && c.bytes == 4.0 * (24 + 12 + 24 + 8) + 2.0 * 8);
-    assert_true(c.attention == 0 && c.row_bytes == 0 && c.copied == 0 && c.calls == 1);
+    assert_true(c.attention == 0 && c.row_bytes == 0 && c.copied == 0 && c.calls == 1 && c.codes == 0);
 
     struct attention_opts o = {.scale = 1};
     K->attention(d, f32(3, 5, 2, 8), f32(3, 5, 2, 8), f32(3, 7, 2, 8), f32(3, 7, 2, 8), &o);
@@ -59,6 +59,21 @@ static void counts(void **state)
     double before = c.flops;
     K->cost(d, &c);
     assert_true(c.flops == before + 2.0 * 42 * 180);
+
+    struct tensor i8 = f32(2, 8, 16, 1), x = f32(2, 5, 16, 1);
+    i8.dtype = x.dtype = DT_I8;
+    i8.scale = x.scale = i8.data;
+    const struct linear codes = {.parts = 1, .w = {i8}, .n = 8, .k = 16};
+    K->linear(d, f32(2, 5, 8, 1), x, &codes, ACT_NONE); // in 8 bits already
+    K->cost(d, &c);
+    assert_true(c.codes == 0);
+    K->linear(d, f32(2, 3, 8, 1), f32(2, 3, 16, 1), &codes, ACT_NONE);
+    K->linear(d, f32(2, 2, 8, 1), f32(2, 2, 16, 1), &codes, ACT_NONE);
+    K->cost(d, &c);
+    assert_true(c.codes == 3 * 16);
+    struct kernel_cost sum = {.codes = 50};
+    kernel_cost_add(&sum, &c, &c);
+    assert_true(sum.codes == 50);
     assert_int_equal(K->sync(d, NULL), 0);
     K->close(d);
 }
