@@ -82,8 +82,8 @@ static constexpr float SLACK = 3, WEIGHT_POWER = 8 - SLACK;
 
 // A weight is 2^x as f16, made by integers: x + 15 in fixed point has the exponent and the mantissa of an f16 in its
 // upper half, if the mantissa may go straight from one power to the next, up to 6 % too high between (Schraudolph
-// 1999). Two of them, half a power apart, add up to 2^(x + UNIT_POWER) within 0.8 %, a third of what E4M3 loses. It
-// takes half of the time of the GPU's own exponentials.
+// 1999). Two of them, half a power apart, add up to 2^(x + UNIT_POWER) within 0.8 %, a third of what E4M3 loses;
+// with the GPU's own exponentials the kernel takes 7 % longer.
 static constexpr int POINT = 26, BIAS = 15, HALF_POWER = 0x02000200; // of two f16
 static constexpr float UNIT_POWER = 1.0552f, MARGIN = 0.0625f; // more than rounding makes of 2^21 units of a score
 
