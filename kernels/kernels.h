@@ -37,6 +37,12 @@ struct linear {
     int64_t n, k;                      // n = sum of n_i
 };
 
+// The type that a layer asked for in this one is placed in: numbers of 8 bits want n and k to be multiples of 16.
+static inline enum dtype linear_placed(const struct linear *w, enum dtype type, enum dtype activation)
+{
+    return dtype_quantised(type) && (w->n % 16 || w->k % 16) ? activation : type;
+}
+
 struct conv {
     struct tensor w; // (c_out, kh, kw, c_in): the channels-last layout, made from (c_out, c_in, kh, kw) when loaded
     struct tensor b; // (c_out)
@@ -68,8 +74,7 @@ struct kernel_cost {
     double copied;    // of these, copy's
     double row_bytes; // of these, of other operations without flops
     double calls;     // operations
-    double
-        codes; // bytes of the largest input that a linear layer is to turn into 8 bits, in memory of the device's own
+    double codes;     // bytes of the largest input that a linear layer is to turn into 8 bits
 };
 
 // Adds what was counted between two readings.
@@ -133,8 +138,7 @@ struct kernels {
     // copy that the device owns until it is closed (cuda). A copy of two or more dimensions has the activation type.
     int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
     // The same for a linear layer, whose parts may become one part there. type: E4M3, I8, or the activation type.
-    // A layer whose n or k is no multiple of 16 stays in the activation type. ERR_UNSUPPORTED: this device has no such
-    // type.
+    // It gets linear_placed's. ERR_UNSUPPORTED: this device has no such type.
     int (*place_linear)(struct device *d, struct linear *w, enum dtype type, struct err *err);
     // Gives back a placed copy before the device is closed, after all work that reads it. Others: nothing to do.
     void (*displace)(struct device *d, struct tensor placed);

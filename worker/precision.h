@@ -6,8 +6,8 @@
 #include "proto/job.h"
 
 // fp8 and int8: the linear layers of blocks and their inputs are E4M3, or I8; the rest has the activation type, bf16.
-// With I8 the blocks' attention is in 8 bits, too (attention_opts in kernels.h). It would not be what loses most with
-// E4M3, but layers of E4M3 lose all that there is to lose.
+// With I8 the blocks' attention is in 8 bits, too (attention_opts in kernels.h); with E4M3 it is not, since what layers
+// of E4M3 lose leaves no room for more (kernels/NOTES.md).
 struct precision {
     enum dtype activation;
     enum dtype codes; // E4M3 or I8; others: no numbers of 8 bits

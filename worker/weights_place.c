@@ -86,10 +86,8 @@ static int64_t grains(int64_t bytes)
 // rules of kernels.h.
 static int64_t stored_bytes(const struct weights *w, const struct fetched *f, const struct tensor *t)
 {
-    enum { CODES_MULTIPLE = 16 };
     const bool device = w->home.k && (w->home.k->memory || w->home.plan);
-    if (f->layer && dtype_quantised(f->type) && t->dims == 2 && f->linear->n % CODES_MULTIPLE == 0 &&
-        f->linear->k % CODES_MULTIPLE == 0)
+    if (f->layer && t->dims == 2 && dtype_quantised(f->type))
         return grains(tensor_count(*t)) + grains(t->n[0] * (int64_t)sizeof *t->scale);
     if (device && (f->layer || t->dims > 1))
         return tensor_count(*t) * (int64_t)dtype_size(w->home.k->activation);
@@ -109,8 +107,8 @@ int weights_place(struct weights *w, struct fetched f, struct err *err)
 {
     f.kind = w->kind;
     f.index = w->index;
-    if (w->home.k)
-        f.type = w->codes ? w->home.codes : w->home.k->activation;
+    if (w->home.k && f.layer)
+        f.type = linear_placed(f.linear, w->codes ? w->home.codes : w->home.k->activation, w->home.k->activation);
     count(w, &f);
     if (!w->home.k)
         return 0;

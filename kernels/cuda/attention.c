@@ -71,7 +71,7 @@ static struct tensor some_heads(struct tensor t, int64_t first, int64_t count)
 static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                           struct tensor v, const struct attention_opts *opts)
 {
-    if (!opts->eight_bits || !d->hopper || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
+    if (!opts->eight_bits || !cuda_hopper(d) || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
         return false;
     const int64_t heads = q.n[1], one = (int64_t)flash8_scratch(some_heads(q, 0, 1), some_heads(k, 0, 1));
     const int64_t most = min64(heads, one < SCORE_BYTES ? SCORE_BYTES / one : 1);

@@ -1,5 +1,6 @@
-// codes.cuh: numbers of 8 bits that have a factor in common: E4M3 (8-bit floats) and I8 (integers). What is not finite stays
-// visible: as E4M3 an element that no finite number tells is NaN, integers have a factor of NaN.
+// codes.cuh: numbers of 8 bits that have a factor in common: E4M3 (8-bit floats) and I8 (integers). What is not finite
+// stays visible: as E4M3 an element that no finite number tells is NaN, and with an infinity the factor is infinite;
+// integers have a factor of NaN.
 #ifndef DITFLEET_CUDA_CODES_CUH
 #define DITFLEET_CUDA_CODES_CUH
 
@@ -8,6 +9,8 @@
 #include <cfloat>
 #include <cuda_fp8.h>
 
+// factor: of numbers whose largest magnitude is top. The least normal number bounds it from below, since a factor of 0
+// would have no inverse.
 struct as_e4m3 {
     static constexpr float MOST = 448;
     __device__ static float magnitude(float v) { return fabsf(v); }

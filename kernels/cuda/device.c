@@ -156,11 +156,8 @@ static int check_gpu(int gpu, struct err *err)
 
 static int open_libraries(struct device *d, struct err *err)
 {
-    enum { HOPPER = 90 };
     cudaError_t e;
-    int capability;
-    TRY(capability_of(d->gpu, &capability, err));
-    d->hopper = capability == HOPPER;
+    TRY(capability_of(d->gpu, &d->capability, err));
     if ((e = cudaSetDevice(d->gpu)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
         (e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, d->gpu)) != cudaSuccess ||

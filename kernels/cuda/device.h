@@ -22,10 +22,9 @@ enum slot {
 
 struct device {
     struct check check;
-    int gpu, processors;
-    enum dtype type; // of activations
-    bool exact;      // as device_options has it
-    bool hopper;     // this GPU runs linear8.cu and flash8.cu
+    int gpu, processors, capability; // capability: ten times its number
+    enum dtype type;                 // of activations
+    bool exact;                      // as device_options has it
     cudaStream_t stream;
     cublasLtHandle_t blas;
     cudnnHandle_t dnn;
@@ -61,6 +60,12 @@ void *cuda_scratch(struct device *d, enum slot slot, size_t bytes);
 void cuda_enter(struct device *d);
 // Whether the stream is being captured into a graph: then nothing may be measured or allocated.
 bool cuda_capturing(const struct device *d);
+
+// Whether this GPU runs linear8.cu and flash8.cu.
+static inline bool cuda_hopper(const struct device *d)
+{
+    return d->capability == 90;
+}
 
 static inline int64_t min64(int64_t a, int64_t b)
 {

@@ -1,6 +1,6 @@
 // flash8.cu: attention in numbers of 8 bits, on compute capability 9.0: scores from integers, weights and values as
-// E4M3, sums in f32. Which are good enough for what is from SageAttention2 (Zhang et al. 2024): a first prediction of
-// the demo model is 0.8 % off by it, and 1.5 % with E4M3 for q and k.
+// E4M3, sums in f32. Which are good enough for what is from SageAttention2 (Zhang et al. 2024); E4M3 for q and k would
+// lose about twice as much (kernels/NOTES.md).
 //
 // The kernel is a FlashAttention (Dao et al. 2022; for Hopper Shah et al. 2024). Two threads load tiles of keys and of
 // values ahead. Two warpgroups take 64 queries each: while the tensor cores multiply the weights of one tile with its

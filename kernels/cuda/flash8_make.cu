@@ -28,29 +28,20 @@ template <typename T> using vec = pack<T, V>;
 // INFINITY where one is not finite.
 template <typename T> __device__ static float largest(const vec<T> &x)
 {
-    float top = 0, wrong = 0;
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-        const float v = to_f32(x.v[i]);
-        top = fmaxf(top, fabsf(v));
-        wrong += v * 0;
-    }
-    return wrong == 0 ? top : INFINITY;
-}
-
-__device__ static float factor_of(float top)
-{
-    return top == INFINITY ? NAN : top / 127;
-}
-
-template <typename T> __device__ static void store_integers(int8_t *to, const vec<T> &x, float top)
-{
-    const float inverse = top > 0 && top < INFINITY ? 127 / top : 0;
-    pack<int8_t, V> out;
+    float top = 0;
 #pragma unroll
     for (int i = 0; i < V; i++)
-        out.v[i] = (int8_t)__float2int_rn(to_f32(x.v[i]) * inverse);
-    *reinterpret_cast<pack<int8_t, V> *>(to) = out;
+        top = fmaxf(top, as_integer::magnitude(to_f32(x.v[i])));
+    return top;
+}
+
+template <typename T> __device__ static void store_integers(int8_t *to, const vec<T> &x, float factor)
+{
+    float v[V];
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        v[i] = to_f32(x.v[i]);
+    store_codes<as_integer>((uint8_t *)to, v, 1 / factor);
 }
 
 // x: the tile's first row and the head's first column; row(i): of the tile, for each of a thread's vectors.
@@ -92,10 +83,11 @@ template <typename T> __device__ static void make_queries(const eight &e, const 
         float top = largest(v[i]);
         for (int lanes = 1; lanes < VECTORS; lanes *= 2)
             top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+        const float factor = as_integer::factor(top);
         if (row < e.m)
-            store_integers(e.q + at * DIM + (int)threadIdx.x % VECTORS * V, v[i], top);
+            store_integers(e.q + at * DIM + (int)threadIdx.x % VECTORS * V, v[i], factor);
         if (row < e.m && threadIdx.x % VECTORS == 0)
-            e.q_factor[at] = factor_of(top) * x.scale * 1.4426950408889634f;
+            e.q_factor[at] = factor * x.scale * 1.4426950408889634f;
     }
 }
 
@@ -103,15 +95,15 @@ template <typename T> __device__ static void make_keys(const eight &e, const sou
 {
     vec<T> v[KEPT];
     load_tile(v, x.k + first * x.k_ld + head * x.dim, x.k_ld, e.s - first, x.dim, row_of_vector);
-    const float top = tile_largest(v);
+    const float factor = as_integer::factor(tile_largest(v));
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         const int64_t row = first + row_of_vector(i);
         if (row < e.s)
-            store_integers(e.k + (row * e.heads + head) * DIM + (int)threadIdx.x % VECTORS * V, v[i], top);
+            store_integers(e.k + (row * e.heads + head) * DIM + (int)threadIdx.x % VECTORS * V, v[i], factor);
     }
     if (threadIdx.x == 0)
-        e.tile[head * e.tiles + first / TILE].k = factor_of(top);
+        e.tile[head * e.tiles + first / TILE].k = factor;
 }
 
 // The least with top <= 448 * 2^power.

@@ -119,8 +119,8 @@ template <int N> __device__ inline void registers_less()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// ---- products: sums (64, N) += a (64, 32) b (N, 32)^T of 8-bit numbers, N 128 or 256. Rows of b lie 128 bytes apart in shared
-// memory, swizzled over 8 of them, from a multiple of 1024 on; so do a's, or they are in registers. Thread t has rows
+// ---- products: sums (64, N) += a (64, 32) b (N, 32)^T of 8-bit numbers, N 128 or 256. Rows of b lie 128 bytes apart in
+// shared memory, swizzled over 8 of them, from a multiple of 1024 on; so do a's, or they are in registers. Thread t has rows
 // t / 32 * 16 + t % 32 / 4 and 8 below, columns 8 j + t % 4 * 2 and the next: sums[4 j + 2 * (lower row) + column];
 // of an a in registers the same rows, a word for columns t % 4 * 4 to 3 more: (row, row below, row 16 columns on, ...).
 

@@ -53,7 +53,7 @@ void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const 
 
 // ---- quant.cu
 // y E4M3 or I8 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448 or
-// / 127, or 1 for a row of zeros. Infinities and NaN become NaN, a row with an infinity gets an infinite factor.
+// / 127, or 1 for a row of zeros. What is not finite: see codes.cuh.
 void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x);
 // y (m, n) f32, bf16 or f16 = the numbers of x (m, n) E4M3 or I8 without their factors, which all three hold exactly
 void launch_codes(cudaStream_t s, struct tensor y, struct tensor x);

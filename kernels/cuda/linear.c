@@ -150,7 +150,7 @@ static void linear_codes(struct device *d, struct tensor y, struct tensor x, con
     if (!q.data)
         return;
     if (w.dtype == DT_E4M3 ? linear_e4m3(d, y, q, w, bias, act)
-                           : d->hopper && launch_linear8(d->stream, d->processors, y, q, w, bias, act))
+                           : cuda_hopper(d) && launch_linear8(d->stream, d->processors, y, q, w, bias, act))
         return;
     linear_by_sums(d, y, q, w, bias, act);
 }

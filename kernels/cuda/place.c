@@ -3,8 +3,7 @@
 
 #include <stdlib.h>
 
-enum { E4M3_SINCE = 89 };     // compute capability, tens and ones
-enum { CODES_MULTIPLE = 16 }; // that products of 8 bits want of n and k
+enum { E4M3_SINCE = 89 }; // compute capability, tens and ones
 
 // Memory that lives as long as the device.
 static int keep(struct device *d, size_t bytes, void **out, struct err *err)
@@ -48,21 +47,18 @@ int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct 
 // ERR_UNSUPPORTED where the GPU has not the type.
 static int check_codes(const struct device *d, enum dtype type, struct err *err)
 {
-    int major = 0, minor = 0;
     if (type == DT_I8 && is_half(d->type))
         return 0;
     if (type == DT_I8)
         return err_set(err, ERR_UNSUPPORTED, "int8 goes with activations of bf16 or fp16, here they are %s",
                        dtype_name(d->type));
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->gpu);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->gpu);
-    if (is_half(d->type) && major * 10 + minor >= E4M3_SINCE)
+    if (is_half(d->type) && d->capability >= E4M3_SINCE)
         return 0;
     return err_set(
         err, ERR_UNSUPPORTED,
         "fp8 asks for a GPU of compute capability 8.9 (RTX 40, H100) or newer and activations of bf16 or fp16, "
         "here are %d.%d and %s: use precision int8 or bf16",
-        major, minor, dtype_name(d->type));
+        d->capability / 10, d->capability % 10, dtype_name(d->type));
 }
 
 // Undefined weights of one part; the factors of 8 bits lie behind the numbers, in the same block.
@@ -90,8 +86,7 @@ int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struc
     bool bias = false;
     for (int i = 0; i < w->parts; i++)
         bias |= !tensor_none(w->b[i]);
-    const bool codes = dtype_quantised(type) && w->n % CODES_MULTIPLE == 0 && w->k % CODES_MULTIPLE == 0;
-    TRY(keep_linear(d, &one, codes ? type : d->type, bias, err));
+    TRY(keep_linear(d, &one, linear_placed(w, type, d->type), bias, err));
     for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
         struct tensor b = bias ? tensor_rows(one.b[0], row, w->w[i].n[0]) : (struct tensor){0};
         TRY(loader_put(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));
