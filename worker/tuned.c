@@ -189,7 +189,7 @@ struct machine machine_default(const struct tuned_key *key)
     const bool int8 = strcmp(key->precision, "int8") == 0, fp8 = strcmp(key->precision, "fp8") == 0;
     if (key->threads == 0)
         return (struct machine){.products = int8 || fp8 ? 1200e12 : 660e12,
-                                .attention = int8 ? 800e12 : 530e12,
+                                .attention = int8 ? 800e12 : 640e12,
                                 .rows = 2.6e12,
                                 .copies = 2.9e12,
                                 .operation = 2e-6,

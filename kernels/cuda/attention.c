@@ -1,7 +1,7 @@
-// attention.c: attention through cuDNN's fused engine where it has one (halves, head sizes it knows, no mask, no bias);
-// else through our own (flash.cu); in 8 bits, where that may be, through flash8.cu; what flash.cu does not take either
-// (f32, large or odd heads, rows at any address), as two products with a softmax between, on as many queries at a time
-// as fit the scratch memory.
+// attention.c: attention on Hopper through our own kernels, in 8 bits where that may be (flash8.cu), else in halves
+// (flash16.cu, heads of 128); else through cuDNN's fused engine where it has one (halves, head sizes it knows, no mask,
+// no bias); else through flash.cu; what that does not take either (f32, large or odd heads, rows at any address), as
+// two products with a softmax between, on as many queries at a time as fit the scratch memory.
 #include "kernels/cuda/graph.h"
 
 #include <math.h>
@@ -57,6 +57,19 @@ static bool fused(struct device *d, struct tensor out, struct tensor lse, struct
     return true;
 }
 
+// ---- on Hopper
+
+static bool on_hopper(const struct device *d, const struct attention_opts *opts)
+{
+    return cuda_hopper(d) && d->type != DT_F32 && !opts->causal && tensor_none(opts->bias);
+}
+
+static bool in_halves(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
+                      struct tensor v, const struct attention_opts *opts)
+{
+    return on_hopper(d, opts) && launch_flash16(d->stream, d->processors, out, lse, q, k, v, opts->scale);
+}
+
 // Heads first.. of t (rows, heads, dim), or of lse (rows, heads), which may be none.
 static struct tensor some_heads(struct tensor t, int64_t first, int64_t count)
 {
@@ -71,14 +84,14 @@ static struct tensor some_heads(struct tensor t, int64_t first, int64_t count)
 static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                           struct tensor v, const struct attention_opts *opts)
 {
-    if (!opts->eight_bits || !cuda_hopper(d) || d->type == DT_F32 || opts->causal || !tensor_none(opts->bias))
+    if (!opts->eight_bits || !on_hopper(d, opts))
         return false;
     const int64_t heads = q.n[1], one = (int64_t)flash8_scratch(some_heads(q, 0, 1), some_heads(k, 0, 1));
     const int64_t most = min64(heads, one < SCORE_BYTES ? SCORE_BYTES / one : 1);
     void *numbers = cuda_scratch(d, SLOT_SCORES, flash8_scratch(some_heads(q, 0, most), some_heads(k, 0, most)));
     for (int64_t h = 0; numbers && h < heads; h += most) {
         const int64_t n = min64(most, heads - h);
-        if (!launch_flash8(d->stream, some_heads(out, h, n), some_heads(lse, h, n), some_heads(q, h, n),
+        if (!launch_flash8(d->stream, d->processors, some_heads(out, h, n), some_heads(lse, h, n), some_heads(q, h, n),
                            some_heads(k, h, n), some_heads(v, h, n), opts->scale, numbers))
             return false; // at the first: all are alike
     }
@@ -191,8 +204,8 @@ static void attend(struct device *d, const char *op, struct tensor out, struct t
     cuda_enter(d);
     if (k.n[0] == 0)
         without_keys(d, out, lse);
-    else if (!in_eight_bits(d, out, lse, q, k, v, opts) && !fused(d, out, lse, q, k, v, opts) &&
-             !launch_flash(d->stream, out, lse, q, k, v, opts))
+    else if (!in_eight_bits(d, out, lse, q, k, v, opts) && !in_halves(d, out, lse, q, k, v, opts) &&
+             !fused(d, out, lse, q, k, v, opts) && !launch_flash(d->stream, out, lse, q, k, v, opts))
         in_products(d, out, lse, q, k, v, opts);
     cuda_launched(d, op);
 }

@@ -6,6 +6,7 @@
 // and never split, so that a query's row depends on no other query. Scores, weights and sums stay in registers, in the
 // tensor cores' own layout: of a matrix (ROWS, 8) a lane holds rows lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and
 // the next.
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/vec.cuh"
 
 #include <cmath>
@@ -22,38 +23,6 @@ __device__ static void fetch(uint32_t to, const void *from, bool here)
 }
 
 __device__ static void fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Four matrices of 8 rows of 16 bytes: the lanes' addresses are their rows. Turned: as columns.
-__device__ static void load_matrices(uint32_t (&m)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(at));
-}
-
-__device__ static void load_turned(uint32_t (&m)[4], uint32_t at)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(at));
-}
-
-// c (16, 8) += a (16, 16) b (16, 8)
-__device__ static void multiply(bf16 *, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ static void multiply(__half *, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // Read once: not kept in the first cache. In its place among the other instructions, long before it is needed.
 __device__ static void load_pair(float &a, float &b, const float *p)

@@ -2,73 +2,32 @@
 // E4M3, sums in f32. Which are good enough for what is from SageAttention2 (Zhang et al. 2024); E4M3 for q and k would
 // lose about twice as much (kernels/NOTES.md).
 //
-// The kernel is a FlashAttention (Dao et al. 2022; for Hopper Shah et al. 2024). Two threads load tiles of keys and of
-// values ahead. Two warpgroups take 64 queries each: while the tensor cores multiply the weights of one tile with its
-// values, after the scores of the next, the warps make weights of these. What is not finite becomes NaN.
+// The kernel is a FlashAttention (Dao et al. 2022; for Hopper Shah et al. 2024): while the tensor cores multiply the
+// weights of one tile with its values, after the scores of the next, the warps make weights of these. What is not finite
+// becomes NaN.
 #include "kernels/cuda/flash8.cuh"
-#include "kernels/cuda/hopper.cuh"
 
 using namespace flash8;
+using namespace flash_hopper;
 
-enum {
-    WARP = 32,
-    GROUP = 128, // threads of a warpgroup
-    GROUPS = 2,
-    GROUP_QUERIES = 64,
-    QUERIES = GROUPS * GROUP_QUERIES,
-    THREADS = (GROUPS + 1) * GROUP,
-    STAGES = 4,
-    VALUES = GROUP_QUERIES * TILE / GROUP, // of a thread: scores of a tile, sums of the result
-    STEPS = TILE / 32,
-};
-static_assert(DIM == TILE, "a tile of keys and one of values are alike");
+enum { STAGES = 4, STEPS = TILE / 32 };
 
 struct shared {
     int8_t q[QUERIES * DIM];
     int8_t k[STAGES][TILE * DIM];
     uint8_t v[STAGES][DIM * TILE];
-    alignas(16) uint16_t out[QUERIES][DIM + 8]; // eight rows' 16 bytes meet no bank twice
+    alignas(16) staging out;
     float last[GROUPS * GROUP];
-    uint64_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-};
-
-template <typename T> struct result {
-    T *out;
-    float *lse; // (m, heads), rows of lse_ld, or NULL
-    int64_t out_ld, lse_ld;
-    int dim;
+    barriers<STAGES> b;
 };
 
 typedef hopper::ring<STAGES> ring;
 
-// The last tile, which may have fewer keys, comes first.
-__device__ static int tile_of(int i, int tiles)
+template <typename N, int SIZE>
+__device__ static void load_tile(N (&to)[SIZE], uint64_t *full, const CUtensorMap *map, int column, int row)
 {
-    return i == 0 ? tiles - 1 : i - 1;
-}
-
-// Tiles, as places among the stages get free: two threads do this, for keys and for values, which are kept longer.
-__device__ static void load_keys(shared &sh, const CUtensorMap *q, const CUtensorMap *k, int tiles)
-{
-    const int head = (int)blockIdx.y;
-    hopper::barrier_expect(&sh.q_full, sizeof sh.q);
-    hopper::tile_load(sh.q, q, head * DIM, (int)blockIdx.x * QUERIES, &sh.q_full);
-    ring at;
-    for (int i = 0; i < tiles; i++, at.next()) {
-        hopper::barrier_wait(&sh.k_empty[at.stage], at.phase ^ 1);
-        hopper::barrier_expect(&sh.k_full[at.stage], sizeof sh.k[0]);
-        hopper::tile_load(sh.k[at.stage], k, head * DIM, tile_of(i, tiles) * TILE, &sh.k_full[at.stage]);
-    }
-}
-
-__device__ static void load_values(shared &sh, const CUtensorMap *v, int tiles)
-{
-    ring at;
-    for (int i = 0; i < tiles; i++, at.next()) {
-        hopper::barrier_wait(&sh.v_empty[at.stage], at.phase ^ 1);
-        hopper::barrier_expect(&sh.v_full[at.stage], sizeof sh.v[0]);
-        hopper::tile_load(sh.v[at.stage], v, tile_of(i, tiles) * TILE, (int)blockIdx.y * DIM, &sh.v_full[at.stage]);
-    }
+    hopper::barrier_expect(full, sizeof to);
+    hopper::tile_load(to, map, column, row, full);
 }
 
 // What a thread knows of its two queries, 8 rows apart. Scores are in units of log2.
@@ -90,13 +49,6 @@ static constexpr float UNIT_POWER = 1.0552f, MARGIN = 0.0625f; // more than roun
 __device__ static int fixed(float x)
 {
     return __float2int_rn(x * (1 << POINT));
-}
-
-__device__ static float exp2_fast(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // The highest of a row's scores among the four threads that have them. Chains, since a long one takes its time.
@@ -180,31 +132,6 @@ __device__ static int highest_power(const tile_factors *tile, int tiles)
     return __reduce_max_sync(~0u, top);
 }
 
-template <typename T>
-__device__ static void store_out(shared &sh, const result<T> &to, const eight &e, const float (&o)[VALUES],
-                                 const float (&scale)[2], int row, int head)
-{
-    const int lane = (int)threadIdx.x % WARP, first = (int)blockIdx.x * QUERIES + row;
-    T *at = reinterpret_cast<T *>(&sh.out[row + lane % 16][lane / 16 * 8]);
-#pragma unroll
-    for (int i = 0; i < VALUES; i += 8) {
-        uint32_t word[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            pair_from_f32(reinterpret_cast<T *>(&word[j]), o[i + 2 * j] * scale[j % 2],
-                          o[i + 2 * j + 1] * scale[j % 2]);
-        hopper::matrices_store(at + 2 * i, word);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int r = 2 * i + lane / 16, column = lane % 16 * 8;
-        if (first + r < e.m && column < to.dim)
-            *reinterpret_cast<uint4 *>(to.out + (first + r) * to.out_ld + head * to.dim + column) =
-                *reinterpret_cast<const uint4 *>(&sh.out[row + r][column]);
-    }
-}
-
 __device__ static void multiply_scores(int (&s)[VALUES], uint64_t q, uint64_t k)
 {
 #pragma unroll
@@ -233,7 +160,7 @@ struct products {
 __device__ static void begin_scores(shared &sh, products &x)
 {
     constexpr unsigned APART = sizeof sh.k[0] / 16; // as addresses of operands count
-    hopper::barrier_wait(&sh.k_full[x.k.stage], x.k.phase);
+    hopper::barrier_wait(&sh.b.k_full[x.k.stage], x.k.phase);
     hopper::products_begin();
     multiply_scores(x.s, x.q, x.keys + x.k.stage * APART);
 }
@@ -241,7 +168,7 @@ __device__ static void begin_scores(shared &sh, products &x)
 __device__ static void begin_values(shared &sh, products &x, bool more)
 {
     constexpr unsigned APART = sizeof sh.v[0] / 16;
-    hopper::barrier_wait(&sh.v_full[x.v.stage], x.v.phase);
+    hopper::barrier_wait(&sh.b.v_full[x.v.stage], x.v.phase);
     hopper::products_begin();
     multiply_values(x.o, x.p, x.values + x.v.stage * APART, more);
 }
@@ -252,7 +179,7 @@ template <int LATER> __device__ static void end_scores(shared &sh, products &x)
     hopper::products_wait<LATER>();
     hopper::registers_settle(x.s);
     if (threadIdx.x % WARP == 0)
-        hopper::barrier_arrive(&sh.k_empty[x.k.stage]);
+        hopper::barrier_arrive(&sh.b.k_empty[x.k.stage]);
     x.k.next();
 }
 
@@ -262,51 +189,43 @@ __device__ static void end_values(shared &sh, products &x)
     hopper::registers_settle(x.o);
     hopper::registers_settle(x.p);
     if (threadIdx.x % WARP == 0)
-        hopper::barrier_arrive(&sh.v_empty[x.v.stage]);
+        hopper::barrier_arrive(&sh.b.v_empty[x.v.stage]);
     x.v.next();
 }
 
-// The assembler is free to let the warps wait for the values before they soften the scores, and does, unless there is a
-// store of what comes last.
-__device__ static void soften_before_values(shared &sh, const softmax_of &f)
-{
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(hopper::shared_address(&sh.last[threadIdx.x])),
-                 "f"(f.sum[0] + f.sum[1])
-                 : "memory");
-}
+// Of a head: factors of its tiles, and how much less than the largest power of its values those of a tile are, which
+// makes its weights that much smaller. Less than 2^-24 makes all of them 0.
+struct head_factors {
+    const tile_factors *tile;
+    int top;
+    __device__ int power(const tile_factors &t) const { return max(t.v_power - top, -24); }
+};
 
-template <typename T> __device__ static void attend(shared &sh, const eight &e, const result<T> &to, int group)
+template <typename T>
+__device__ static void attend(shared &sh, const eight &e, const call<T> &c, products &x, item at, int warp_row)
 {
-    const int lane = (int)threadIdx.x % WARP, head = (int)blockIdx.y;
-    const int row = group * GROUP_QUERIES + (int)threadIdx.x % GROUP / WARP * 16; // the warp's first
-    const int query = (int)blockIdx.x * QUERIES + row + lane / 4;
-    const tile_factors *tile = e.tile + head * e.tiles, last = tile[e.tiles - 1];
-    const int top = highest_power(tile, e.tiles);
-    const auto power_of = [&](const tile_factors &t) { return max(t.v_power - top, -24); }; // less makes all weights 0
+    const int lane = (int)threadIdx.x % WARP, query = at.query + warp_row + lane / 4;
+    const tile_factors *tile = e.tile + at.head * c.tiles, last = tile[c.tiles - 1];
+    const head_factors head = {tile, highest_power(tile, c.tiles)};
     softmax_of f;
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        f.factor[r] = query + 8 * r < e.m ? e.q_factor[(int64_t)(query + 8 * r) * e.heads + head] : 0;
-    products x;
-    x.q = hopper::operand(sh.q + group * GROUP_QUERIES * DIM);
-    x.keys = hopper::operand(sh.k[0]);
-    x.values = hopper::operand(sh.v[0]);
+        f.factor[r] = query + 8 * r < c.m ? e.q_factor[(int64_t)(query + 8 * r) * c.heads + at.head] : 0;
     __half2 w[VALUES / 2];
 
-    hopper::barrier_wait(&sh.q_full, 0);
     begin_scores(sh, x);
     end_scores<0>(sh, x);
-    soften<false>(f, w, x.s, last.k, power_of(last), e.s - (e.tiles - 1) * TILE - lane % 4 * 2);
+    soften<false>(f, w, x.s, last.k, head.power(last), c.s - (c.tiles - 1) * TILE - lane % 4 * 2);
     pack_weights(x.p, w);
     tile_factors next = tile[0]; // loaded a tile ahead
-    for (int i = 1; i < e.tiles; i++) {
+    for (int i = 1; i < c.tiles; i++) {
         const tile_factors now = next;
         next = tile[i];
         begin_scores(sh, x);
         begin_values(sh, x, i > 1);
         end_scores<1>(sh, x);
-        soften<true>(f, w, x.s, now.k, power_of(now), TILE);
-        soften_before_values(sh, f);
+        soften<true>(f, w, x.s, now.k, head.power(now), TILE);
+        soften_before_values(sh.last[threadIdx.x], f.sum[0] + f.sum[1]);
         end_values(sh, x);
         if (__any_sync(~0u, f.shrink[0] != 1 || f.shrink[1] != 1))
 #pragma unroll
@@ -314,50 +233,55 @@ template <typename T> __device__ static void attend(shared &sh, const eight &e, 
                 x.o[j] *= f.shrink[j / 2 % 2];
         pack_weights(x.p, w);
     }
-    begin_values(sh, x, e.tiles > 1);
+    if (lane == 0)
+        hopper::barrier_arrive(&sh.b.q_empty);
+    begin_values(sh, x, c.tiles > 1);
     float scale[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        f.sum[r] += __shfl_xor_sync(~0u, f.sum[r], 1);
-        f.sum[r] += __shfl_xor_sync(~0u, f.sum[r], 2);
-        scale[r] = exp2f((float)top) / f.sum[r] + f.highest[r] * 0; // integers know no NaN
-        if (to.lse && lane % 4 == 0 && query + 8 * r < e.m)
-            to.lse[(int64_t)(query + 8 * r) * to.lse_ld + head] =
-                (f.highest[r] + log2f(f.sum[r]) - WEIGHT_POWER) * 0.6931471805599453f;
-    }
+    for (int r = 0; r < 2; r++)
+        scale[r] = exp2f((float)head.top) / row_sum(c, f.sum[r], f.highest[r] - WEIGHT_POWER, query + 8 * r, at.head) +
+                   f.highest[r] * 0; // integers know no NaN
     end_values(sh, x);
-    store_out(sh, to, e, x.o, scale, row, head);
+    store_out(sh.out, c, x.o, scale, warp_row, at);
+}
+
+template <typename T> __device__ static void attend_all(shared &sh, const eight &e, const call<T> &c, int group)
+{
+    products x;
+    x.q = hopper::operand(sh.q + group * GROUP_QUERIES * DIM);
+    x.keys = hopper::operand(sh.k[0]);
+    x.values = hopper::operand(sh.v[0]);
+    hopper::ring<1> once;
+    for (int n = (int)blockIdx.x; n < c.items; n += (int)gridDim.x, once.next()) {
+        hopper::barrier_wait(&sh.b.q_full, once.phase);
+        attend(sh, e, c, x, item_of(c, n), group * GROUP_QUERIES + (int)threadIdx.x % GROUP / WARP * 16);
+    }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1)
     flash8_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
-                  const __grid_constant__ CUtensorMap v, const eight e, const result<T> to)
+                  const __grid_constant__ CUtensorMap v, const eight e, const call<T> c)
 {
     extern __shared__ __align__(1024) uint8_t memory[];
     shared &sh = *reinterpret_cast<shared *>(memory);
-    const int group = __shfl_sync(~0u, (int)threadIdx.x / GROUP, 0); // the same for a warp, and known to be
-    if (threadIdx.x == 0) {
-        hopper::barrier_init(&sh.q_full, 1);
-        for (int i = 0; i < STAGES; i++) {
-            hopper::barrier_init(&sh.k_full[i], 1);
-            hopper::barrier_init(&sh.v_full[i], 1);
-            hopper::barrier_init(&sh.k_empty[i], GROUPS * GROUP / WARP);
-            hopper::barrier_init(&sh.v_empty[i], GROUPS * GROUP / WARP);
-        }
-        hopper::barriers_visible();
-    }
-    __syncthreads();
-    if (group == GROUPS) {
-        hopper::registers_less<24>();
-        if (threadIdx.x % GROUP == 0)
-            load_keys(sh, &q, &k, e.tiles);
-        else if (threadIdx.x % GROUP == WARP)
-            load_values(sh, &v, e.tiles);
-    } else {
-        hopper::registers_more<240>();
-        attend(sh, e, to, group);
-    }
+    share_work(
+        sh.b,
+        [&] {
+            load_tiles<STAGES>(
+                c, sh.b.k_empty,
+                [&](item it, unsigned phase) {
+                    hopper::barrier_wait(&sh.b.q_empty, phase ^ 1);
+                    load_tile(sh.q, &sh.b.q_full, &q, it.head * DIM, it.query);
+                },
+                [&](item it, int key, unsigned i) { load_tile(sh.k[i], &sh.b.k_full[i], &k, it.head * DIM, key); });
+        },
+        [&] {
+            load_tiles<STAGES>(
+                c, sh.b.v_empty, [](item, unsigned) {},
+                [&](item it, int key, unsigned i) { load_tile(sh.v[i], &sh.b.v_full[i], &v, key, it.head * DIM); });
+        },
+        [&](int group) { attend_all(sh, e, c, group); });
 }
 
 // ---- host side
@@ -396,15 +320,10 @@ size_t flash8_scratch(struct tensor q, struct tensor k)
     return layout(e, nullptr);
 }
 
-bool launch_flash8(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
-                   struct tensor v, float scale, void *scratch)
+bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
+                   struct tensor k, struct tensor v, float scale, void *scratch)
 {
-    const struct tensor all[] = {out, q, k, v};
-    const int64_t dim = q.n[2], longest = q.n[0] > k.n[0] ? q.n[0] : k.n[0];
-    for (const struct tensor &t : all)
-        if (t.dtype == DT_F32 || !wide(t, 8))
-            return false;
-    if (dim % 8 || dim > DIM || longest > 1 << 20 || q.n[1] > MAX_GRID_Y || !(scale > 0))
+    if (!can_be(out, q, k, scale) || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) || q.n[0] > 1 << 20)
         return false;
     eight e = eight_of(q, k);
     layout(e, (uint8_t *)scratch);
@@ -419,10 +338,9 @@ bool launch_flash8(cudaStream_t s, struct tensor out, struct tensor lse, struct 
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
             cudaFuncSetAttribute(flash8_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-            const result<T> to = {(T *)out.data, tensor_none(lse) ? nullptr : (float *)lse.data, out.ld, lse.ld,
-                                  (int)dim};
-            flash8_kernel<T><<<dim3((unsigned)ceil_div(e.m, QUERIES), (unsigned)e.heads), THREADS, sizeof(shared), s>>>(
-                maps[0], maps[1], maps[2], e, to);
+            const call<T> c = call_of<T>(out, lse, q, k);
+            flash8_kernel<T><<<(unsigned)min(c.items, processors), THREADS, sizeof(shared), s>>>(maps[0], maps[1],
+                                                                                                maps[2], e, c);
         }
     });
     return true;

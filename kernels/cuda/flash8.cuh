@@ -2,15 +2,13 @@
 #ifndef DITFLEET_CUDA_FLASH8_CUH
 #define DITFLEET_CUDA_FLASH8_CUH
 
-#include "kernels/cuda/vec.cuh"
+#include "kernels/cuda/flash_hopper.cuh"
 
 namespace flash8
 {
 
-enum {
-    DIM = 128,  // of a head; smaller heads are filled up with zeros
-    TILE = 128, // keys that have a factor in common
-};
+using flash_hopper::DIM;  // smaller heads are filled up with zeros
+using flash_hopper::TILE; // keys that have a factor in common
 
 struct tile_factors {
     float k;     // a key's numbers are to be multiplied by it

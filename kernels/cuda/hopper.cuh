@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 namespace hopper
@@ -130,6 +132,12 @@ __device__ inline uint64_t operand(const void *p)
     return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 | rows_apart << 32 | swizzle_128;
 }
 
+// The b of product_turned: 64 of its columns are a row of 128 bytes, the next 64 lie `apart` bytes on.
+__device__ inline uint64_t operand_turned(const void *p, unsigned apart)
+{
+    return (operand(p) & ~((uint64_t)0x3fff << 16)) | (uint64_t)(apart >> 4) << 16;
+}
+
 __device__ inline void products_begin() // before the first; registers and shared memory are as written until here
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -200,6 +208,24 @@ __device__ inline void product(float (&s)[64], const uint32_t *a, uint64_t b, bo
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)more));
 }
 
+// Of 16-bit numbers T, sums (64, 128) += a (64, 16) b: b (128, 16)^T, or turned, (16, 128), as it lies.
+template <typename T> __device__ void product(float (&s)[64], const uint32_t *a, uint64_t b, bool more);
+template <typename T> __device__ void product_turned(float (&s)[64], const uint32_t *a, uint64_t b, bool more);
+
+#define PRODUCT_16(name, T, types, turned)                                                                             \
+    template <> __device__ inline void name<T>(float(&s)[64], const uint32_t *a, uint64_t b, bool more)                \
+    {                                                                                                                  \
+        asm volatile(PRODUCT("m64n128k16.f32." types,                                                                  \
+                             "{" NAMES_64 "}, {%64, %65, %66, %67}, %68, more, 1, 1, " turned, "%69")                  \
+                     : SUMS_64("+f", 0)                                                                                \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)more));                            \
+    }
+PRODUCT_16(product, __nv_bfloat16, "bf16.bf16", "0")
+PRODUCT_16(product, __half, "f16.f16", "0")
+PRODUCT_16(product_turned, __nv_bfloat16, "bf16.bf16", "1")
+PRODUCT_16(product_turned, __half, "f16.f16", "1")
+
+#undef PRODUCT_16
 #undef PRODUCT
 #undef NAMES_128
 #undef NAMES_64
@@ -218,6 +244,22 @@ __device__ inline void matrices_store(void *p, const uint32_t (&v)[4])
 __device__ inline void meet(int barrier, int threads) // of some of a block's threads, at one of 16 barriers
 {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// The same, and whether it is true for all of them.
+__device__ inline bool all_agree(int barrier, int threads, bool yes)
+{
+    int all;
+    asm volatile("{\n\t"
+                 ".reg .pred mine, all;\n\t"
+                 "setp.ne.b32 mine, %3, 0;\n\t"
+                 "barrier.cta.red.and.pred all, %1, %2, mine;\n\t"
+                 "selp.b32 %0, 1, 0, all;\n\t"
+                 "}"
+                 : "=r"(all)
+                 : "r"(barrier), "r"(threads), "r"((int)yes)
+                 : "memory");
+    return all != 0;
 }
 
 // ---- host side

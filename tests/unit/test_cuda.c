@@ -1074,6 +1074,129 @@ static void flash_rows(void **state)
     }
 }
 
+// ---- in 16 bits on Hopper
+
+static bool hopper(void)
+{
+    int major = 0;
+    assert_int_equal(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+    return major == 9;
+}
+
+// rise: how much longer than the one before a key is, but for the last ones, which are the first to be looked at: so
+// that scores outgrow what weights were made against, again and again.
+static void flash16_case(struct fix *f, int64_t m, int64_t s, int64_t heads, double scale, double rise)
+{
+    enum { DIM = 128 };
+    struct pair q = ACTIVE(f, 8, 1.5, m, heads, DIM), k = ACTIVE(f, 16, 1.5, s, heads, DIM),
+                v = ACTIVE(f, 0, 1, s, heads, DIM), out = OUTPUT(f, 8, m, heads, DIM),
+                lse = make(f, DT_F32, DT_F32, SHAPE(m, heads), 1, 0, 0);
+    float *longer = k.c.data;
+    for (int64_t i = 0; i < k.whole.n[0] && rise > 0; i++) {
+        const int64_t row = i / k.c.ld;
+        longer[i] = rounded(longer[i] * (float)(1 + rise * (double)(row < s - 130 ? row : 0)), f->type);
+    }
+    G->upload(f->d, k.whole, longer);
+    const struct attention_opts opts = {.scale = (float)scale};
+    C->attention_part(f->cpu, out.c, lse.c, q.c, k.c, v.c, &opts);
+    assert_int_equal(G->sync(f->d, NULL), 0);
+    assert_true(launch_flash16(0, 3, out.g, lse.g, q.g, k.g, v.g, (float)scale)); // by 3 blocks: one head after another
+    assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+    same(f, "attention of heads of 128", out, tolerance(f, 0, 1.5e-2, 2e-3));
+    same(f, "its logarithms", lse, tolerance(f, 0, 2e-3, 1e-3));
+}
+
+static void flash16(void **state)
+{
+    struct fix *f = *state;
+    const int64_t counts[] = {1, 5, 64, 77, 127, 128, 129, 255, 256, 257, 300, 512, 1030};
+    if (!hopper())
+        skip();
+    EACH_TYPE(f)
+    {
+        for (int i = 0; f->type != DT_F32 && i < 26; i++)
+            flash16_case(f, counts[i * 5 % 13], counts[i * 7 % 13], 1 + i % 3, i % 4 == 3 ? 0.7 : 0.09, 0);
+        for (int i = 0; f->type != DT_F32 && i < 6; i++)
+            flash16_case(f, 150 + i, 600 + 100 * i, 2, 0.09, 0.01 + 0.01 * i);
+    }
+}
+
+// A query alone gets the bits that it gets among others, and so does a head, also where scores are far apart.
+static void flash16_rows(void **state)
+{
+    struct fix *f = *state;
+    if (!hopper())
+        skip();
+    EACH_TYPE(f)
+    {
+        const int64_t m = 300, heads = 3, dim = 128, n = heads * dim;
+        struct pair rows = ACTIVE(f, 0, 1.5, m, 3 * n), whole = OUTPUT(f, 0, m, heads, dim),
+                    some = OUTPUT(f, 0, m, heads, dim), one = OUTPUT(f, 0, m, 1, dim);
+        struct tensor t[3], h[3];
+        for (int i = 0; i < 3; i++) {
+            t[i] = tensor_reshape(tensor_cols(rows.g, i * n, n), 3, m, heads, dim, 1);
+            h[i] = tensor_reshape(tensor_cols(rows.g, i * n + dim, dim), 3, m, 1, dim, 1); // the second head
+        }
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_int_equal(launch_flash16(0, 132, whole.g, none.g, t[0], t[1], t[2], 3), f->type != DT_F32);
+        for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1) {
+            const int64_t now = count < m - first ? count : m - first;
+            launch_flash16(0, 132, tensor_rows(some.g, first, now), none.g, tensor_rows(t[0], first, now), t[1], t[2],
+                           3);
+        }
+        launch_flash16(0, 132, one.g, none.g, h[0], h[1], h[2], 3);
+        assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+        float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
+        G->download(f->d, a, whole.g);
+        G->download(f->d, b, some.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        if (f->type != DT_F32)
+            assert_memory_equal(a, b, (size_t)(m * n) * sizeof *a);
+        G->download(f->d, b, one.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        for (int64_t i = 0; i < m * dim && f->type != DT_F32; i++)
+            assert_true(b[i] == a[i / dim * n + dim + i % dim]);
+        free(a);
+        free(b);
+    }
+}
+
+// What is not finite spoils its own rows, and a row of them nothing else.
+static void flash16_not_finite(void **state)
+{
+    struct fix *f = *state;
+    if (!hopper())
+        skip();
+    EACH_TYPE(f)
+    {
+        const int64_t m = 200, dim = 128;
+        struct pair q = ACTIVE(f, 0, 1, m, 1, dim), k = ACTIVE(f, 0, 1, m, 1, dim), v = ACTIVE(f, 0, 1, m, 1, dim),
+                    out = OUTPUT(f, 0, m, 1, dim);
+        if (f->type == DT_F32)
+            continue;
+        float *x = malloc((size_t)(m * dim) * sizeof *x), bad[] = {NAN, INFINITY, -INFINITY};
+        for (int i = 0; i < 3; i++)
+            G->upload(f->d, tensor_cols(tensor_reshape(tensor_rows(q.g, 7 + 50 * i, 1), 2, 1, dim, 1, 1), 3, 1),
+                      &bad[i]);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f));
+        assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+        G->download(f->d, x, out.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        for (int64_t i = 0; i < m; i++)
+            assert_int_equal(isfinite(x[i * dim]), i % 50 != 7 || i > 107);
+        G->upload(f->d, tensor_cols(tensor_reshape(tensor_rows(k.g, 150, 1), 2, 1, dim, 1, 1), 0, 1), &bad[1]);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f));
+        assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
+        G->download(f->d, x, out.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        for (int64_t i = 0; i < m; i++) // a score of infinity, or of minus infinity, which is no weight
+            assert_int_equal(isfinite(x[i * dim]), (i % 50 != 7 || i > 107) && get(q.c, i * dim) < 0);
+        free(x);
+    }
+}
+
 // ---- in 8 bits
 
 static double apart(struct fix *f, struct pair p) // relative L2
@@ -1142,8 +1265,6 @@ static void eight_bits(void **state)
 static void eight_bits_rows(void **state)
 {
     struct fix *f = *state;
-    int major = 0;
-    assert_int_equal(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
     EACH_TYPE(f)
     {
         const int64_t m = 200, heads = 3, dim = 128, n = heads * dim;
@@ -1169,7 +1290,7 @@ static void eight_bits_rows(void **state)
         G->download(f->d, b, plain.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
         const bool differ = memcmp(a, b, (size_t)(m * n) * sizeof *a) != 0;
-        assert_int_equal(differ, f->type != DT_F32 && major == 9);
+        assert_int_equal(differ, f->type != DT_F32 && hopper());
         free(a);
         free(b);
     }
@@ -1456,6 +1577,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(attention_merge),
         cmocka_unit_test(flash_attention),
         cmocka_unit_test(flash_rows),
+        cmocka_unit_test(flash16),
+        cmocka_unit_test(flash16_rows),
+        cmocka_unit_test(flash16_not_finite),
         cmocka_unit_test(eight_bits),
         cmocka_unit_test(eight_bits_rows),
         cmocka_unit_test(eight_bits_heads),
