@@ -64,10 +64,20 @@ static bool on_hopper(const struct device *d, const struct attention_opts *opts)
     return cuda_hopper(d) && d->type != DT_F32 && !opts->causal && tensor_none(opts->bias);
 }
 
+// An exact device splits nothing. False: the device has failed.
+static bool room_for_parts(struct device *d, struct tensor q, struct tensor k, void **room)
+{
+    const size_t bytes = d->exact ? 0 : flash_hopper_room(d->processors, q, k);
+    *room = bytes ? cuda_scratch(d, SLOT_PARTS, bytes) : NULL;
+    return bytes == 0 || *room;
+}
+
 static bool in_halves(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                       struct tensor v, const struct attention_opts *opts)
 {
-    return on_hopper(d, opts) && launch_flash16(d->stream, d->processors, out, lse, q, k, v, opts->scale);
+    void *room;
+    return on_hopper(d, opts) && room_for_parts(d, q, k, &room) &&
+           launch_flash16(d->stream, d->processors, out, lse, q, k, v, opts->scale, room);
 }
 
 // Heads first.. of t (rows, heads, dim), or of lse (rows, heads), which may be none.
@@ -91,8 +101,11 @@ static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse
     void *numbers = cuda_scratch(d, SLOT_SCORES, flash8_scratch(some_heads(q, 0, most), some_heads(k, 0, most)));
     for (int64_t h = 0; numbers && h < heads; h += most) {
         const int64_t n = min64(most, heads - h);
-        if (!launch_flash8(d->stream, d->processors, some_heads(out, h, n), some_heads(lse, h, n), some_heads(q, h, n),
-                           some_heads(k, h, n), some_heads(v, h, n), opts->scale, numbers))
+        const struct tensor q_n = some_heads(q, h, n), k_n = some_heads(k, h, n), v_n = some_heads(v, h, n);
+        void *room;
+        if (room_for_parts(d, q_n, k_n, &room) &&
+            !launch_flash8(d->stream, d->processors, some_heads(out, h, n), some_heads(lse, h, n), q_n, k_n, v_n,
+                           opts->scale, numbers, room))
             return false; // at the first: all are alike
     }
     return true;

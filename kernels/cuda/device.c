@@ -90,7 +90,8 @@ void *cuda_scratch(struct device *d, enum slot slot, size_t bytes)
     cudaFree(d->scratch[slot].data);
     d->scratch[slot].data = NULL;
     d->scratch[slot].bytes = 0;
-    if (!cuda_ok(d, cudaMalloc(&d->scratch[slot].data, bytes), "scratch memory"))
+    if (!cuda_ok(d, cudaMalloc(&d->scratch[slot].data, bytes), "scratch memory") ||
+        !cuda_ok(d, cudaMemsetAsync(d->scratch[slot].data, 0, bytes, d->stream), "scratch memory"))
         return NULL;
     d->scratch[slot].bytes = bytes;
     return d->scratch[slot].data;

@@ -16,9 +16,10 @@ enum slot {
     SLOT_OPERAND,
     SLOT_QUANTISED,
     SLOT_LINK,
+    SLOT_PARTS,
     SLOTS
 }; // of cuBLASLt and cuDNN; of attention, its numbers of 8 bits, and sums in f32; a converted operand; one converted to
-   // E4M3; rows on their way
+   // E4M3; rows on their way; parts of an attention (flash_hopper_room)
 
 struct device {
     struct check check;
@@ -54,7 +55,7 @@ struct device {
 bool cuda_ok(struct device *d, cudaError_t e, const char *op);
 // After launches: what they left in cudaGetLastError. op is its name in profiles.
 bool cuda_launched(struct device *d, const char *op);
-// At least `bytes` of the slot; NULL: the device has failed.
+// At least `bytes` of the slot, zeros when it is new; NULL: the device has failed.
 void *cuda_scratch(struct device *d, enum slot slot, size_t bytes);
 // Before an operation: makes the device's GPU the calling thread's, and waits for weights that are still on their way.
 void cuda_enter(struct device *d);

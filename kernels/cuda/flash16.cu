@@ -214,13 +214,12 @@ __device__ void end_values(shared &sh, work &x)
 
 template <typename T> __device__ void attend(shared &sh, const call<T> &c, work &x, float scale, item at)
 {
-    const int lane = (int)threadIdx.x % WARP;
     begin_scores<T>(sh, x);
     end_scores<0>(x);
     leave(sh.b.k_empty, x.k);
-    soften_first(x, scale, c.s - (c.tiles - 1) * TILE - lane % 4 * 2);
+    soften_first(x, scale, first_keys(c, at));
     pack_weights<T>(x);
-    for (int i = 1; i < c.tiles; i++) {
+    for (int i = 1; i < at.tiles; i++) {
         float shrink[2];
         begin_scores<T>(sh, x);
         begin_values<T>(sh, x, i > 1);
@@ -235,13 +234,9 @@ template <typename T> __device__ void attend(shared &sh, const call<T> &c, work 
                 x.o[j] *= shrink[j / 2 % 2];
         pack_weights<T>(x);
     }
-    begin_values<T>(sh, x, c.tiles > 1);
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        inverse[r] = 1 / row_sum(c, x.sum[r], x.base[r], at.query + x.warp_row + lane / 4 + 8 * r, at.head);
+    begin_values<T>(sh, x, at.tiles > 1);
     end_values(sh, x);
-    store_out(sh.out, c, x.o, inverse, x.warp_row, at);
+    finish(sh.out, c, x.o, x.base, x.sum, 1, 0, x.warp_row, at);
 }
 
 template <typename T> __device__ void attend_all(shared &sh, const call<T> &c, float scale, int group)
@@ -251,7 +246,7 @@ template <typename T> __device__ void attend_all(shared &sh, const call<T> &c, f
     x.values = hopper::operand_turned(sh.v[0], sizeof sh.v[0][0]);
     x.warp_row = group * GROUP_QUERIES + (int)threadIdx.x % GROUP / WARP * 16;
     hopper::ring<1> once;
-    for (int n = (int)blockIdx.x; n < c.items; n += (int)gridDim.x, once.next()) {
+    for (int n = (int)blockIdx.x; n < c.shares; n += (int)gridDim.x, once.next()) {
         load_queries(sh, x, once.phase);
         attend(sh, c, x, scale, item_of(c, n));
     }
@@ -292,8 +287,16 @@ bool map_of(CUtensorMap *map, struct tensor t)
 
 // ---- host side
 
+size_t flash_hopper_room(int processors, struct tensor q, struct tensor k)
+{
+    const int items = (int)(ceil_div(q.n[0], QUERIES) * q.n[1]);
+    const dealing d = deal(items, (int)ceil_div(k.n[0], TILE), processors);
+    meeting m;
+    return d.parts > 1 ? lay_out(m, nullptr, (size_t)((items - d.whole) * d.parts), processors) : 0;
+}
+
 bool launch_flash16(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
-                    struct tensor k, struct tensor v, float scale)
+                    struct tensor k, struct tensor v, float scale, void *room)
 {
     CUtensorMap maps[3];
     if (!can_be(out, q, k, scale) || q.n[2] != DIM || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) ||
@@ -303,8 +306,8 @@ bool launch_flash16(cudaStream_t s, int processors, struct tensor out, struct te
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
             cudaFuncSetAttribute(flash16_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-            const call<T> c = call_of<T>(out, lse, q, k);
-            flash16_kernel<T><<<(unsigned)min(c.items, processors), THREADS, sizeof(shared), s>>>(
+            const call<T> c = call_of<T>(out, lse, q, k, processors, room);
+            flash16_kernel<T><<<(unsigned)min(c.shares, processors), THREADS, sizeof(shared), s>>>(
                 maps[0], maps[1], maps[2], c, scale * 1.4426950408889634f);
         }
     });

@@ -205,7 +205,7 @@ template <typename T>
 __device__ static void attend(shared &sh, const eight &e, const call<T> &c, products &x, item at, int warp_row)
 {
     const int lane = (int)threadIdx.x % WARP, query = at.query + warp_row + lane / 4;
-    const tile_factors *tile = e.tile + at.head * c.tiles, last = tile[c.tiles - 1];
+    const tile_factors *tile = e.tile + at.head * c.tiles, first = tile[tile_of(at.first, c.tiles)];
     const head_factors head = {tile, highest_power(tile, c.tiles)};
     softmax_of f;
 #pragma unroll
@@ -215,12 +215,12 @@ __device__ static void attend(shared &sh, const eight &e, const call<T> &c, prod
 
     begin_scores(sh, x);
     end_scores<0>(sh, x);
-    soften<false>(f, w, x.s, last.k, head.power(last), c.s - (c.tiles - 1) * TILE - lane % 4 * 2);
+    soften<false>(f, w, x.s, first.k, head.power(first), first_keys(c, at));
     pack_weights(x.p, w);
-    tile_factors next = tile[0]; // loaded a tile ahead
-    for (int i = 1; i < c.tiles; i++) {
+    tile_factors next = tile[at.first]; // loaded a tile ahead
+    for (int i = 1; i < at.tiles; i++) {
         const tile_factors now = next;
-        next = tile[i];
+        next = tile[at.first + i];
         begin_scores(sh, x);
         begin_values(sh, x, i > 1);
         end_scores<1>(sh, x);
@@ -235,14 +235,9 @@ __device__ static void attend(shared &sh, const eight &e, const call<T> &c, prod
     }
     if (lane == 0)
         hopper::barrier_arrive(&sh.b.q_empty);
-    begin_values(sh, x, c.tiles > 1);
-    float scale[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        scale[r] = exp2f((float)head.top) / row_sum(c, f.sum[r], f.highest[r] - WEIGHT_POWER, query + 8 * r, at.head) +
-                   f.highest[r] * 0; // integers know no NaN
+    begin_values(sh, x, at.tiles > 1);
     end_values(sh, x);
-    store_out(sh.out, c, x.o, scale, warp_row, at);
+    finish(sh.out, c, x.o, f.highest, f.sum, exp2f((float)head.top), -WEIGHT_POWER, warp_row, at);
 }
 
 template <typename T> __device__ static void attend_all(shared &sh, const eight &e, const call<T> &c, int group)
@@ -252,7 +247,7 @@ template <typename T> __device__ static void attend_all(shared &sh, const eight 
     x.keys = hopper::operand(sh.k[0]);
     x.values = hopper::operand(sh.v[0]);
     hopper::ring<1> once;
-    for (int n = (int)blockIdx.x; n < c.items; n += (int)gridDim.x, once.next()) {
+    for (int n = (int)blockIdx.x; n < c.shares; n += (int)gridDim.x, once.next()) {
         hopper::barrier_wait(&sh.b.q_full, once.phase);
         attend(sh, e, c, x, item_of(c, n), group * GROUP_QUERIES + (int)threadIdx.x % GROUP / WARP * 16);
     }
@@ -321,7 +316,7 @@ size_t flash8_scratch(struct tensor q, struct tensor k)
 }
 
 bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
-                   struct tensor k, struct tensor v, float scale, void *scratch)
+                   struct tensor k, struct tensor v, float scale, void *scratch, void *room)
 {
     if (!can_be(out, q, k, scale) || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) || q.n[0] > 1 << 20)
         return false;
@@ -338,8 +333,8 @@ bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct ten
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
             cudaFuncSetAttribute(flash8_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-            const call<T> c = call_of<T>(out, lse, q, k);
-            flash8_kernel<T><<<(unsigned)min(c.items, processors), THREADS, sizeof(shared), s>>>(maps[0], maps[1],
+            const call<T> c = call_of<T>(out, lse, q, k, processors, room);
+            flash8_kernel<T><<<(unsigned)min(c.shares, processors), THREADS, sizeof(shared), s>>>(maps[0], maps[1],
                                                                                                 maps[2], e, c);
         }
     });

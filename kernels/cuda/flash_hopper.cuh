@@ -1,8 +1,9 @@
 // flash_hopper.cuh: what flash8.cu and flash16.cu have in common: the shape of the work, how it is dealt to blocks, and
 // how results leave.
 //
-// A block stays on its multiprocessor and takes item after item, QUERIES queries of a head with all keys. Two warpgroups
-// compute, GROUP_QUERIES queries each; of a third, two threads load tiles ahead, also those of the next item.
+// A block stays on its multiprocessor and takes item after item: QUERIES queries of a head, with all keys or a part of
+// them. Two warpgroups compute, GROUP_QUERIES queries each; of a third, two threads load tiles ahead, also those of the
+// next item.
 #ifndef DITFLEET_CUDA_FLASH_HOPPER_CUH
 #define DITFLEET_CUDA_FLASH_HOPPER_CUH
 
@@ -26,17 +27,59 @@ enum {
 };
 static_assert(DIM == TILE && QUERIES == TILE, "tiles of queries, of keys and of values are alike");
 
+// Items that every multiprocessor has one of are taken whole. The rest would leave some idle: where that is a good part
+// of the kernel's time, its keys are dealt to `parts` of them, and who is through last brings the parts' sums together.
+struct dealing {
+    int whole, parts;
+};
+
+inline struct dealing deal(int items, int tiles, int processors)
+{
+    enum { MOST = 6, LEAST_TILES = 4, PRICE = 2, WORTH = 16 }; // PRICE: of a part beside its tiles, in tiles
+    const int rest = items % processors, took_whole = (items / processors + 1) * tiles;
+    dealing best = {items, 1};
+    int least = tiles - took_whole / WORTH; // tiles, instead of a whole item's
+    for (int parts = 2; rest > 0 && parts <= MOST && tiles / parts >= LEAST_TILES; parts++) {
+        const int took = (int)ceil_div(rest * parts, processors) * ((int)ceil_div(tiles, parts) + PRICE);
+        if (took < least) {
+            least = took;
+            best = {items - rest, parts};
+        }
+    }
+    return best;
+}
+
+// Where sums of parts meet. tickets: how many parts of a warp's rows are there, 0 before and after each kernel.
+struct meeting {
+    unsigned *tickets; // (processors, WARPS)
+    float *sums;       // (parts of all, QUERIES, DIM)
+    float2 *rows;      // (parts of all, QUERIES): what a weight of 1 stands for, as a logarithm, and the weights' sum
+};
+
+inline size_t lay_out(meeting &m, uint8_t *at, size_t parts, int processors)
+{
+    const size_t tickets = ((size_t)processors * WARPS * sizeof(unsigned) + 255) / 256 * 256;
+    const size_t sums = parts * QUERIES * DIM * sizeof(float);
+    m.tickets = (unsigned *)at;
+    m.sums = (float *)(at + tickets);
+    m.rows = (float2 *)(at + tickets + sums);
+    return tickets + sums + parts * QUERIES * sizeof(float2);
+}
+
 template <typename T> struct call {
     T *out;
     float *lse; // (m, heads), rows of lse_ld, or NULL
     int64_t out_ld, lse_ld;
-    int m, s, heads, tiles; // tiles: of keys
-    int head_items, items;  // of a head; of all heads
-    int dim;                // of out's heads, DIM at most
+    int m, s, heads, tiles;      // tiles: of keys
+    int head_items, whole, parts; // items of a head; taken whole, of all heads; of each of the others
+    int shares;                  // items and parts
+    int dim;                     // of out's heads, DIM at most
+    meeting parts_at;
 };
 
+// room: of flash_hopper_room bytes, or NULL: all are taken whole.
 template <typename T>
-call<T> call_of(struct tensor out, struct tensor lse, struct tensor q, struct tensor k)
+call<T> call_of(struct tensor out, struct tensor lse, struct tensor q, struct tensor k, int processors, void *room)
 {
     call<T> c = {};
     c.out = (T *)out.data;
@@ -48,8 +91,13 @@ call<T> call_of(struct tensor out, struct tensor lse, struct tensor q, struct te
     c.heads = (int)q.n[1];
     c.tiles = (int)ceil_div(c.s, TILE);
     c.head_items = (int)ceil_div(c.m, QUERIES);
-    c.items = c.head_items * c.heads;
     c.dim = (int)q.n[2];
+    const int items = c.head_items * c.heads;
+    const dealing d = room ? deal(items, c.tiles, processors) : dealing{items, 1};
+    c.whole = d.whole;
+    c.parts = d.parts;
+    c.shares = d.whole + (items - d.whole) * d.parts;
+    lay_out(c.parts_at, (uint8_t *)room, (size_t)(c.shares - c.whole), processors);
     return c;
 }
 
@@ -57,23 +105,33 @@ call<T> call_of(struct tensor out, struct tensor lse, struct tensor q, struct te
 inline bool can_be(struct tensor out, struct tensor q, struct tensor k, float scale)
 {
     return out.dtype != DT_F32 && wide(out, 8) && q.n[2] % 8 == 0 && q.n[2] <= DIM && k.n[0] <= 1 << 20 &&
-           ceil_div(q.n[0], QUERIES) * q.n[1] <= INT_MAX && scale > 0;
+           ceil_div(q.n[0], QUERIES) * q.n[1] <= INT_MAX / 8 && scale > 0;
 }
 
 struct item {
     int head, query; // query: the first
+    int first, tiles; // places among the head's tiles
+    int part, slot;   // slot: among the parts of all; below 0: whole
 };
 
-template <typename T> __device__ inline item item_of(const call<T> &c, int i)
+template <typename T> __device__ inline item item_of(const call<T> &c, int share)
 {
-    const int head = i / c.head_items;
-    return {head, (i - head * c.head_items) * QUERIES};
+    const int slot = share - c.whole, rest = slot / c.parts, part = slot < 0 ? 0 : slot - rest * c.parts;
+    const int i = slot < 0 ? share : c.whole + rest, head = i / c.head_items, parts = slot < 0 ? 1 : c.parts;
+    const int first = c.tiles * part / parts;
+    return {head, (i - head * c.head_items) * QUERIES, first, c.tiles * (part + 1) / parts - first, part, slot};
 }
 
-// The last tile, which may have fewer keys, comes first.
-__device__ inline int tile_of(int i, int tiles)
+// The last tile, which may have fewer keys, has the first place.
+__device__ inline int tile_of(int place, int tiles)
 {
-    return i == 0 ? tiles - 1 : i - 1;
+    return place == 0 ? tiles - 1 : place - 1;
+}
+
+// How many of the first tile's columns from this thread's first on are keys.
+template <typename T> __device__ inline int first_keys(const call<T> &c, item at)
+{
+    return at.first > 0 ? TILE : c.s - (c.tiles - 1) * TILE - (int)threadIdx.x % 4 * 2;
 }
 
 template <int STAGES> struct barriers {
@@ -99,12 +157,12 @@ __device__ void load_tiles(const call<T> &c, uint64_t *empty, B begin, L load)
 {
     hopper::ring<STAGES> at;
     unsigned phase = 0;
-    for (int n = (int)blockIdx.x; n < c.items; n += (int)gridDim.x, phase ^= 1) {
+    for (int n = (int)blockIdx.x; n < c.shares; n += (int)gridDim.x, phase ^= 1) {
         const item it = item_of(c, n);
         begin(it, phase);
-        for (int i = 0; i < c.tiles; i++, at.next()) {
+        for (int i = 0; i < it.tiles; i++, at.next()) {
             hopper::barrier_wait(&empty[at.stage], at.phase ^ 1);
-            load(it, tile_of(i, c.tiles) * TILE, at.stage);
+            load(it, tile_of(it.first + i, c.tiles) * TILE, at.stage);
         }
     }
 }
@@ -173,15 +231,83 @@ __device__ void store_out(staging &room, const call<T> &c, const float (&o)[VALU
     }
 }
 
-// The sum of a row's weights over its four threads; log2_unit: the logarithm of what a weight of 1 stands for.
+// Leaves the warp's sums where those of the item's other parts are. True: all are there, and o, base and sum are theirs,
+// added in their order.
 template <typename T>
-__device__ float row_sum(const call<T> &c, float sum, float log2_unit, int row, int head)
+__device__ bool bring_together(const call<T> &c, float (&o)[VALUES], float (&base)[2], float (&sum)[2], int warp_row,
+                               item at)
 {
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (c.lse && threadIdx.x % 4 == 0 && row < c.m)
-        c.lse[(int64_t)row * c.lse_ld + head] = (log2_unit + log2f(sum)) * 0.6931471805599453f;
-    return sum;
+    const int lane = (int)threadIdx.x % WARP, row = warp_row + lane / 4, column = lane % 4 * 2;
+    const meeting &m = c.parts_at;
+    const auto sums = [&](int slot, int i) { // of this thread's o[i] and o[i + 1]
+        return (float2 *)(m.sums + ((int64_t)slot * QUERIES + row + i % 4 / 2 * 8) * DIM + i / 4 * 8 + column);
+    };
+#pragma unroll
+    for (int i = 0; i < VALUES; i += 2)
+        *sums(at.slot, i) = make_float2(o[i], o[i + 1]);
+    for (int r = 0; r < 2 && lane % 4 == 0; r++)
+        m.rows[(int64_t)at.slot * QUERIES + row + 8 * r] = make_float2(base[r], sum[r]);
+    __threadfence();
+    __syncwarp();
+    unsigned there = 0;
+    if (lane == 0)
+        there = atomicInc(&m.tickets[at.slot / c.parts * WARPS + warp_row / 16], (unsigned)c.parts - 1);
+    if (__shfl_sync(~0u, there, 0) + 1 < (unsigned)c.parts)
+        return false;
+    __threadfence();
+    const int first = at.slot - at.part;
+    const auto row_of = [&](int part, int r) {
+        return __ldcg(&m.rows[(int64_t)(first + part) * QUERIES + row + 8 * r]);
+    };
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        base[r] = row_of(0, r).x;
+        for (int p = 1; p < c.parts; p++)
+            base[r] = fmaxf(base[r], row_of(p, r).x);
+        sum[r] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES; i++)
+        o[i] = 0;
+    for (int p = 0; p < c.parts; p++) {
+        float factor[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float2 theirs = row_of(p, r);
+            factor[r] = exp2_fast(theirs.x - base[r]);
+            sum[r] += theirs.y * factor[r];
+        }
+#pragma unroll
+        for (int i = 0; i < VALUES; i += 2) {
+            const float2 theirs = __ldcg(sums(first + p, i));
+            o[i] += theirs.x * factor[i / 2 % 2];
+            o[i + 1] += theirs.y * factor[i / 2 % 2];
+        }
+    }
+    return true;
+}
+
+// o: sums of values times weights, of which those of this thread's columns add up to sum; a weight of 1 stands for
+// 2^(base + unit), and a value of 1 for `value`. A base that is no number makes all of its row so.
+template <typename T>
+__device__ void finish(staging &room, const call<T> &c, float (&o)[VALUES], float (&base)[2], float (&sum)[2],
+                       float value, float unit, int warp_row, item at)
+{
+    float scale[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        for (int lanes = 1; lanes < 4; lanes *= 2)
+            sum[r] += __shfl_xor_sync(~0u, sum[r], lanes);
+    if (at.slot >= 0 && !bring_together(c, o, base, sum, warp_row, at))
+        return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = at.query + warp_row + (int)threadIdx.x % WARP / 4 + 8 * r;
+        scale[r] = value / sum[r] + base[r] * 0;
+        if (c.lse && threadIdx.x % 4 == 0 && row < c.m)
+            c.lse[(int64_t)row * c.lse_ld + at.head] = (base[r] + unit + log2f(sum[r])) * 0.6931471805599453f;
+    }
+    store_out(room, c, o, scale, warp_row, at);
 }
 
 } // namespace flash_hopper

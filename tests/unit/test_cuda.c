@@ -1085,9 +1085,10 @@ static bool hopper(void)
 
 // rise: how much longer than the one before a key is, but for the last ones, which are the first to be looked at: so
 // that scores outgrow what weights were made against, again and again.
-static void flash16_case(struct fix *f, int64_t m, int64_t s, int64_t heads, double scale, double rise)
+static void flash16_case(struct fix *f, int64_t m, int64_t s, int64_t heads, double scale, double rise, void *room)
 {
     enum { DIM = 128 };
+    const int processors = 3; // so that one does several heads, and keys are split
     struct pair q = ACTIVE(f, 8, 1.5, m, heads, DIM), k = ACTIVE(f, 16, 1.5, s, heads, DIM),
                 v = ACTIVE(f, 0, 1, s, heads, DIM), out = OUTPUT(f, 8, m, heads, DIM),
                 lse = make(f, DT_F32, DT_F32, SHAPE(m, heads), 1, 0, 0);
@@ -1100,7 +1101,8 @@ static void flash16_case(struct fix *f, int64_t m, int64_t s, int64_t heads, dou
     const struct attention_opts opts = {.scale = (float)scale};
     C->attention_part(f->cpu, out.c, lse.c, q.c, k.c, v.c, &opts);
     assert_int_equal(G->sync(f->d, NULL), 0);
-    assert_true(launch_flash16(0, 3, out.g, lse.g, q.g, k.g, v.g, (float)scale)); // by 3 blocks: one head after another
+    assert_true(flash_hopper_room(processors, q.g, k.g) <= 4 << 20);
+    assert_true(launch_flash16(0, processors, out.g, lse.g, q.g, k.g, v.g, (float)scale, room));
     assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
     same(f, "attention of heads of 128", out, tolerance(f, 0, 1.5e-2, 2e-3));
     same(f, "its logarithms", lse, tolerance(f, 0, 2e-3, 1e-3));
@@ -1112,13 +1114,18 @@ static void flash16(void **state)
     const int64_t counts[] = {1, 5, 64, 77, 127, 128, 129, 255, 256, 257, 300, 512, 1030};
     if (!hopper())
         skip();
+    void *room;
+    assert_int_equal(cudaMalloc(&room, 4 << 20), cudaSuccess);
+    assert_int_equal(cudaMemset(room, 0, 4 << 20), cudaSuccess);
     EACH_TYPE(f)
     {
-        for (int i = 0; f->type != DT_F32 && i < 26; i++)
-            flash16_case(f, counts[i * 5 % 13], counts[i * 7 % 13], 1 + i % 3, i % 4 == 3 ? 0.7 : 0.09, 0);
-        for (int i = 0; f->type != DT_F32 && i < 6; i++)
-            flash16_case(f, 150 + i, 600 + 100 * i, 2, 0.09, 0.01 + 0.01 * i);
+        for (int i = 0; f->type != DT_F32 && i < 52; i++)
+            flash16_case(f, counts[i * 5 % 13], counts[i * 7 % 13], 1 + i % 4, i % 4 == 3 ? 0.7 : 0.09, 0,
+                         i % 26 < 13 ? room : NULL);
+        for (int i = 0; f->type != DT_F32 && i < 12; i++)
+            flash16_case(f, 150 + i, 600 + 200 * (i / 2), 2, 0.09, 0.01 + 0.005 * i, i % 2 ? room : NULL);
     }
+    cudaFree(room);
 }
 
 // A query alone gets the bits that it gets among others, and so does a head, also where scores are far apart.
@@ -1138,13 +1145,13 @@ static void flash16_rows(void **state)
             h[i] = tensor_reshape(tensor_cols(rows.g, i * n + dim, dim), 3, m, 1, dim, 1); // the second head
         }
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_int_equal(launch_flash16(0, 132, whole.g, none.g, t[0], t[1], t[2], 3), f->type != DT_F32);
+        assert_int_equal(launch_flash16(0, 132, whole.g, none.g, t[0], t[1], t[2], 3, NULL), f->type != DT_F32);
         for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1) {
             const int64_t now = count < m - first ? count : m - first;
             launch_flash16(0, 132, tensor_rows(some.g, first, now), none.g, tensor_rows(t[0], first, now), t[1], t[2],
-                           3);
+                           3, NULL);
         }
-        launch_flash16(0, 132, one.g, none.g, h[0], h[1], h[2], 3);
+        launch_flash16(0, 132, one.g, none.g, h[0], h[1], h[2], 3, NULL);
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
         G->download(f->d, a, whole.g);
@@ -1179,7 +1186,7 @@ static void flash16_not_finite(void **state)
             G->upload(f->d, tensor_cols(tensor_reshape(tensor_rows(q.g, 7 + 50 * i, 1), 2, 1, dim, 1, 1), 3, 1),
                       &bad[i]);
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f));
+        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f, NULL));
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         G->download(f->d, x, out.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
@@ -1187,7 +1194,7 @@ static void flash16_not_finite(void **state)
             assert_int_equal(isfinite(x[i * dim]), i % 50 != 7 || i > 107);
         G->upload(f->d, tensor_cols(tensor_reshape(tensor_rows(k.g, 150, 1), 2, 1, dim, 1, 1), 0, 1), &bad[1]);
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f));
+        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f, NULL));
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         G->download(f->d, x, out.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
