@@ -70,10 +70,10 @@ template <typename T> struct call {
     T *out;
     float *lse; // (m, heads), rows of lse_ld, or NULL
     int64_t out_ld, lse_ld;
-    int m, s, heads, tiles;      // tiles: of keys
+    int m, s, heads, tiles;       // tiles: of keys
     int head_items, whole, parts; // items of a head; taken whole, of all heads; of each of the others
-    int shares;                  // items and parts
-    int dim;                     // of out's heads, DIM at most
+    int shares;                   // items and parts
+    int dim;                      // of out's heads, DIM at most
     meeting parts_at;
 };
 
@@ -109,7 +109,7 @@ inline bool can_be(struct tensor out, struct tensor q, struct tensor k, float sc
 }
 
 struct item {
-    int head, query; // query: the first
+    int head, query;  // query: the first
     int first, tiles; // places among the head's tiles
     int part, slot;   // slot: among the parts of all; below 0: whole
 };
@@ -231,8 +231,8 @@ __device__ void store_out(staging &room, const call<T> &c, const float (&o)[VALU
     }
 }
 
-// Leaves the warp's sums where those of the item's other parts are. True: all are there, and o, base and sum are theirs,
-// added in their order.
+// Leaves the warp's sums where those of the item's other parts are. True: all are there, and o, base and sum are
+// theirs, added in their order.
 template <typename T>
 __device__ bool bring_together(const call<T> &c, float (&o)[VALUES], float (&base)[2], float (&sum)[2], int warp_row,
                                item at)

@@ -1296,7 +1296,9 @@ static void eight_bits_rows(void **state)
             assert_memory_equal(a, b, (size_t)(m * n) * sizeof *a);
         G->download(f->d, b, plain.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
-        const bool differ = memcmp(a, b, (size_t)(m * n) * sizeof *a) != 0;
+        bool differ = false;
+        for (int64_t i = 0; i < m * n; i++)
+            differ |= a[i] != b[i];
         assert_int_equal(differ, f->type != DT_F32 && hopper());
         free(a);
         free(b);
