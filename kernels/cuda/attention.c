@@ -1,4 +1,4 @@
-// attention.c: attention on Hopper through our own kernels, in 8 bits where that may be (flash8.cu), else in halves
+// attention.c: attention on Hopper through kernels of hopper/, in 8 bits where that may be (flash8.cu), else in halves
 // (flash16.cu, heads of 128); else through cuDNN's fused engine where it has one (halves, head sizes it knows, no mask,
 // no bias); else through flash.cu; what that does not take either (f32, large or odd heads, rows at any address), as
 // two products with a softmax between, on as many queries at a time as fit the scratch memory.

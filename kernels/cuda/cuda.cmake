@@ -39,8 +39,7 @@ if(DITFLEET_CUDA_FOUND)
   enable_language(CUDA)
   set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O3 -lineinfo")
   file(GLOB cuda_sources CONFIGURE_DEPENDS kernels/cuda/*.c kernels/cuda/*.cu)
-  file(GLOB hopper_sources CONFIGURE_DEPENDS kernels/cuda/flash8*.cu kernels/cuda/flash16.cu kernels/cuda/linear8.cu) # instructions that one architecture alone has
-  list(REMOVE_ITEM cuda_sources ${hopper_sources})
+  file(GLOB hopper_sources CONFIGURE_DEPENDS kernels/cuda/hopper/*.cu) # instructions that one architecture alone has
   add_library(dit_cuda_hopper OBJECT ${hopper_sources})
   set_target_properties(dit_cuda_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
   add_library(dit_cuda STATIC ${cuda_sources} $<TARGET_OBJECTS:dit_cuda_hopper>)

@@ -62,7 +62,7 @@ void cuda_enter(struct device *d);
 // Whether the stream is being captured into a graph: then nothing may be measured or allocated.
 bool cuda_capturing(const struct device *d);
 
-// Whether this GPU runs linear8.cu, flash8.cu and flash16.cu.
+// Whether this GPU runs what is in hopper/.
 static inline bool cuda_hopper(const struct device *d)
 {
     return d->capability == 90;

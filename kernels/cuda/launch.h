@@ -160,7 +160,7 @@ void launch_peer_exchange(cudaStream_t s, const struct peer_exchange *x, int pro
 bool launch_flash(cudaStream_t s, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                   struct tensor v, const struct attention_opts *opts);
 
-// ---- flash16.cu, for compute capability 9.0 alone
+// ---- hopper/flash16.cu, for compute capability 9.0 alone, as what follows
 // As launch_flash, without mask and bias: heads of 128, one key or more, rows on 16-byte boundaries, a scale above 0.
 // processors: as many as it shall use. room: flash_hopper_room(processors, q, k) bytes, zeros at first and then as it
 // was left: what is left over after each processor has had its share is split among them; NULL: it is not, and a
@@ -169,14 +169,14 @@ size_t flash_hopper_room(int processors, struct tensor q, struct tensor k);
 bool launch_flash16(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
                     struct tensor k, struct tensor v, float scale, void *room);
 
-// ---- flash8.cu, for compute capability 9.0 alone
+// ---- hopper/flash8.cu
 // The same in numbers of 8 bits, q and k as integers, weights and values as E4M3; heads of a multiple of 8 numbers up
 // to 128. scratch: flash8_scratch(q, k) bytes.
 size_t flash8_scratch(struct tensor q, struct tensor k);
 bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
                    struct tensor k, struct tensor v, float scale, void *scratch, void *room);
 
-// ---- linear8.cu, for compute capability 9.0 alone
+// ---- hopper/linear8.cu
 // y (m, n) bf16 or f16 = act(x w^T + bias); x (m, k) and w (n, k) I8 with their factors; n a multiple of 8, k of 16;
 // bias of y's type. False: other operands, or another activation than none and gelu_tanh, and nothing was done.
 bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tensor x, struct tensor w,

@@ -41,7 +41,7 @@ compile() {
 }
 
 build_backend() {
-  local f j program cflags shim=() cmocka=-lcmocka
+  local f a j program cflags shim=() cmocka=-lcmocka
   find_libraries
   rm -rf "$backend"
   mkdir -p "$backend"
@@ -49,9 +49,10 @@ build_backend() {
     -isystem "$cuda/include")
   printf '#include <%s>\n' stdarg.h stddef.h stdint.h setjmp.h cmocka.h | gcc -E - >/dev/null 2>&1 ||
     { shim=(-Itests/gpu/shim) && cmocka=; }
-  for f in kernels/cuda/*.cu; do
-    compile "$f" "$nvcc" -std=c++17 -O3 -lineinfo -I. -gencode "arch=compute_$arch,code=sm_$arch" \
-      -Xcompiler -Wall,-Wextra
+  for f in kernels/cuda/*.cu kernels/cuda/hopper/*.cu; do
+    a=$arch
+    [[ $f != */hopper/* ]] || a=90a
+    compile "$f" "$nvcc" -std=c++17 -O3 -lineinfo -I. -gencode "arch=compute_$a,code=sm_$a" -Xcompiler -Wall,-Wextra
   done
   for f in kernels/*.c kernels/cuda/*.c proto/err.c; do compile "$f" gcc "${cflags[@]}" -O2 -g; done
   for f in kernels/cpu/*.c; do

@@ -2,8 +2,10 @@
 #ifndef DITFLEET_SHIM_CMOCKA_H
 #define DITFLEET_SHIM_CMOCKA_H
 
+#include <fnmatch.h>
 #include <setjmp.h>
 #include <stdio.h>
+#include <string.h>
 
 struct CMUnitTest {
     const char *name;
@@ -16,6 +18,12 @@ struct CMUnitTest {
     }
 
 static jmp_buf shim_failed;
+static const char *shim_filter; // NULL: all tests
+
+static void cmocka_set_test_filter(const char *pattern)
+{
+    shim_filter = pattern;
+}
 
 #define fail_msg(...)                                                                                                  \
     do {                                                                                                               \
@@ -29,6 +37,13 @@ static jmp_buf shim_failed;
         if (!(x))                                                                                                      \
             fail_msg("not true: %s", #x);                                                                              \
     } while (0)
+#define assert_false(x) assert_true(!(x))
+#define assert_memory_equal(a, b, n)                                                                                   \
+    do {                                                                                                               \
+        if (memcmp(a, b, n) != 0)                                                                                      \
+            fail_msg("%s is not %s", #a, #b);                                                                          \
+    } while (0)
+#define skip() longjmp(shim_failed, 2)
 #define assert_int_equal(a, b)                                                                                         \
     do {                                                                                                               \
         long long shim_a_ = (long long)(a), shim_b_ = (long long)(b);                                                  \
@@ -39,16 +54,24 @@ static jmp_buf shim_failed;
 static int shim_run(const struct CMUnitTest *tests, int count, int (*setup)(void **), int (*teardown)(void **))
 {
     void *state = NULL;
-    volatile int failed = 0;
+    volatile int passed = 0, failed = 0;
     if (setup && setup(&state))
         return 1;
     for (volatile int i = 0; i < count; i++) {
+        if (shim_filter && fnmatch(shim_filter, tests[i].name, 0) != 0)
+            continue;
         printf("[ RUN      ] %s\n", tests[i].name);
         fflush(stdout);
-        if (setjmp(shim_failed) == 0) {
+        switch (setjmp(shim_failed)) {
+        case 0:
             tests[i].run(&state);
             printf("[       OK ] %s\n", tests[i].name);
-        } else {
+            passed++;
+            break;
+        case 2:
+            printf("[  SKIPPED ] %s\n", tests[i].name);
+            break;
+        default:
             printf("[  FAILED  ] %s\n", tests[i].name);
             failed++;
         }
@@ -56,7 +79,7 @@ static int shim_run(const struct CMUnitTest *tests, int count, int (*setup)(void
     }
     if (teardown && teardown(&state))
         failed++;
-    printf("%d tests passed, %d failed\n", count - failed, failed);
+    printf("%d tests passed, %d failed\n", passed, failed);
     return failed;
 }
 

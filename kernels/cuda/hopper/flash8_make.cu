@@ -2,7 +2,7 @@
 // tile, values as E4M3 with a power of two for a tile, turned over, since products of 8 bits want the keys side by
 // side. What is not finite stays visible: in q and k it makes the factor NaN, in v it becomes NaN.
 #include "kernels/cuda/codes.cuh"
-#include "kernels/cuda/flash8.cuh"
+#include "kernels/cuda/hopper/flash8.cuh"
 
 using namespace flash8;
 

@@ -6,7 +6,7 @@
 // At a GPU's power cap an instruction is energy, and energy is time. So a row's weights are made against the highest
 // score of its first tile, which bf16, f16 and f32 have exponents enough for, instead of looking for a higher one in
 // each tile: only a row whose weights of a tile add up to more than REACH is weighed again, by its warp alone.
-#include "kernels/cuda/flash_hopper.cuh"
+#include "kernels/cuda/hopper/flash.cuh"
 #include "kernels/cuda/mma.cuh"
 
 using namespace flash_hopper;

@@ -1,8 +1,8 @@
 // flash8.cuh: q, k and v of an attention as numbers of 8 bits: what flash8_make.cu makes and flash8.cu computes with.
-#ifndef DITFLEET_CUDA_FLASH8_CUH
-#define DITFLEET_CUDA_FLASH8_CUH
+#ifndef DITFLEET_CUDA_HOPPER_FLASH8_CUH
+#define DITFLEET_CUDA_HOPPER_FLASH8_CUH
 
-#include "kernels/cuda/flash_hopper.cuh"
+#include "kernels/cuda/hopper/flash.cuh"
 
 namespace flash8
 {

@@ -1,13 +1,13 @@
-// flash_hopper.cuh: what flash8.cu and flash16.cu have in common: the shape of the work, how it is dealt to blocks, and
+// flash.cuh: what flash8.cu and flash16.cu have in common: the shape of the work, how it is dealt to blocks, and
 // how results leave.
 //
 // A block stays on its multiprocessor and takes item after item: QUERIES queries of a head, with all keys or a part of
 // them. Two warpgroups compute, GROUP_QUERIES queries each; of a third, two threads load tiles ahead, also those of the
 // next item.
-#ifndef DITFLEET_CUDA_FLASH_HOPPER_CUH
-#define DITFLEET_CUDA_FLASH_HOPPER_CUH
+#ifndef DITFLEET_CUDA_HOPPER_FLASH_CUH
+#define DITFLEET_CUDA_HOPPER_FLASH_CUH
 
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/hopper/instructions.cuh"
 #include "kernels/cuda/vec.cuh"
 
 namespace flash_hopper

@@ -5,7 +5,7 @@
 // The kernel is a FlashAttention (Dao et al. 2022; for Hopper Shah et al. 2024): while the tensor cores multiply the
 // weights of one tile with its values, after the scores of the next, the warps make weights of these. What is not finite
 // becomes NaN.
-#include "kernels/cuda/flash8.cuh"
+#include "kernels/cuda/hopper/flash8.cuh"
 
 using namespace flash8;
 using namespace flash_hopper;

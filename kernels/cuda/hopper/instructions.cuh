@@ -1,7 +1,7 @@
-// hopper.cuh: what compute capability 9.0a adds, one instruction a function: barriers that count bytes, copies by the
+// instructions.cuh: what compute capability 9.0a adds, one instruction a function: barriers that count bytes, copies by the
 // tensor memory accelerator to several blocks at once, products of a warpgroup from shared memory (PTX ISA 8.0).
-#ifndef DITFLEET_CUDA_HOPPER_CUH
-#define DITFLEET_CUDA_HOPPER_CUH
+#ifndef DITFLEET_CUDA_HOPPER_INSTRUCTIONS_CUH
+#define DITFLEET_CUDA_HOPPER_INSTRUCTIONS_CUH
 
 #include <cstdint>
 #include <cuda.h>

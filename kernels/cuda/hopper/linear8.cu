@@ -5,7 +5,7 @@
 // rows of w for both. One thread loads, as far ahead as there are stages; two warpgroups multiply, 64 rows each, and go on to
 // the next tile each for itself, so that one multiplies while the other is busy with its sums. Blocks stay, and take tile
 // after tile.
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/hopper/instructions.cuh"
 #include "kernels/cuda/vec.cuh"
 
 enum {
