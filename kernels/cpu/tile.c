@@ -1,5 +1,6 @@
 // tile.c: the register tile and the packing of its right operand.
 #include "kernels/cpu/tile.h"
+#include "kernels/cpu/watch.h"
 
 INLINE void multiply(const int rows, const int vecs, struct tile_rows a, const float *b, float *c, int64_t c_ld)
 {
@@ -47,8 +48,14 @@ UP_TO_6(TILE, 4)
 static tile_fn *const tiles[TILE_VECS][14] = {
     {UP_TO_14(NAME, 1)}, {UP_TO_14(NAME, 2)}, {UP_TO_9(NAME, 3)}, {UP_TO_6(NAME, 4)}};
 
+enum { FLOAT = sizeof(float) };
+
 void tile_multiply(int rows, int vecs, struct tile_rows a, const float *b, float *c, int64_t c_ld)
 {
+    for (int s = 0; s < a.segments; s++)
+        watch_reads(a.p + s * a.segment, rows, a.ld * FLOAT, a.k * FLOAT);
+    watch_reads(b, 1, 0, a.segments * a.k * vecs * LANES * FLOAT);
+    watch_writes(c, rows, c_ld * FLOAT, (int64_t)vecs * LANES * FLOAT);
     int most = tile_rows_of(vecs), parts = rows <= most ? 1 : (rows + most - 1) / most;
     for (int i = 0, from = 0; i < parts; i++) {
         int to = i + 1 == parts ? rows : rows * (i + 1) / parts;
@@ -98,6 +105,9 @@ INLINE void pack_transposed(float *b, int vecs, const void *w, enum dtype dtype,
 
 void tile_pack_transposed(float *b, int vecs, const void *w, enum dtype dtype, int64_t ld, int64_t columns, int64_t k)
 {
+    const int64_t size = (int64_t)dtype_size(dtype);
+    watch_reads(w, columns, ld * size, k * size);
+    watch_writes(b, 1, 0, k * vecs * LANES * FLOAT);
     if (dtype == DT_F32)
         pack_transposed(b, vecs, w, DT_F32, ld, columns, k);
     else if (dtype == DT_BF16)
@@ -108,6 +118,8 @@ void tile_pack_transposed(float *b, int vecs, const void *w, enum dtype dtype, i
 
 void tile_pack(float *b, int vecs, const float *v, int64_t ld, int64_t columns, int64_t k)
 {
+    watch_reads(v, k, ld * FLOAT, columns * FLOAT);
+    watch_writes(b, 1, 0, k * vecs * LANES * FLOAT);
     for (int64_t i = 0; i < k; i++, v += ld, b += vecs * LANES)
         for (int64_t j = 0; j < vecs; j++)
             vstore(b + j * LANES, j * LANES < columns ? vload_n(v + j * LANES, columns - j * LANES) : vset(0));

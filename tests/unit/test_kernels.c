@@ -6,8 +6,11 @@
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -872,6 +875,53 @@ static void views(void **state)
     assert_string_equal(dtype_name(DT_BF16), "BF16");
 }
 
+#ifdef __SANITIZE_ADDRESS__
+enum { ADDRESSES_WATCHED = 1 };
+#else
+enum { ADDRESSES_WATCHED = 0 };
+#endif
+
+// A linear layer, with one number too few in x, w or y; 3: in none.
+static void linear_of_too_few(int shortened)
+{
+    enum { ROWS = 30, INNER = 37, COLUMNS = 70 };
+    const size_t counts[] = {ROWS * INNER, COLUMNS * INNER, ROWS * COLUMNS};
+    struct device *d;
+    struct linear l;
+    float *operands[3];
+    for (int i = 0; i < 3; i++)
+        operands[i] = calloc(counts[i] - (i == shortened), sizeof(float));
+    const struct tensor x = tensor_2d(operands[0], DT_F32, ROWS, INNER),
+                        w = tensor_2d(operands[1], DT_F32, COLUMNS, INNER),
+                        y = tensor_2d(operands[2], DT_F32, ROWS, COLUMNS);
+    if (K->open(&(struct device_options){.threads = 1}, &d, NULL) != 0 || linear_init(&l, 1, &w, NULL, NULL) != 0)
+        return;
+    K->linear(d, y, x, &l, ACT_NONE);
+    K->close(d);
+    for (int i = 0; i < 3; i++)
+        free(operands[i]);
+}
+
+// AddressSanitizer ends a process in which tile.c, which is compiled without it, leaves its operands.
+static void tiles_are_watched(void **state)
+{
+    (void)state;
+    if (!ADDRESSES_WATCHED)
+        skip();
+    for (int shortened = 0; shortened <= 3; shortened++) {
+        int status = 0;
+        const pid_t child = fork();
+        assert_true(child >= 0);
+        if (child == 0) {
+            freopen("/dev/null", "w", stderr);
+            linear_of_too_few(shortened);
+            _exit(0);
+        }
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_int_equal(status == 0, shortened == 3);
+    }
+}
+
 #define BOTH(test)                                                                                                     \
     {#test " 1 thread", test, setup1, teardown, NULL},                                                                 \
     {                                                                                                                  \
@@ -886,6 +936,7 @@ int main(void)
         cmocka_unit_test(bad_devices),
         cmocka_unit_test(bad_linears),
         cmocka_unit_test(views),
+        cmocka_unit_test(tiles_are_watched),
         BOTH(transfers),
         BOTH(linear),
         BOTH(linear_rows_alone),
