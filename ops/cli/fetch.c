@@ -7,7 +7,7 @@
 #include <string.h>
 #include <strings.h>
 
-#include "worker/output/save.h"
+#include "ops/cli/keep.h"
 
 struct body {
     char *bytes; // (len), malloc'd
@@ -93,18 +93,13 @@ static int check(const Ditfleet__V1__Image *image, const struct body *b, struct 
 int fetch_picture(const Ditfleet__V1__Image *image, const char *path, struct err *err)
 {
     struct body b = {.limit = image->bytes};
-    const char *slash = strrchr(path, '/');
-    char *directory = slash ? strndup(path, slash == path ? 1 : (size_t)(slash - path)) : strdup(".");
     const bool url =
         strncasecmp(image->location, "http://", 7) == 0 || strncasecmp(image->location, "https://", 8) == 0;
-    int rc = directory ? 0 : err_set(err, ERR_NO_MEMORY, "out of memory");
-    if (rc == 0)
-        rc = url ? get(image->location, &b, err) : read_file(image->location, &b, err);
+    int rc = url ? get(image->location, &b, err) : read_file(image->location, &b, err);
     if (rc == 0)
         rc = check(image, &b, err);
     if (rc == 0)
-        rc = save_file(directory, slash ? slash + 1 : path, b.bytes, b.len, false, err);
-    free(directory);
+        rc = keep_file(path, b.bytes, b.len, err);
     free(b.bytes);
     return rc;
 }

@@ -1,5 +1,4 @@
 // ditfleet generate: one job on this machine, with no Redis and no supervisor.
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -8,6 +7,7 @@
 #include "kernels/backend.h"
 #include "ops/cli/cli.h"
 #include "ops/cli/json.h"
+#include "ops/cli/keep.h"
 #include "ops/cli/ranks.h"
 #include "ops/cli/recorder.h"
 #include "proto/conf.h"
@@ -118,15 +118,6 @@ static int run_rank(void *arg, struct comm *comm, struct err *err)
     return rc;
 }
 
-static int write_file(const char *path, const void *bytes, size_t length, struct err *err)
-{
-    FILE *f = fopen(path, "we");
-    bool ok = f && fwrite(bytes, 1, length, f) == length;
-    if (f)
-        ok = fclose(f) == 0 && ok;
-    return ok ? 0 : err_set(err, ERR_IO, "%s: cannot be written (%s)", path, strerror(errno));
-}
-
 // files: their paths are added.
 static int write_pictures(const struct generate *g, const struct engine_result *result, json_t *files, struct err *err)
 {
@@ -142,7 +133,7 @@ static int write_pictures(const struct generate *g, const struct engine_result *
         description_free(&d);
         TRY(rc);
         cli_numbered(g->out, i, job->num_images, path, sizeof path);
-        rc = write_file(path, p.bytes, p.len, err);
+        rc = keep_file(path, p.bytes, p.len, err);
         picture_free(&p);
         TRY(rc);
         json_array_append_new(files, json_string(path));

@@ -1,10 +1,11 @@
 #include "ops/cli/recorder.h"
 
-#include <errno.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "ops/cli/keep.h"
 
 struct recorder {
     json_t *header;
@@ -59,16 +60,19 @@ int recorder_write(const struct recorder *r, const char *path, struct err *err)
         free(header);
         return err_set(err, ERR_NO_MEMORY, "%s: no memory to record the latents", path);
     }
+    enum { PREFIX = 8 };
     const size_t length = strlen(header), padded = (length + 7) / 8 * 8; // tensors start aligned
-    uint8_t prefix[8];
-    for (int i = 0; i < 8; i++)
-        prefix[i] = (uint8_t)((uint64_t)padded >> (8 * i));
-    FILE *f = fopen(path, "we");
-    bool ok = f && fwrite(prefix, sizeof prefix, 1, f) == 1 && fprintf(f, "%-*s", (int)padded, header) == (int)padded &&
-              fwrite(r->data, 1, r->size, f) == r->size;
-    int why = errno;
-    if (f && fclose(f) != 0 && ok)
-        ok = false, why = errno;
+    char *file = malloc(PREFIX + padded + r->size + 1);
+    if (file) {
+        for (int i = 0; i < PREFIX; i++)
+            file[i] = (char)((uint64_t)padded >> (8 * i));
+        snprintf(file + PREFIX, padded + 1, "%-*s", (int)padded, header);
+        if (r->size > 0)
+            memcpy(file + PREFIX + padded, r->data, r->size);
+    }
+    const int rc = file ? keep_file(path, file, PREFIX + padded + r->size, err)
+                        : err_set(err, ERR_NO_MEMORY, "%s: no memory to record the latents", path);
+    free(file);
     free(header);
-    return ok ? 0 : err_set(err, ERR_IO, "%s: cannot be written (%s)", path, strerror(why));
+    return rc;
 }

@@ -57,6 +57,13 @@ expect 0 "cfg=1 ulysses=1 ring=3" "$ditfleet" generate "${picture[@]}" --ranks 3
 expect 0 "cfg=1 ulysses=2 ring=2" "$ditfleet" generate "${picture[@]}" --ranks 4 --ring-degree 2
 "$ditfleet" generate "${picture[@]}" --ranks 2 --seed 7 --quiet --json >"$printed"
 check 'd["files"] == [d["files"][0]] and d["seed"] == 7 and d["plan"] == "cfg=1 ulysses=2 ring=1" and len(d["ranks"]) == 2'
+printf 'what was there' >"$fleet/kept.png"
+(trap '' XFSZ && ulimit -f 1 && expect 1 "kept.png: cannot be written (write kept.png: File too large)" "$ditfleet" generate \
+  "${picture[@]}" -o "$fleet/kept.png") || exit 1
+[[ $(<"$fleet/kept.png") == 'what was there' && -z $(compgen -G "$fleet/.*.tmp") ]] || fail "half a picture was left"
+"$ditfleet" generate "${picture[@]}" --quiet -o /dev/stdout | cat >"$fleet/piped"
+cmp -n 8 "$fleet/piped" "$fleet/ring.png" || fail "no picture through a pipe"
+[[ -L /dev/stdout ]] || fail "/dev/stdout is a link no more"
 expect 1 "on 6 ranks cfg=1 ulysses=2 ring=3 would do" "$ditfleet" generate "${picture[@]}" --ranks 6 --ring-degree 2
 
 # ---- a queue node, which admits
