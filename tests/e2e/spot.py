@@ -105,7 +105,7 @@ def main():
         pids = fleet.wait_ready()
         until("every service asked", lambda: len(Metadata.asked) >= 8 and
               "/latest/meta-data/spot/instance-action" in Metadata.asked)
-        jobs = [fleet.job("j-%d" % i, num_inference_steps=100 if SLOW == 1 else 20) for i in range(8)]
+        jobs = [fleet.job("j-%d" % i, num_inference_steps=100) for i in range(8)]
         entries = [fleet.submit(job) for job in jobs]
         fleet.wait_step("j-0", 3)
         assert not any(says(fleet, name, "spot.notice") for name in (*nodes, *silent, "supervisor"))
