@@ -76,8 +76,9 @@ static bool in_halves(struct device *d, struct tensor out, struct tensor lse, st
                       struct tensor v, const struct attention_opts *opts)
 {
     void *room;
-    return on_hopper(d, opts) && room_for_parts(d, q, k, &room) &&
-           launch_flash16(d->stream, d->processors, out, lse, q, k, v, opts->scale, room);
+    return on_hopper(d, opts) && q.n[2] == HOPPER_HEAD &&
+           (!room_for_parts(d, q, k, &room) ||
+            launch_flash16(d->stream, d->processors, out, lse, q, k, v, opts->scale, room));
 }
 
 // Heads first.. of t (rows, heads, dim), or of lse (rows, heads), which may be none.

@@ -55,23 +55,22 @@ void recorder_put(void *recorder, const char *name, struct tensor t)
 
 int recorder_write(const struct recorder *r, const char *path, struct err *err)
 {
-    char *header = json_dumps(r->header, JSON_COMPACT);
-    if (r->failed || !header) {
-        free(header);
-        return err_set(err, ERR_NO_MEMORY, "%s: no memory to record the latents", path);
-    }
     enum { PREFIX = 8 };
-    const size_t length = strlen(header), padded = (length + 7) / 8 * 8; // tensors start aligned
-    char *file = malloc(PREFIX + padded + r->size + 1);
+    char *header = r->failed ? NULL : json_dumps(r->header, JSON_COMPACT);
+    const size_t length = header ? strlen(header) : 0, padded = (length + 7) / 8 * 8; // tensors start aligned
+    const size_t size = PREFIX + padded + r->size;
+    char *file = header ? malloc(size + 1) : NULL;
+    int rc;
     if (file) {
         for (int i = 0; i < PREFIX; i++)
             file[i] = (char)((uint64_t)padded >> (8 * i));
         snprintf(file + PREFIX, padded + 1, "%-*s", (int)padded, header);
         if (r->size > 0)
             memcpy(file + PREFIX + padded, r->data, r->size);
+        rc = keep_file(path, file, size, err);
+    } else {
+        rc = err_set(err, ERR_NO_MEMORY, "%s: no memory to record the latents", path);
     }
-    const int rc = file ? keep_file(path, file, PREFIX + padded + r->size, err)
-                        : err_set(err, ERR_NO_MEMORY, "%s: no memory to record the latents", path);
     free(file);
     free(header);
     return rc;

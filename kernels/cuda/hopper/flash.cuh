@@ -14,7 +14,7 @@ namespace flash_hopper
 {
 
 enum {
-    DIM = 128,  // of a head
+    DIM = HOPPER_HEAD,
     TILE = 128, // keys
     WARP = 32,
     GROUP = 128, // threads of a warpgroup
@@ -168,10 +168,14 @@ __device__ void load_tiles(const call<T> &c, uint64_t *empty, B begin, L load)
 }
 
 // A kernel: two threads load, and the warpgroups of 0 to GROUPS - 1 compute. Keys come apart from values, which are
-// kept longer.
-template <int STAGES, typename K, typename V, typename C>
-__device__ void share_work(barriers<STAGES> &b, K load_keys, V load_values, C compute)
+// kept longer. load_queries(item), load_keys and load_values(item, first key, stage), compute(warpgroup).
+template <int STAGES, typename T, typename Q, typename K, typename V, typename C>
+__device__ void share_work(barriers<STAGES> &b, const call<T> &c, Q load_queries, K load_keys, V load_values, C compute)
 {
+    const auto begin = [&](item it, unsigned phase) {
+        hopper::barrier_wait(&b.q_empty, phase ^ 1);
+        load_queries(it);
+    };
     const int group = __shfl_sync(~0u, (int)threadIdx.x / GROUP, 0); // the same for a warp, and known to be
     if (threadIdx.x == 0)
         b.init();
@@ -179,9 +183,10 @@ __device__ void share_work(barriers<STAGES> &b, K load_keys, V load_values, C co
     if (group == GROUPS) {
         hopper::registers_less<24>();
         if (threadIdx.x % GROUP == 0)
-            load_keys();
+            load_tiles<STAGES>(c, b.k_empty, begin, load_keys);
         else if (threadIdx.x % GROUP == WARP)
-            load_values();
+            load_tiles<STAGES>(
+                c, b.v_empty, [](item, unsigned) {}, load_values);
     } else {
         hopper::registers_more<240>();
         compute(group);

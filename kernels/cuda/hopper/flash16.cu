@@ -260,21 +260,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) uint8_t memory[];
     shared &sh = *reinterpret_cast<shared *>(memory);
     share_work(
-        sh.b,
-        [&] {
-            load_tiles<STAGES>(
-                c, sh.b.k_empty,
-                [&](item it, unsigned phase) {
-                    hopper::barrier_wait(&sh.b.q_empty, phase ^ 1);
-                    load_tile(sh.q, &sh.b.q_full, &q, it.query, it.head);
-                },
-                [&](item it, int key, unsigned i) { load_tile(sh.k[i], &sh.b.k_full[i], &k, key, it.head); });
-        },
-        [&] {
-            load_tiles<STAGES>(
-                c, sh.b.v_empty, [](item, unsigned) {},
-                [&](item it, int key, unsigned i) { load_tile(sh.v[i], &sh.b.v_full[i], &v, key, it.head); });
-        },
+        sh.b, c, [&](item it) { load_tile(sh.q, &sh.b.q_full, &q, it.query, it.head); },
+        [&](item it, int key, unsigned i) { load_tile(sh.k[i], &sh.b.k_full[i], &k, key, it.head); },
+        [&](item it, int key, unsigned i) { load_tile(sh.v[i], &sh.b.v_full[i], &v, key, it.head); },
         [&](int group) { attend_all(sh, c, scale, group); });
 }
 

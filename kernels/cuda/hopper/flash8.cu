@@ -193,20 +193,13 @@ __device__ static void end_values(shared &sh, products &x)
     x.v.next();
 }
 
-// Of a head: factors of its tiles, and how much less than the largest power of its values those of a tile are, which
-// makes its weights that much smaller. Less than 2^-24 makes all of them 0.
-struct head_factors {
-    const tile_factors *tile;
-    int top;
-    __device__ int power(const tile_factors &t) const { return max(t.v_power - top, -24); }
-};
-
 template <typename T>
 __device__ static void attend(shared &sh, const eight &e, const call<T> &c, products &x, item at, int warp_row)
 {
     const int lane = (int)threadIdx.x % WARP, query = at.query + warp_row + lane / 4;
     const tile_factors *tile = e.tile + at.head * c.tiles, first = tile[tile_of(at.first, c.tiles)];
-    const head_factors head = {tile, highest_power(tile, c.tiles)};
+    const int top = highest_power(tile, c.tiles);
+    const auto power_of = [&](const tile_factors &t) { return max(t.v_power - top, -24); }; // less makes all weights 0
     softmax_of f;
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -215,7 +208,7 @@ __device__ static void attend(shared &sh, const eight &e, const call<T> &c, prod
 
     begin_scores(sh, x);
     end_scores<0>(sh, x);
-    soften<false>(f, w, x.s, first.k, head.power(first), first_keys(c, at));
+    soften<false>(f, w, x.s, first.k, power_of(first), first_keys(c, at));
     pack_weights(x.p, w);
     tile_factors next = tile[at.first]; // loaded a tile ahead
     for (int i = 1; i < at.tiles; i++) {
@@ -224,7 +217,7 @@ __device__ static void attend(shared &sh, const eight &e, const call<T> &c, prod
         begin_scores(sh, x);
         begin_values(sh, x, i > 1);
         end_scores<1>(sh, x);
-        soften<true>(f, w, x.s, now.k, head.power(now), TILE);
+        soften<true>(f, w, x.s, now.k, power_of(now), TILE);
         soften_before_values(sh.last[threadIdx.x], f.sum[0] + f.sum[1]);
         end_values(sh, x);
         if (__any_sync(~0u, f.shrink[0] != 1 || f.shrink[1] != 1))
@@ -237,7 +230,7 @@ __device__ static void attend(shared &sh, const eight &e, const call<T> &c, prod
         hopper::barrier_arrive(&sh.b.q_empty);
     begin_values(sh, x, at.tiles > 1);
     end_values(sh, x);
-    finish(sh.out, c, x.o, f.highest, f.sum, exp2f((float)head.top), -WEIGHT_POWER, warp_row, at);
+    finish(sh.out, c, x.o, f.highest, f.sum, exp2f((float)top), -WEIGHT_POWER, warp_row, at);
 }
 
 template <typename T> __device__ static void attend_all(shared &sh, const eight &e, const call<T> &c, int group)
@@ -261,21 +254,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) uint8_t memory[];
     shared &sh = *reinterpret_cast<shared *>(memory);
     share_work(
-        sh.b,
-        [&] {
-            load_tiles<STAGES>(
-                c, sh.b.k_empty,
-                [&](item it, unsigned phase) {
-                    hopper::barrier_wait(&sh.b.q_empty, phase ^ 1);
-                    load_tile(sh.q, &sh.b.q_full, &q, it.head * DIM, it.query);
-                },
-                [&](item it, int key, unsigned i) { load_tile(sh.k[i], &sh.b.k_full[i], &k, it.head * DIM, key); });
-        },
-        [&] {
-            load_tiles<STAGES>(
-                c, sh.b.v_empty, [](item, unsigned) {},
-                [&](item it, int key, unsigned i) { load_tile(sh.v[i], &sh.b.v_full[i], &v, key, it.head * DIM); });
-        },
+        sh.b, c, [&](item it) { load_tile(sh.q, &sh.b.q_full, &q, it.head * DIM, it.query); },
+        [&](item it, int key, unsigned i) { load_tile(sh.k[i], &sh.b.k_full[i], &k, it.head * DIM, key); },
+        [&](item it, int key, unsigned i) { load_tile(sh.v[i], &sh.b.v_full[i], &v, key, it.head * DIM); },
         [&](int group) { attend_all(sh, e, c, group); });
 }
 
