@@ -127,14 +127,14 @@ bool check_zero(struct check *c, struct tensor t)
 
 bool check_linear(struct check *c, struct tensor y, struct tensor x, const struct linear *w)
 {
-    const bool codes = w->parts == 1 && quantised(c, w->w[0]);
+    const bool codes = quantised(c, w->w[0]);
     bool ok = active(c, y, 2) && (active(c, x, 2) || (codes && quantised(c, x) && x.dtype == w->w[0].dtype)) &&
               x.n[0] == y.n[0] && x.n[1] == w->k && y.n[1] == w->n && w->parts >= 1 && w->parts <= LINEAR_MAX_PARTS;
     int64_t n = 0;
     for (int i = 0; ok && i < w->parts; i++) {
         n += w->w[i].n[0];
-        ok = (weight_type(w->w[i]) || codes) && w->w[i].dims == 2 && w->w[i].n[1] == w->k &&
-             (tensor_none(w->b[i]) || vector(w->b[i], w->w[i].n[0]));
+        ok = (codes ? w->w[i].dtype == w->w[0].dtype : weight_type(w->w[i])) && w->w[i].dims == 2 &&
+             w->w[i].n[1] == w->k && (tensor_none(w->b[i]) || vector(w->b[i], w->w[i].n[0]));
     }
     return rule(c, ok && n == w->n, "linear", "y (m, n), x (m, k), weights (n_i, k), n the sum of n_i", 3, "y", y, "x",
                 x, "w", w->w[0]);

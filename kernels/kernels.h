@@ -174,16 +174,21 @@ struct kernels {
     void (*link_state)(struct link *l, struct link_state *out);
     // Memory from alloc that other ranks may write, for exchanges that need no library: what a rank tells of its own,
     // LINK_EXPORT_BYTES of it, goes to all. import: what all told, by rank; false: not here, and exchanges go as
-    // before. Either all ranks have imported, or all have forgotten; and memory is freed only while they have. shown:
-    // an address there, from which others may fetch; it is not written until they have forgotten. NULL: there are none.
-    void (*link_export)(struct link *l, const void *shown, void *to);
+    // before. Either all ranks have imported, or all have forgotten; and memory is freed only while they have. NULL:
+    // there are none.
+    void (*link_export)(struct link *l, void *to);
     bool (*link_import)(struct link *l, const void *all);
     void (*link_forget)(struct link *l);
-    // While they have imported: bytes of what a rank showed, which may be this one, from offset on come to `to`, as
+    // While they have imported: bytes that a rank, which may be this one, has at its address `from` come to `to`, as
     // soon as what is queued so far is done, beside what is queued later; that rank has no part in it. Can be recorded.
-    // fetched: what is queued from here on finds all of it.
-    void (*link_fetch)(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes);
-    void (*link_fetched)(struct device *d, struct link *l);
+    // at_once: or else where there is room between exchanges. fetched: what is queued from here on finds all of one
+    // kind.
+    void (*link_fetch)(struct device *d, struct link *l, int rank, const void *from, void *to, int64_t bytes,
+                       bool at_once);
+    void (*link_fetched)(struct device *d, struct link *l, bool at_once);
+    // While they have imported: an exchange of nothing. What is queued from here on is done after what these ranks, who
+    // all call it and of whom this is one, queued before.
+    void (*link_meet)(struct device *d, struct link *l, int n, const int *ranks);
     // From any thread: what waits for other ranks ends, whatever it has got; exchanges do nothing from here on.
     void (*link_abort)(struct link *l);
 
@@ -269,5 +274,8 @@ extern const struct kernels kernels_dry;
 // Fills *w from 1 to LINEAR_MAX_PARTS weights (n_i, k) and biases (b NULL: none). Shapes must agree (ERR_INVALID).
 int linear_init(struct linear *w, int parts, const struct tensor *weights, const struct tensor *biases,
                 struct err *err);
+// Of a layer whose outputs are `runs` runs of the same length, as q, k and v are, count outputs of each, from start on;
+// w's parts are one, or as many as runs.
+struct linear linear_slice(const struct linear *w, int runs, int64_t start, int64_t count);
 
 #endif

@@ -30,3 +30,19 @@ int linear_init(struct linear *w, int parts, const struct tensor *weights, const
     *w = made;
     return 0;
 }
+
+struct linear linear_slice(const struct linear *w, int runs, int64_t start, int64_t count)
+{
+    const int64_t run = w->n / runs;
+    struct linear slice = {.parts = runs, .n = runs * count, .k = w->k};
+    if (count == run)
+        return *w;
+    for (int i = 0; i < runs; i++) {
+        const int part = w->parts == 1 ? 0 : i;
+        const int64_t at = w->parts == 1 ? i * run + start : start;
+        slice.w[i] = tensor_rows(w->w[part], at, count);
+        if (!tensor_none(w->b[part]))
+            slice.b[i] = tensor_rows(w->b[part], at, count);
+    }
+    return slice;
+}

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "worker/loop.h"
+#include "worker/parallel/sharing.h"
 
 // What stays the same over the steps, on this rank.
 struct loop {
@@ -18,7 +19,13 @@ static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BR
 {
     loop_schedule(r, &l->schedule);
     TRY(loop_deal(r, r->text_tokens, (struct span){0, r->image_tokens}, &l->share, err));
-    loop_condition(r, &l->schedule, prompts, l->share.rows.text, l->cond);
+    if (r->branch.sharing) {
+        const int64_t rows = l->share.rows.rope.n[0];
+        r->sharing.room = arena_tensor(r->branch.arena, DT_U8, 1,
+                                       sharing_room(rows, r->model->info.hidden, r->branch.k->activation), 1, 1, 1);
+        sharing_meet(&r->sharing, &r->branch);
+    }
+    loop_condition(r, &l->schedule, prompts, l->cond);
     return 0;
 }
 

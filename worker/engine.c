@@ -194,7 +194,7 @@ static int open_memory(struct engine *e, const struct model *m, const char *key,
     if (*e->opened)
         return 0;
     memcpy(e->opened, key, ENGINE_KEY);
-    return comm_open_memory(e->data, !e->between && engine_held(m).weights != PLAN_SHARDED, NULL, err);
+    return comm_open_memory(e->data, !e->between && engine_held(m).weights != PLAN_SHARDED, err);
 }
 
 static int begin_run(struct engine *e, const struct model *m, const Ditfleet__V1__Job *job, const struct plan *want,

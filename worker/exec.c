@@ -1,5 +1,6 @@
 #include "worker/exec.h"
 
+#include <stdint.h>
 #include <string.h>
 
 static int64_t row_bytes(struct tensor t)
@@ -21,6 +22,25 @@ void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const 
     for (int r = 0; r < rows->ranks; r++)
         counts[r] = spread_of(rows, r).count * row_bytes(whole);
     comm_all_gather(x->comm, mine.data, whole.data, counts);
+}
+
+void exec_tell_address(struct exec *x, struct comm *c, const void *mine, const void *all[COMM_MAX_RANKS])
+{
+    uint64_t own = (uint64_t)(uintptr_t)mine, told[COMM_MAX_RANKS] = {0};
+    int64_t counts[COMM_MAX_RANKS];
+    if (!comm_memory_is_open(c))
+        return;
+    for (int r = 0; r < comm_size(c); r++)
+        counts[r] = sizeof own;
+    const size_t mark = arena_mark(x->arena);
+    const struct tensor there = arena_tensor(x->arena, DT_U8, 2, comm_size(c), sizeof own, 1, 1);
+    const struct tensor here = tensor_rows(there, comm_rank(c), 1);
+    x->k->upload(x->d, here, &own);
+    comm_all_gather(c, here.data, there.data, counts);
+    x->k->download(x->d, told, there);
+    for (int r = 0; r < comm_size(c); r++)
+        all[r] = (const void *)(uintptr_t)told[r];
+    arena_release(x->arena, mark);
 }
 
 // Where the pieces for each rank, or from it, lie side by side in the room.

@@ -13,6 +13,18 @@
 
 struct ownership;
 
+// Ranks that share heads bring their rows together before these are projected to queries, keys and values, instead of
+// after: a row of the input is a third of what it is projected to, in 8 bits a sixth, and GPUs fetch it beside their
+// work. Each rank then projects all of their rows to its share of the heads. For P ranks that is less to send than
+// Ulysses' P < 3, in 8 bits P < 6; sums do not change, but what was fastest for another shape may add them otherwise.
+struct input_sharing {
+    struct comm *comm;  // these ranks, neighbours in x->comm
+    int first;          // of them, its rank there
+    struct tensor room; // bytes for the rows of all of them, in one place for a whole loop
+    bool direct;        // rooms are where others can fetch from:
+    const void *theirs[COMM_MAX_RANKS];
+};
+
 struct exec {
     const struct kernels *k;
     struct device *d;
@@ -20,6 +32,7 @@ struct exec {
     struct comm *comm;                      // ranks that share the rows of one image
     const struct attention_link *attention; // first link of the chain
     struct ownership *ownership;            // of the model's weights (worker/ownership.h); NULL: this rank has all
+    const struct input_sharing *sharing;    // NULL: each rank projects its own rows
 };
 
 // One attention over the rows of all ranks. This rank holds rows[rank] of them.
@@ -28,7 +41,6 @@ struct attention_call {
     struct tensor out;          // (rows, heads, dim)
     struct tensor q, k, v;      // (rows, heads, dim), any ld
     const int64_t *rows;        // of every rank, in the order of x->comm
-    const int64_t *text;        // how many of these are text rows, which come first on every rank; NULL: none
     struct attention_opts opts; // no bias and not causal where rows are spread
 };
 
@@ -54,6 +66,9 @@ struct ulysses_groups {
     struct comm *inside, *across;
 };
 extern const struct attention_link attention_ulysses;
+// Where inputs are shared (struct input_sharing): q, k and v have all rows of the ranks of inside, and this rank's
+// share of the heads. Its state, next and copies as Ulysses'; back from heads to rows as there.
+extern const struct attention_link attention_by_heads;
 // Ring attention (Liu et al. 2023): keys and values go round the ranks of x->comm. Any number of heads. Sums are added
 // slice by slice, so results equal local's to rounding. Needs attention_part of the backend.
 extern const struct attention_link attention_ring;
@@ -79,6 +94,10 @@ void exec_group_norm(struct exec *x, struct tensor y, struct tensor in, struct t
 // whole (all rows, n) gets every rank's rows of it; mine (this rank's rows) may lie in its place. Row-contiguous.
 void exec_gather(struct exec *x, struct tensor whole, struct tensor mine, const struct spread *rows);
 
+// all gets where each rank of c, who all call it, has what it calls mine, for comm_fetch, while memory is open. What it
+// takes of the arena it gives back.
+void exec_tell_address(struct exec *x, struct comm *c, const void *mine, const void *all[COMM_MAX_RANKS]);
+
 // Rows to ranks of c and from them, as they lie: comm_exchange, by copies through the arena where c wants them side by
 // side.
 void exec_exchange(struct exec *x, struct comm *c, int sends, const struct link_piece *send, int recvs,
@@ -98,5 +117,22 @@ static inline struct tensor exec_tensor(struct exec *x, int dims, int64_t n0, in
 
 // An undefined input (rows, w->k) for a linear layer: of the activation type or, as the layer's weights, of 8 bits.
 struct tensor exec_input(struct exec *x, int64_t rows, const struct linear *w);
+
+// What an attention reads, on its way to queries, keys and values.
+struct attention_input {
+    struct tensor mine;        // (rows of this rank, k): to be filled
+    struct tensor rows;        // (rows that are projected here, k): these; or where inputs are shared, all the ranks'
+    int64_t first_head, heads; // that they are projected to here
+    const int64_t *of_rank;
+};
+
+// For the layer w, which projects to heads, and so many rows of this rank; of_rank as in an attention_call. The next
+// one may lie in the same place.
+struct attention_input exec_attention_input(struct exec *x, const struct linear *w, int64_t heads, int64_t rows,
+                                            const int64_t *of_rank);
+// mine is filled: the others may have it. Theirs come beside what is queued from here on, and what is queued after
+// exec_input_shared finds them.
+void exec_share_input(struct exec *x, const struct attention_input *in);
+void exec_input_shared(struct exec *x);
 
 #endif

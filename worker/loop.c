@@ -38,24 +38,35 @@ static int make_rope(struct run *r, struct span text, struct span image, struct 
     return short_of_memory ? err_set(err, ERR_NO_MEMORY, "no memory for position tables") : 0;
 }
 
+// Of rows from start to end of the joint sequence, those that are text.
+static struct span text_within(int64_t start, int64_t end, int64_t text_rows)
+{
+    const int64_t from = start < text_rows ? start : text_rows, to = end < text_rows ? end : text_rows;
+    return (struct span){from, to - from};
+}
+
 int loop_deal(struct run *r, int64_t text_rows, struct span image, struct share *out, struct err *err)
 {
     const int me = comm_rank(r->branch.comm), ranks = comm_size(r->branch.comm);
-    const struct spread text = spread_even(text_rows, me, ranks);
-    out->spread = spread_even(image.count, me, ranks);
-    const struct span mine = spread_mine(&out->spread);
-    out->rows = (struct dit_rows){.text = spread_mine(&text),
-                                  .image = {image.start + mine.start, mine.count},
-                                  .of_rank = out->of_rank,
-                                  .text_of_rank = out->text_of_rank};
-    for (int i = 0; i < ranks; i++) {
-        out->text_of_rank[i] = spread_of(&text, i).count;
-        out->of_rank[i] = out->text_of_rank[i] + spread_of(&out->spread, i).count;
-    }
-    return make_rope(r, out->rows.text, out->rows.image, &out->rows.rope, err);
+    const struct spread all = spread_even(text_rows + image.count, me, ranks);
+    const struct input_sharing *together = r->branch.sharing;
+    const int first = together ? together->first : me, members = together ? comm_size(together->comm) : 1;
+    out->spread = (struct spread){.rank = me, .ranks = ranks};
+    for (int i = 0; i <= ranks; i++)
+        out->spread.start[i] = all.start[i] > text_rows ? all.start[i] - text_rows : 0;
+    for (int i = 0; i < ranks; i++)
+        out->of_rank[i] = spread_of(&all, i).count;
+    out->rows = (struct dit_rows){.text = text_within(all.start[me], all.start[me + 1], text_rows),
+                                  .image = spread_mine(&out->spread),
+                                  .of_rank = out->of_rank};
+    out->rows.image.start += image.start;
+    const struct span text = text_within(all.start[first], all.start[first + members], text_rows);
+    const int64_t from = out->spread.start[first], to = out->spread.start[first + members];
+    out->rows.projected_text = text.count;
+    return make_rope(r, text, (struct span){image.start + from, to - from}, &out->rows.rope, err);
 }
 
-void loop_condition(struct run *r, const struct schedule *s, const struct prompt prompts[BRANCHES], struct span text,
+void loop_condition(struct run *r, const struct schedule *s, const struct prompt prompts[BRANCHES],
                     struct dit_cond cond[BRANCHES])
 {
     float model_time[SAMPLER_MAX_STEPS]; // the model multiplies by 1000 again, as the reference does
@@ -64,8 +75,7 @@ void loop_condition(struct run *r, const struct schedule *s, const struct prompt
     for (int b = 0; b < r->branches; b++) // what ranks compute for each other they compute for both branches
         if (loop_my_branch(r, b) || r->branch.ownership)
             r->model->dit->ops->prepare(r->model->dit, &r->branch, model_time, s->steps, r->job->guidance_scale,
-                                        tensor_rows(prompts[b].embeds, text.start, text.count), prompts[b].pooled,
-                                        &cond[b]);
+                                        prompts[b].embeds, prompts[b].pooled, &cond[b]);
 }
 
 void loop_exchange(struct run *r, struct tensor v[BRANCHES])

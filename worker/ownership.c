@@ -89,9 +89,13 @@ int64_t ownership_bytes(const struct weights *w, const struct plan *p, int rank)
 
 // ---- in a run
 
-int ownership_show(struct ownership *o, const struct weights *w, struct err *err)
+int ownership_show(struct ownership *o, struct exec *x, const struct weights *w, struct err *err)
 {
-    return o->sharded ? comm_open_memory(o->comm, true, weights_sharded(w, 0).piece, err) : 0;
+    if (!o->sharded)
+        return 0;
+    TRY(comm_open_memory(o->comm, true, err));
+    exec_tell_address(x, o->comm, weights_sharded(w, 0).piece, o->theirs);
+    return 0;
 }
 
 int ownership_hide(struct ownership *o, struct err *err)
@@ -128,7 +132,11 @@ static void gather(struct ownership *o, const struct weights *w, int block)
     const struct weights_sharded s = weights_sharded(w, block);
     const int64_t piece = ownership_piece(weights_unit_bytes(w, WEIGHTS_BLOCK, block), o->ranks);
     if (comm_memory_is_open(o->comm)) {
-        comm_fetch(o->comm, (char *)s.piece - (char *)weights_sharded(w, 0).piece, piece, s.buffer);
+        struct comm_lot lots[COMM_MAX_RANKS];
+        const int64_t offset = (char *)s.piece - (char *)weights_sharded(w, 0).piece;
+        for (int r = 0; r < o->ranks; r++)
+            lots[r] = (struct comm_lot){(const char *)o->theirs[r] + offset, (char *)s.buffer + r * piece, piece};
+        comm_fetch(o->comm, lots, false);
         return;
     }
     for (int r = 0; r < o->ranks; r++)
@@ -142,7 +150,7 @@ static void need(struct ownership *o, const struct weights *w, int block)
     const bool last = block + 1 == weights_count(w, WEIGHTS_BLOCK);
     if (o->coming != block)
         gather(o, w, block);
-    comm_fetched(o->comm);
+    comm_fetched(o->comm, false);
     o->coming = last ? -1 : block + 1;
     if (!last)
         gather(o, w, block + 1);

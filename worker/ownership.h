@@ -24,8 +24,9 @@ struct ownership {
     struct span blocks;           // that are whole here
     int once[COMM_MAX_RANKS + 1]; // rank r has modulations once[r] to once[r + 1]
     // In a run:
-    struct comm *comm; // the group's, for this alone: a backend may gather on a stream of its own
-    int coming;        // the block whose bytes are on their way; -1: none
+    struct comm *comm;                  // the group's, for this alone: a backend may gather on a stream of its own
+    const void *theirs[COMM_MAX_RANKS]; // where each has its parts, while devices fetch them
+    int coming;                         // the block whose bytes are on their way; -1: none
 };
 
 // Of a rank under a plan that is not replicated. w: as fetched (worker/weights.h).
@@ -40,7 +41,7 @@ int64_t ownership_piece(int64_t block_bytes, int ranks);
 
 // Sharded weights lie where they do from show to hide, and devices fetch others' parts from their memory where they
 // can. Called by all ranks. Of other weights: nothing to do.
-int ownership_show(struct ownership *o, const struct weights *w, struct err *err);
+int ownership_show(struct ownership *o, struct exec *x, const struct weights *w, struct err *err);
 int ownership_hide(struct ownership *o, struct err *err);
 // Whether this rank computes a modulation. o NULL: every rank computes all.
 bool ownership_computes(const struct ownership *o, int modulation);

@@ -40,7 +40,7 @@ static int denoise_shown(struct run *r, const struct prompt prompts[BRANCHES], c
 {
     if (r->dry)
         return denoise(r, prompts, noise, tokens, err);
-    TRY(ownership_show(&r->ownership, r->model->dit->weights, err));
+    TRY(ownership_show(&r->ownership, &r->branch, r->model->dit->weights, err));
     r->direct = comm_memory_is_open(r->world.comm);
     struct err late;
     const int rc = denoise(r, prompts, noise, tokens, err);

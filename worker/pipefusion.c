@@ -94,7 +94,7 @@ static int prepare(struct pipe *p, const struct prompt prompts[BRANCHES], const 
     p->blocks = plan_stage(&r->plan, p->info.blocks, p->stage);
     loop_schedule(r, &p->schedule);
     TRY(cut(p, err));
-    loop_condition(r, &p->schedule, prompts, p->whole.share.rows.text, p->cond);
+    loop_condition(r, &p->schedule, prompts, p->cond);
     for (int b = 0; b < r->branches; b++)
         if (loop_my_branch(r, b))
             TRY(keep(p, &p->kept[b], err));

@@ -18,6 +18,14 @@ void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job
     r->text_tokens = job->max_sequence_length;
 }
 
+// Whether ranks that share heads send less so (struct input_sharing). Another shape of a product may have another
+// algorithm, and other bits.
+static bool shares_inputs(const struct run *r)
+{
+    const int64_t number = (int64_t)dtype_size(r->branch.k->activation), sent = r->model->info.eight_bits ? 1 : number;
+    return r->plan.ulysses > 1 && r->plan.ulysses * sent < 3 * number && !r->plan.exact && !plan_in_patches(&r->plan);
+}
+
 // How rows meet and how the blocks are gone through under this plan. A new way to share one picture is a link or a
 // runner, and a line here.
 static void choose_ways(struct run *r)
@@ -27,7 +35,7 @@ static void choose_ways(struct run *r)
     const struct attention_link *over_rows = plan_in_patches(&r->plan) ? &r->stale
                                              : r->plan.ring > 1        ? &attention_ring
                                                                        : &attention_local;
-    r->ulysses = attention_ulysses;
+    r->ulysses = shares_inputs(r) ? attention_by_heads : attention_ulysses;
     r->ulysses.next = over_rows;
     r->ulysses.state = &r->usp;
     r->world.attention = r->decoding.attention = &attention_local;
@@ -74,6 +82,10 @@ int run_join(struct run *r, struct comm *group, struct err *err)
     TRY(comm_group(world, in_stage, stage, r->plan.pipe, &r->pipe, err));
     TRY(comm_group(r->branch.comm, place / u * u, 1, u, &r->usp.inside, err));
     TRY(comm_group(r->branch.comm, place % u, u, r->plan.ring, &r->usp.across, err));
+    if (shares_inputs(r)) {
+        r->sharing = (struct input_sharing){.comm = r->usp.inside, .first = place / u * u};
+        r->branch.sharing = &r->sharing;
+    }
     return r->plan.cfg == 2 ? comm_group(world, me - in_stage + place, ranks, 2, &r->pair, err) : 0;
 }
 

@@ -37,6 +37,7 @@ struct run {
     const struct runner *runner;
     struct ulysses_groups usp;     // within the branch: neighbours share heads, groups of them make a ring
     struct attention_link ulysses; // over usp
+    struct input_sharing sharing;  // of a plan that shares inputs, of the ranks of usp.inside
     struct comm *pair;             // the same rows of the other branch; NULL unless plan.cfg is 2
     struct ownership ownership;    // of a plan that is not replicated
     bool agreed;                   // all ranks know that the job ends here

@@ -118,7 +118,8 @@ struct product {
     enum dtype type, y_type;
     bool w_rows; // w is (k, n), rows of w_ld; else (n, k)
     int64_t x_ld, w_ld, y_ld, x_stride, w_stride, y_stride;
-    struct tensor bias; // (n) or none, any weight type
+    struct tensor bias;  // (n) or none, any weight type
+    int64_t bias_stride; // of a batch with bias
     enum act act;
     const float *x_scale, *w_scale; // E4M3: factors (m) and (n), both 16-byte aligned; or NULL: the bare sums
 };
@@ -159,11 +160,13 @@ void cuda_exchange(struct device *d, struct link *l, const char *what, int sends
 int cuda_link_check(struct link *l, struct err *err);
 void cuda_link_state(struct link *l, struct link_state *out);
 void cuda_link_abort(struct link *l);
-void cuda_link_export(struct link *l, const void *shown, void *to);
+void cuda_link_export(struct link *l, void *to);
 bool cuda_link_import(struct link *l, const void *all);
 void cuda_link_forget(struct link *l);
-void cuda_link_fetch(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes);
-void cuda_link_fetched(struct device *d, struct link *l);
+void cuda_link_fetch(struct device *d, struct link *l, int rank, const void *from, void *to, int64_t bytes,
+                     bool at_once);
+void cuda_link_fetched(struct device *d, struct link *l, bool at_once);
+void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks);
 // For record.c. What was exchanged since begin is in a recording, which is over now or was given up; each replay is one
 // more round of it.
 struct link_round;

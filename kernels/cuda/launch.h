@@ -179,8 +179,10 @@ bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct ten
 
 // ---- hopper/linear8.cu
 // y (m, n) bf16 or f16 = act(x w^T + bias); x (m, k) and w (n, k) I8 with their factors; n a multiple of 8, k of 16;
-// bias of y's type. False: other operands, or another activation than none and gelu_tanh, and nothing was done.
+// bias of y's type. Or w is (run, k), the first of several that lie `apart` rows from each other, as do their factors
+// and biases, and n of them all. False: other operands, or another activation than none and gelu_tanh, and nothing was
+// done.
 bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tensor x, struct tensor w,
-                    struct tensor bias, enum act act);
+                    struct tensor bias, int64_t apart, enum act act);
 
 #endif

@@ -45,8 +45,42 @@ static struct product product_of(struct tensor y, struct tensor x, struct tensor
                             .w_scale = w.scale};
 }
 
+// Elements between parts that lie evenly apart, biases as the weights' rows do; 0: they do not.
+static int64_t rows_apart(const struct linear *w)
+{
+    const int64_t row = w->w[0].ld * (int64_t)dtype_size(w->w[0].dtype);
+    const int64_t apart = w->parts < 2 ? 0 : ((char *)w->w[1].data - (char *)w->w[0].data) / row;
+    bool even = apart > 0;
+    for (int i = 0; i < w->parts && even; i++) {
+        const struct tensor t = w->w[i], b = w->b[i], first = w->b[0];
+        even = t.n[0] == w->w[0].n[0] && t.ld == w->w[0].ld && t.dtype == w->w[0].dtype &&
+               (char *)t.data == (char *)w->w[0].data + i * apart * row &&
+               (!t.scale || t.scale == w->w[0].scale + i * apart) && tensor_none(b) == tensor_none(first) &&
+               (tensor_none(b) || (b.dtype == first.dtype &&
+                                   (char *)b.data == (char *)first.data + i * apart * (int64_t)dtype_size(b.dtype)));
+    }
+    return even ? apart : 0;
+}
+
+// As one product of so many; false: nothing was done.
+static bool linear_batched(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
+{
+    const int64_t apart = rows_apart(w), n = w->w[0].n[0];
+    if (apart == 0 || w->w[0].dtype != d->type || n == 0)
+        return false;
+    struct product p = product_of(tensor_cols(y, 0, n), x, w->w[0], w->b[0], act);
+    p.batch = w->parts;
+    p.w_stride = apart * w->w[0].ld;
+    p.y_stride = n;
+    p.bias_stride = apart;
+    const int64_t epilogue = cuda_epilogue(&p);
+    return epilogue >= 0 && cuda_product_library(d, &p, epilogue, false);
+}
+
 static void linear_parts(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
 {
+    if (linear_batched(d, y, x, w, act))
+        return;
     for (int64_t i = 0, column = 0; i < w->parts; column += w->w[i++].n[0]) {
         struct tensor weight = operand(d, w->w[i]), part = tensor_cols(y, column, w->w[i].n[0]);
         if (!weight.data)
@@ -146,13 +180,17 @@ static bool linear_e4m3(struct device *d, struct tensor y, struct tensor x, stru
 
 static void linear_codes(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
 {
-    const struct tensor w = l->w[0], bias = l->b[0], q = quantised(d, x, w.dtype);
+    const struct tensor q = quantised(d, x, l->w[0].dtype);
     if (!q.data)
         return;
-    if (w.dtype == DT_E4M3 ? linear_e4m3(d, y, q, w, bias, act)
-                           : cuda_hopper(d) && launch_linear8(d->stream, d->processors, y, q, w, bias, act))
+    if (l->w[0].dtype == DT_I8 && cuda_hopper(d) &&
+        launch_linear8(d->stream, d->processors, y, q, l->w[0], l->b[0], rows_apart(l), act))
         return;
-    linear_by_sums(d, y, q, w, bias, act);
+    for (int64_t i = 0, column = 0; i < l->parts; column += l->w[i++].n[0]) {
+        const struct tensor part = tensor_cols(y, column, l->w[i].n[0]);
+        if (l->w[i].dtype != DT_E4M3 || !linear_e4m3(d, part, q, l->w[i], l->b[i], act))
+            linear_by_sums(d, part, q, l->w[i], l->b[i], act);
+    }
 }
 
 // A profile tells the shapes apart: rows x outputs x inputs.

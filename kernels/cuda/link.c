@@ -292,6 +292,15 @@ static bool enter(struct device *d, struct link *l)
     return true;
 }
 
+// One exchange more was queued.
+static void begun(struct device *d, struct link *l, const char *what)
+{
+    const uint64_t number = atomic_load(&l->begun);
+    atomic_store(&l->names[number % NAMES], what);
+    atomic_store(&l->begun, number + 1);
+    cuda_launched(d, what);
+}
+
 void cuda_exchange(struct device *d, struct link *l, const char *what, int sends, const struct link_piece *send,
                    int recvs, const struct link_piece *recv)
 {
@@ -301,19 +310,16 @@ void cuda_exchange(struct device *d, struct link *l, const char *what, int sends
         peers_exchange(l->peers, what, sends, send, recvs, recv);
     else
         through_nccl(l, what, sends, send, recvs, recv);
-    const uint64_t number = atomic_load(&l->begun);
-    atomic_store(&l->names[number % NAMES], what);
-    atomic_store(&l->begun, number + 1);
-    cuda_launched(d, what);
+    begun(d, l, what);
 }
 
 // ---- memory that others write
 
-void cuda_link_export(struct link *l, const void *shown, void *to)
+void cuda_link_export(struct link *l, void *to)
 {
     memset(to, 0, LINK_EXPORT_BYTES);
     if (l->peers)
-        peers_export(l->peers, shown, to);
+        peers_export(l->peers, to);
 }
 
 bool cuda_link_import(struct link *l, const void *all)
@@ -327,18 +333,27 @@ void cuda_link_forget(struct link *l)
         peers_forget(l->peers);
 }
 
-void cuda_link_fetch(struct device *d, struct link *l, int rank, int64_t offset, void *to, int64_t bytes)
+void cuda_link_fetch(struct device *d, struct link *l, int rank, const void *from, void *to, int64_t bytes,
+                     bool at_once)
 {
     if (!enter(d, l))
         return;
-    peers_fetch(l->peers, rank, offset, to, bytes);
+    peers_fetch(l->peers, rank, from, to, bytes, at_once);
 }
 
-void cuda_link_fetched(struct device *d, struct link *l)
+void cuda_link_fetched(struct device *d, struct link *l, bool at_once)
 {
     if (!enter(d, l))
         return;
-    peers_fetched(l->peers);
+    peers_fetched(l->peers, at_once);
+}
+
+void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks)
+{
+    if (!enter(d, l))
+        return;
+    peers_meet(l->peers, n, ranks);
+    begun(d, l, "meeting");
 }
 
 // ---- how far it is

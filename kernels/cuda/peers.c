@@ -13,7 +13,6 @@ struct exported {
         cudaIpcMemHandle_t handle;
         uint64_t base, bytes; // bytes 0: none
     } block[EXPORTED];
-    const char *shown; // as that rank sees it; NULL: nothing
 };
 _Static_assert(sizeof(struct exported) <= LINK_EXPORT_BYTES, "what is exported fits its room");
 
@@ -24,10 +23,15 @@ struct peers {
     bool ready;
     struct peer_exchange fixed; // what all exchanges have in common
     void *opened[PEERS][EXPORTED];
-    struct peer_map *map; // on the device: (PEERS, DEVICE_BLOCKS)
-    // What ranks show, as this one sees it; what of it is still to be fetched, and where the copies go on, beside the
-    // device's stream, by its copy engines.
-    const char *shown[PEERS];
+    struct peer_map seen[PEERS][DEVICE_BLOCKS], *map; // map: the same on the device
+    // Where copies go on, beside the device's stream, by its copy engines: those that have time, and those at once.
+    struct lane {
+        cudaStream_t stream;
+        cudaEvent_t join;
+        bool used; // since it was joined
+    } lanes[2];
+    cudaEvent_t fork;
+    // What has time is still to be fetched:
     struct fetch {
         char *to;
         const char *from;
@@ -35,9 +39,16 @@ struct peers {
     } fetch[PEERS];
     int fetches;
     unsigned exchanges, expected; // since the first fetch in hand; so many were there the last time
-    cudaStream_t beside;
-    cudaEvent_t fork, join;
 };
+
+static bool make_lanes(struct peers *p)
+{
+    bool fine = cudaEventCreateWithFlags(&p->fork, cudaEventDisableTiming) == cudaSuccess;
+    for (int i = 0; i < 2; i++)
+        fine = fine && cudaStreamCreateWithFlags(&p->lanes[i].stream, cudaStreamNonBlocking) == cudaSuccess &&
+               cudaEventCreateWithFlags(&p->lanes[i].join, cudaEventDisableTiming) == cudaSuccess;
+    return fine;
+}
 
 struct peers *peers_new(struct device *d, int rank, int ranks, struct link_clock *clock, struct link_mark *mark)
 {
@@ -51,10 +62,7 @@ struct peers *peers_new(struct device *d, int rank, int ranks, struct link_clock
     // A board has the allocation's whole granule: it is exported.
     if (!*p->host || cudaMalloc((void **)&x->mine, DEVICE_GRANULE) != cudaSuccess ||
         cudaMalloc((void **)&x->counts, sizeof *x->counts) != cudaSuccess ||
-        cudaMalloc((void **)&p->map, PEERS * DEVICE_BLOCKS * sizeof *p->map) != cudaSuccess ||
-        cudaStreamCreateWithFlags(&p->beside, cudaStreamNonBlocking) != cudaSuccess ||
-        cudaEventCreateWithFlags(&p->fork, cudaEventDisableTiming) != cudaSuccess ||
-        cudaEventCreateWithFlags(&p->join, cudaEventDisableTiming) != cudaSuccess ||
+        cudaMalloc((void **)&p->map, PEERS * DEVICE_BLOCKS * sizeof *p->map) != cudaSuccess || !make_lanes(p) ||
         cudaMemsetAsync(x->mine, 0, sizeof *x->mine, d->stream) != cudaSuccess ||
         cudaMemsetAsync(x->counts, 0, sizeof *x->counts, d->stream) != cudaSuccess ||
         cudaStreamSynchronize(d->stream) != cudaSuccess) {
@@ -76,16 +84,18 @@ void peers_free(struct peers *p)
     cudaFree(p->map);
     if (p->fork)
         cudaEventDestroy(p->fork);
-    if (p->join)
-        cudaEventDestroy(p->join);
-    if (p->beside)
-        cudaStreamDestroy(p->beside);
+    for (int i = 0; i < 2; i++) {
+        if (p->lanes[i].join)
+            cudaEventDestroy(p->lanes[i].join);
+        if (p->lanes[i].stream)
+            cudaStreamDestroy(p->lanes[i].stream);
+    }
     free(p);
 }
 
 // ---- whose memory is where
 
-void peers_export(struct peers *p, const void *shown, void *to)
+void peers_export(struct peers *p, void *to)
 {
     struct exported all = {.host = ""};
     const struct device *d = p->d;
@@ -102,13 +112,12 @@ void peers_export(struct peers *p, const void *shown, void *to)
     }
     if (fine)
         memcpy(all.host, p->host, sizeof all.host);
-    all.shown = shown;
     cudaGetLastError();
     memset(to, 0, LINK_EXPORT_BYTES);
     memcpy(to, &all, sizeof all);
 }
 
-static bool open_blocks(struct peers *p, int rank, const struct exported *e, struct peer_map *map)
+static bool open_blocks(struct peers *p, int rank, const struct exported *e)
 {
     for (int i = 0; i < EXPORTED; i++) {
         if (e->block[i].bytes == 0)
@@ -122,29 +131,23 @@ static bool open_blocks(struct peers *p, int rank, const struct exported *e, str
         if (i == BOARD)
             p->fixed.theirs[rank] = p->opened[rank][i];
         else
-            map[i] = (struct peer_map){e->block[i].base, e->block[i].bytes, p->opened[rank][i]};
-        const uint64_t at = (uint64_t)(uintptr_t)e->shown - e->block[i].base; // beyond the block, where it is not in it
-        if (at < e->block[i].bytes)
-            p->shown[rank] = (const char *)p->opened[rank][i] + at;
+            p->seen[rank][i] = (struct peer_map){e->block[i].base, e->block[i].bytes, p->opened[rank][i]};
     }
     return p->fixed.theirs[rank] != NULL;
 }
 
 bool peers_import(struct peers *p, const void *all)
 {
-    struct peer_map map[PEERS][DEVICE_BLOCKS] = {0};
     bool fine = true;
     peers_forget(p);
     cuda_enter(p->d);
     for (int r = 0; r < p->ranks && fine; r++) {
         struct exported e;
         memcpy(&e, (const char *)all + r * LINK_EXPORT_BYTES, sizeof e);
-        if (r == p->rank)
-            p->shown[r] = e.shown;
-        fine = strcmp(e.host, p->host) == 0 && (r == p->rank || open_blocks(p, r, &e, map[r]));
+        fine = strcmp(e.host, p->host) == 0 && (r == p->rank || open_blocks(p, r, &e));
     }
     if (fine)
-        fine = cudaMemcpyAsync(p->map, map, sizeof map, cudaMemcpyDefault, p->d->stream) == cudaSuccess &&
+        fine = cudaMemcpyAsync(p->map, p->seen, sizeof p->seen, cudaMemcpyDefault, p->d->stream) == cudaSuccess &&
                cudaStreamSynchronize(p->d->stream) == cudaSuccess;
     p->ready = fine;
     if (!fine)
@@ -157,7 +160,8 @@ void peers_forget(struct peers *p)
     cuda_enter(p->d);
     if (p->ready) {
         cudaStreamSynchronize(p->d->stream);
-        cudaStreamSynchronize(p->beside);
+        for (int i = 0; i < 2; i++)
+            cudaStreamSynchronize(p->lanes[i].stream);
     }
     for (int r = 0; r < PEERS; r++) {
         for (int i = 0; i < EXPORTED; i++) {
@@ -166,8 +170,8 @@ void peers_forget(struct peers *p)
             p->opened[r][i] = NULL;
         }
         p->fixed.theirs[r] = NULL;
-        p->shown[r] = NULL;
     }
+    memset(p->seen, 0, sizeof p->seen);
     p->fetches = 0;
     p->ready = false;
 }
@@ -177,23 +181,29 @@ bool peers_ready(const struct peers *p)
     return p && p->ready;
 }
 
-// ---- what they show
-// Copies and exchanges share the way between GPUs, and who waits for an exchange computes nothing. So a copy is made in
-// parts: one at once, one after each exchange but the last, of as many as there were the last time, and the rest, half
-// of it, after that.
+// ---- fetching
+// Copies and exchanges share the way between GPUs, and who waits for an exchange computes nothing. So a copy that has
+// time is made in parts: one at once, one after each exchange but the last, of as many as there were the last time, and
+// the rest, half of it, after that.
 
-static void fetch_more(struct peers *p, int first, bool all)
+static bool copy_beside(struct peers *p, struct lane *l, void *to, const void *from, int64_t bytes)
 {
     static const char what[] = "fetching from another rank's memory";
     struct device *d = p->d;
+    l->used = true;
+    return cuda_ok(d, cudaEventRecord(p->fork, d->stream), what) &&
+           cuda_ok(d, cudaStreamWaitEvent(l->stream, p->fork, 0), what) &&
+           cuda_ok(d, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, l->stream), what);
+}
+
+static void fetch_more(struct peers *p, int first, bool all)
+{
     for (int i = first; i < p->fetches; i++) {
         struct fetch *f = &p->fetch[i];
         const int64_t bytes = all || f->left < f->part ? f->left : f->part;
         if (bytes == 0)
             continue;
-        if (!cuda_ok(d, cudaEventRecord(p->fork, d->stream), what) ||
-            !cuda_ok(d, cudaStreamWaitEvent(p->beside, p->fork, 0), what) ||
-            !cuda_ok(d, cudaMemcpyAsync(f->to, f->from, (size_t)bytes, cudaMemcpyDeviceToDevice, p->beside), what))
+        if (!copy_beside(p, &p->lanes[false], f->to, f->from, bytes))
             return;
         f->to += bytes;
         f->from += bytes;
@@ -201,12 +211,31 @@ static void fetch_more(struct peers *p, int first, bool all)
     }
 }
 
-void peers_fetch(struct peers *p, int rank, int64_t offset, void *to, int64_t bytes)
+// Where this process sees what a rank has at that address; NULL: nowhere.
+static const char *seen_at(const struct peers *p, int rank, const void *address)
+{
+    const char *found = rank == p->rank ? address : NULL;
+    for (int i = 0; i < DEVICE_BLOCKS && !found; i++) {
+        const uint64_t at = (uint64_t)(uintptr_t)address - p->seen[rank][i].base; // beyond it, where it is not in it
+        if (at < p->seen[rank][i].bytes)
+            found = (const char *)p->seen[rank][i].mapped + at;
+    }
+    return found;
+}
+
+void peers_fetch(struct peers *p, int rank, const void *from, void *to, int64_t bytes, bool at_once)
 {
     enum { GRAIN = 4096 };
-    if (!p->ready || !p->shown[rank] || p->fetches == PEERS) {
-        check_fail(&p->d->check, ERR_INTERNAL, "rank %d shows nothing, or more is fetched at once than there are ranks",
+    const char *seen = p->ready ? seen_at(p, rank, from) : NULL;
+    if (seen == to)
+        return; // one's own, in its place
+    if (!seen || (!at_once && p->fetches == PEERS)) {
+        check_fail(&p->d->check, ERR_INTERNAL, "rank %d has nothing there, or more is fetched than there are ranks",
                    rank);
+        return;
+    }
+    if (at_once) {
+        copy_beside(p, &p->lanes[true], to, seen, bytes);
         return;
     }
     if (p->fetches == 0) {
@@ -214,17 +243,21 @@ void peers_fetch(struct peers *p, int rank, int64_t offset, void *to, int64_t by
         p->exchanges = 0;
     }
     const int64_t part = p->expected ? bytes / (2 * p->expected) / GRAIN * GRAIN : bytes;
-    p->fetch[p->fetches++] = (struct fetch){to, p->shown[rank] + offset, bytes, part};
+    p->fetch[p->fetches++] = (struct fetch){to, seen, bytes, part};
     fetch_more(p, p->fetches - 1, false);
 }
 
-void peers_fetched(struct peers *p)
+void peers_fetched(struct peers *p, bool at_once)
 {
     static const char what[] = "what was fetched";
-    fetch_more(p, 0, true);
-    p->fetches = 0;
-    if (cuda_ok(p->d, cudaEventRecord(p->join, p->beside), what))
-        cuda_ok(p->d, cudaStreamWaitEvent(p->d->stream, p->join, 0), what);
+    struct lane *l = &p->lanes[at_once];
+    if (!at_once) {
+        fetch_more(p, 0, true);
+        p->fetches = 0;
+    }
+    if (l->used && cuda_ok(p->d, cudaEventRecord(l->join, l->stream), what))
+        cuda_ok(p->d, cudaStreamWaitEvent(p->d->stream, l->join, 0), what);
+    l->used = false;
 }
 
 // ---- an exchange
@@ -309,4 +342,13 @@ void peers_exchange(struct peers *p, const char *what, int sends, const struct l
     launch_peer_exchange(p->d->stream, &x, p->d->processors);
     p->exchanges++;
     fetch_more(p, 0, p->exchanges >= p->expected);
+}
+
+void peers_meet(struct peers *p, int n, const int *ranks)
+{
+    struct peer_exchange x = p->fixed;
+    for (int i = 0; i < n; i++)
+        x.from |= ranks[i] == p->rank ? 0 : 1U << ranks[i];
+    x.to = x.from;
+    launch_peer_exchange(p->d->stream, &x, p->d->processors);
 }

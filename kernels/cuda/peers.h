@@ -10,12 +10,13 @@ struct peers;
 // NULL: these ranks cannot be peers.
 struct peers *peers_new(struct device *d, int rank, int ranks, struct link_clock *clock, struct link_mark *mark);
 void peers_free(struct peers *p);
-// As link_export, link_import, link_forget, link_fetch and link_fetched of kernels.h.
-void peers_export(struct peers *p, const void *shown, void *to);
+// As link_export, link_import, link_forget, link_fetch, link_fetched and link_meet of kernels.h.
+void peers_export(struct peers *p, void *to);
 bool peers_import(struct peers *p, const void *all);
 void peers_forget(struct peers *p);
-void peers_fetch(struct peers *p, int rank, int64_t offset, void *to, int64_t bytes);
-void peers_fetched(struct peers *p);
+void peers_fetch(struct peers *p, int rank, const void *from, void *to, int64_t bytes, bool at_once);
+void peers_fetched(struct peers *p, bool at_once);
+void peers_meet(struct peers *p, int n, const int *ranks);
 // Whether all have imported: then each exchange goes this way.
 bool peers_ready(const struct peers *p);
 void peers_exchange(struct peers *p, const char *what, int sends, const struct link_piece *send, int recvs,

@@ -119,6 +119,9 @@ static bool point_at(struct shape *s, const struct product *p)
     if ((s->key.epilogue == CUBLASLT_EPILOGUE_BIAS || s->key.epilogue == CUBLASLT_EPILOGUE_GELU_BIAS) &&
         cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias) != 0)
         return false;
+    if (p->bias_stride && cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE,
+                                                         &p->bias_stride, sizeof p->bias_stride) != 0)
+        return false;
     return !s->key.factors || (cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
                                                               &p->w_scale, sizeof p->w_scale) == 0 &&
                                cublasLtMatmulDescSetAttribute(&s->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,

@@ -50,6 +50,7 @@ struct bed {
     struct comm *comm;           // by which tensors are exchanged: one of the two
     void *mail[MAILS];           // what is said, heard and fetched: mail_bytes each
     int64_t mail_bytes;
+    const void *theirs[COMM_MAX_RANKS]; // what each rank says, where that rank has it
     struct invention *invention;
     void *blocks[MAX_BLOCKS];
     int n_blocks;
@@ -299,7 +300,7 @@ static int time_collective(struct bed *b, int64_t rows, struct findings *f, stru
 
 static int measure_collective(struct bed *b, int64_t rows, struct findings *f, struct err *err)
 {
-    TRY(comm_open_memory(b->comm, true, NULL, err));
+    TRY(comm_open_memory(b->comm, true, err));
     TRY(time_collective(b, rows, f, err));
     return comm_close_memory(b->comm, err);
 }
@@ -386,7 +387,7 @@ static int time_exchanges(struct bed *b, struct findings *f, struct err *err)
 
 static int measure_exchange(struct bed *b, struct findings *f, struct err *err)
 {
-    TRY(comm_open_memory(b->comm, true, NULL, err));
+    TRY(comm_open_memory(b->comm, true, err));
     TRY(time_exchanges(b, f, err));
     return comm_close_memory(b->comm, err);
 }
@@ -407,9 +408,12 @@ static void layer(const struct bed *b, const struct kernels *k, struct device *d
 // The next one's shards come meanwhile.
 static void layer_and_shards(const struct bed *b, const struct kernels *k, struct device *d, int64_t rows)
 {
-    comm_fetch(b->comm, 0, b->shards, b->mail[FETCHED]);
+    struct comm_lot lots[COMM_MAX_RANKS];
+    for (int r = 0; r < comm_size(b->comm); r++)
+        lots[r] = (struct comm_lot){b->theirs[r], (char *)b->mail[FETCHED] + r * b->shards, b->shards};
+    comm_fetch(b->comm, lots, false);
     layer(b, k, d, rows);
-    comm_fetched(b->comm);
+    comm_fetched(b->comm, false);
 }
 
 // All ranks fetch as much: what alone would take about half as long as the layer, as of FLUX.1 on two GPUs with NVLink.
@@ -442,6 +446,16 @@ static int time_beside(struct bed *b, int64_t rows, struct findings *f, struct e
     return comm_check(b->comm, err);
 }
 
+static int tell_addresses(struct bed *b, struct err *err)
+{
+    int64_t counts[COMM_MAX_RANKS];
+    const void *mine = b->mail[OUT];
+    for (int r = 0; r < comm_size(b->control); r++)
+        counts[r] = sizeof mine;
+    comm_all_gather(b->control, &mine, b->theirs, counts);
+    return comm_check(b->control, err);
+}
+
 // GPUs that cannot reach each other's memory wait for shards as for anything.
 static int measure_beside(struct bed *b, enum dtype codes, struct findings *f, struct err *err)
 {
@@ -449,7 +463,9 @@ static int measure_beside(struct bed *b, enum dtype codes, struct findings *f, s
     double all = 1;
     int rc = make_bed(b, size->rows[1], size->width, size->head_dim, codes, err);
     if (rc == 0)
-        rc = comm_open_memory(b->comm, true, b->mail[OUT], err);
+        rc = comm_open_memory(b->comm, true, err);
+    if (rc == 0)
+        rc = tell_addresses(b, err);
     if (rc == 0 && !comm_memory_is_open(b->comm))
         f->beside = found_of(&all, 1);
     else if (rc == 0)

@@ -138,7 +138,7 @@ static void pass(struct reference *f, int step, int64_t first, int64_t count)
     f->memory.first = first;
     f->memory.count = count;
     const struct dit_rows rows = {
-        .text = {0, text}, .image = {from, n}, .rope = rope, .of_rank = &count, .text_of_rank = &text};
+        .text = {0, text}, .image = {from, n}, .rope = rope, .of_rank = &count, .projected_text = text};
     struct dit_pass p = {.cond = &f->cond, .rows = &rows, .hidden = exec_tensor(&f->x, 2, count, f->info.hidden, 1, 1)};
     struct tensor x = tensor_2d(f->latents + from * f->info.channels, DT_F32, n, f->info.channels);
     struct tensor v = exec_tensor(&f->x, 2, n, f->info.channels, 1, 1);

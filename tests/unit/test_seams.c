@@ -77,7 +77,7 @@ static void toy_run(const struct runner *self, const struct dit *m, struct exec 
                                        .image = {rows->image.start + image.start, image.count},
                                        .rope = tensor_rows(rows->rope, toy->at, count),
                                        .of_rank = &count,
-                                       .text_of_rank = &text_here};
+                                       .projected_text = text_here};
         pass(m, x, cond, &patch, step, tensor_rows(tokens, image.start, image.count),
              tensor_rows(out, image.start, image.count));
     }

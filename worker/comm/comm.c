@@ -10,7 +10,7 @@
 static const char *const op_names[] = {
     [COMM_BARRIER] = "barrier",     [COMM_ALL_TO_ALL] = "all_to_all", [COMM_ALL_GATHER] = "all_gather",
     [COMM_BROADCAST] = "broadcast", [COMM_GROUP] = "group",           [COMM_EXCHANGE] = "exchange",
-    [COMM_FETCH] = "fetch",
+    [COMM_FETCH] = "fetch",         [COMM_MEET] = "meeting",
 };
 
 void comm_init(struct comm *c, const struct comm_ops *ops, int rank, int size, struct abort_note *note)
@@ -52,9 +52,9 @@ void comm_set_timeout(struct comm *c, int timeout_ms)
         c->ops->set_timeout(c->root, timeout_ms);
 }
 
-int comm_open_memory(struct comm *c, bool willing, const void *shown, struct err *err)
+int comm_open_memory(struct comm *c, bool willing, struct err *err)
 {
-    return c->ops->open_memory ? c->ops->open_memory(c, willing, shown, err) : 0;
+    return c->ops->open_memory ? c->ops->open_memory(c, willing, err) : 0;
 }
 
 int comm_close_memory(struct comm *c, struct err *err)
@@ -216,23 +216,34 @@ void comm_all_gather(struct comm *c, const void *send, void *recv, const int64_t
     end(c);
 }
 
-void comm_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to)
+static bool memory_is_open(struct comm *c, enum comm_op op)
 {
-    if (!begin(c, COMM_FETCH))
+    if (!comm_memory_is_open(c))
+        comm_fail(c, ERR_INTERNAL, op, "no memory is open");
+    return c->root->error.code == ERR_NONE;
+}
+
+void comm_fetch(struct comm *c, const struct comm_lot *lots, bool at_once)
+{
+    if (!begin(c, COMM_FETCH) || !memory_is_open(c, COMM_FETCH))
         return;
-    if (!comm_memory_is_open(c)) {
-        comm_fail(c, ERR_INTERNAL, COMM_FETCH, "no memory is open");
-        return;
-    }
-    comm_count_sent(c, bytes * (c->size - 1)); // each other rank fetches as much from here
-    c->ops->fetch(c, offset, bytes, to);
+    comm_count_sent(c, lots[c->rank].bytes * (c->size - 1)); // each other rank fetches as much from here
+    c->ops->fetch(c, lots, at_once);
     end(c);
 }
 
-void comm_fetched(struct comm *c)
+void comm_meet(struct comm *c)
+{
+    if (!begin(c, COMM_MEET) || !memory_is_open(c, COMM_MEET))
+        return;
+    c->ops->meet(c);
+    end(c);
+}
+
+void comm_fetched(struct comm *c, bool at_once)
 {
     if (c->root->error.code == ERR_NONE && comm_memory_is_open(c))
-        c->ops->fetched(c);
+        c->ops->fetched(c, at_once);
 }
 
 bool comm_on_device(const struct comm *c)

@@ -78,16 +78,23 @@ int comm_dry_new(int rank, int size, bool linked, struct comm **out, struct err 
 // round. A collective that waits for more than the timeout (at first 5 minutes) aborts both.
 // Where ranks can write each other's memory, opening it makes exchanges faster; any memory of the device that a message
 // comes to is allocated before, and freed after it was closed. Called by all ranks at once; others have nothing to
-// open. Unless each is willing, nothing is opened. shown: what others may fetch of this rank's, which nobody writes
-// meanwhile; NULL: nothing.
-int comm_open_memory(struct comm *c, bool willing, const void *shown, struct err *err);
+// open. Unless each is willing, nothing is opened.
+int comm_open_memory(struct comm *c, bool willing, struct err *err);
 int comm_close_memory(struct comm *c, struct err *err);
 bool comm_memory_is_open(struct comm *c);
-// While it is open: `bytes` from offset on of what each rank shows, this one among them, come to `to` one after the
-// other in rank order, beside what the device does, once what is queued so far is done. Called by all ranks, but none
-// waits for another. What is queued after comm_fetched finds them; where no memory is open it does nothing.
-void comm_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to);
-void comm_fetched(struct comm *c);
+// While it is open: what each rank, this one among them, has at an address of its own comes here, beside what the
+// device does, once what is queued so far is done. Called by all ranks, but none waits for another: what they fetch is
+// not written meanwhile. lots: (ranks). at_once: before anything else; else where there is room between exchanges. What
+// is queued after comm_fetched finds those of its kind; where no memory is open it does nothing.
+struct comm_lot {
+    const void *from; // in that rank's memory
+    void *to;
+    int64_t bytes;
+};
+void comm_fetch(struct comm *c, const struct comm_lot *lots, bool at_once);
+void comm_fetched(struct comm *c, bool at_once);
+// While it is open: what is queued from here on is done after what every rank queued before.
+void comm_meet(struct comm *c);
 int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
                   struct err *err);
 

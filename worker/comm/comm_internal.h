@@ -9,7 +9,16 @@
 #include "worker/comm/comm.h"
 
 struct message;
-enum comm_op { COMM_BARRIER, COMM_ALL_TO_ALL, COMM_ALL_GATHER, COMM_BROADCAST, COMM_GROUP, COMM_EXCHANGE, COMM_FETCH };
+enum comm_op {
+    COMM_BARRIER,
+    COMM_ALL_TO_ALL,
+    COMM_ALL_GATHER,
+    COMM_BROADCAST,
+    COMM_GROUP,
+    COMM_EXCHANGE,
+    COMM_FETCH,
+    COMM_MEET
+};
 
 // Called with checked arguments, never after a failure. A failure is told by comm_fail.
 struct comm_ops {
@@ -24,12 +33,13 @@ struct comm_ops {
     // Makes the backend's struct with rank and size set; comm.c links it to root and parent.
     int (*group)(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
     struct comm_times (*times)(struct comm *c); // NULL: as the host's clock has them
-    // NULL, as the four after it: there is none
-    int (*open_memory)(struct comm *c, bool willing, const void *shown, struct err *err);
+    // NULL, as the five after it: there is none
+    int (*open_memory)(struct comm *c, bool willing, struct err *err);
     int (*close_memory)(struct comm *c, struct err *err);
     bool (*memory_is_open)(struct comm *c);
-    void (*fetch)(struct comm *c, int64_t offset, int64_t bytes, void *to);
-    void (*fetched)(struct comm *c);
+    void (*fetch)(struct comm *c, const struct comm_lot *lots, bool at_once);
+    void (*fetched)(struct comm *c, bool at_once);
+    void (*meet)(struct comm *c);
     void (*set_timeout)(struct comm *c, int timeout_ms); // NULL: the backend reads the root's
     void (*wake)(struct comm *c);                        // an abort was noted: nobody may sleep through it. Any thread.
     void (*free)(struct comm *c);

@@ -161,7 +161,7 @@ static int import_all(struct link_world *w, const char *exports, struct err *err
     return 0;
 }
 
-static int link_open_memory(struct comm *c, bool willing, const void *shown, struct err *err)
+static int link_open_memory(struct comm *c, bool willing, struct err *err)
 {
     struct link_world *w = link_of(c)->world;
     char mine[LINK_EXPORT_BYTES] = {0}, *all;
@@ -172,7 +172,7 @@ static int link_open_memory(struct comm *c, bool willing, const void *shown, str
         return err_set(err, ERR_NO_MEMORY, "no memory for a link");
     }
     if (willing)
-        w->k->link_export(w->link, shown, mine);
+        w->k->link_export(w->link, mine);
     int rc = tell_all(w, mine, all, sizeof mine, err);
     if (rc == 0)
         rc = import_all(w, all, err);
@@ -198,17 +198,28 @@ static bool link_memory_is_open(struct comm *c)
     return state.direct;
 }
 
-static void link_fetch(struct comm *c, int64_t offset, int64_t bytes, void *to)
+static void link_fetch(struct comm *c, const struct comm_lot *lots, bool at_once)
 {
     const struct link_world *w = link_of(c)->world;
     for (int r = 0; r < c->size; r++)
-        w->k->link_fetch(w->d, w->link, world_rank(link_of(c), r), offset, (char *)to + r * bytes, bytes);
+        if (lots[r].bytes > 0)
+            w->k->link_fetch(w->d, w->link, world_rank(link_of(c), r), lots[r].from, lots[r].to, lots[r].bytes,
+                             at_once);
 }
 
-static void link_fetched(struct comm *c)
+static void link_fetched(struct comm *c, bool at_once)
 {
     const struct link_world *w = link_of(c)->world;
-    w->k->link_fetched(w->d, w->link);
+    w->k->link_fetched(w->d, w->link, at_once);
+}
+
+static void link_meet(struct comm *c)
+{
+    const struct link_world *w = link_of(c)->world;
+    int ranks[COMM_MAX_RANKS];
+    for (int r = 0; r < c->size; r++)
+        ranks[r] = world_rank(link_of(c), r);
+    w->k->link_meet(w->d, w->link, c->size, ranks);
 }
 
 static void link_set_timeout(struct comm *c, int timeout_ms)
@@ -242,6 +253,7 @@ static const struct comm_ops link_ops = {
     .memory_is_open = link_memory_is_open,
     .fetch = link_fetch,
     .fetched = link_fetched,
+    .meet = link_meet,
     .set_timeout = link_set_timeout,
     .free = link_free,
 };

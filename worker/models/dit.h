@@ -12,18 +12,20 @@ struct dit; // a loaded model; each model file has its own
 
 // What one prompt contributes to every step: prepared once before the loop, kept in the arena.
 struct dit_cond {
-    struct tensor text; // (text rows of this rank, hidden) the prompt, embedded
+    struct tensor text; // (text rows of the whole, hidden) the prompt, embedded
     struct tensor mod;  // (steps, width) every block's modulation at every step: they depend on time and prompt alone
     struct tensor now;  // (1, width) the row of the step in hand, which dit_step puts there: every step reads it at one
                         // address, so that a step can be recorded once and replayed
 };
 
-// The rows a pass carries: text rows first, then image rows. Spans count within the whole text and image.
+// The rows a pass carries: text rows first, then image rows. Spans count within the whole text and image. Ranks have
+// rows that follow each other: none has text behind another's image.
 struct dit_rows {
     struct span text, image;
-    struct tensor rope;          // (text.count + image.count, head_dim / 2, 2) cosines and sines of their positions
-    const int64_t *of_rank;      // rows that each rank of x->comm carries in this pass
-    const int64_t *text_of_rank; // the text rows among them
+    const int64_t *of_rank; // rows that each rank of x->comm carries in this pass
+    // Of the rows that this rank projects to queries, keys and values, its own or more (exec_attention_input):
+    int64_t projected_text; // how many are text; they come first
+    struct tensor rope;     // (rows, head_dim / 2, 2) cosines and sines of their positions
 };
 
 struct dit_pass {
@@ -43,12 +45,13 @@ struct dit_info {
     int64_t channels;      // of an image token, in and out
     int64_t position_axes; // numbers in a position id
     int64_t text_dim, pooled_dim;
-    bool guidance; // takes the distilled guidance scale
+    bool guidance;   // takes the distilled guidance scale
+    bool eight_bits; // attentions read rows of 8 bits
 };
 
 struct dit_ops {
     void (*info)(const struct dit *m, struct dit_info *out);
-    // sigmas[steps] of the schedule, 1 to 0; prompt (text rows of this rank, text_dim); pooled (1, pooled_dim).
+    // sigmas[steps] of the schedule, 1 to 0; prompt (text rows of the whole, text_dim); pooled (1, pooled_dim).
     // Allocates cond's tensors in x->arena.
     void (*prepare)(const struct dit *m, struct exec *x, const float *sigmas, int steps, float guidance,
                     struct tensor prompt, struct tensor pooled, struct dit_cond *cond);

@@ -65,6 +65,7 @@ static const struct flux *flux_of(const struct dit *m)
 static void info(const struct dit *m, struct dit_info *out)
 {
     const struct flux *f = flux_of(m);
+    const struct linear *qkv = f->n_double > 0 ? &f->doubles[0].image.qkv : &f->singles[0].qkv; // there is one more
     *out = (struct dit_info){.blocks = (int)(f->n_double + f->n_single),
                              .heads = f->heads,
                              .head_dim = f->head_dim,
@@ -73,7 +74,8 @@ static void info(const struct dit *m, struct dit_info *out)
                              .position_axes = f->n_axes,
                              .text_dim = f->text_dim,
                              .pooled_dim = f->pooled_dim,
-                             .guidance = f->guidance};
+                             .guidance = f->guidance,
+                             .eight_bits = dtype_quantised(qkv->w[0].dtype)};
 }
 
 // ---- before the loop
@@ -225,14 +227,16 @@ static struct tensor image_rows(const struct dit_pass *p, struct tensor t)
     return tensor_rows(t, p->rows->text.count, p->rows->image.count);
 }
 
-static struct tensor split_heads(const struct flux *f, struct tensor t)
+// Query, key or value (0, 1, 2) of the heads that qkv (rows, 3 * heads * head_dim) has
+static struct tensor part_of(const struct flux *f, struct tensor qkv, int i)
 {
-    return tensor_reshape(t, 3, t.n[0], f->heads, f->head_dim, 1);
+    const int64_t width = qkv.n[1] / 3;
+    return tensor_reshape(tensor_cols(qkv, i * width, width), 3, qkv.n[0], width / f->head_dim, f->head_dim, 1);
 }
 
 static void embed(const struct dit *m, struct exec *x, struct dit_pass *p, struct tensor tokens)
 {
-    x->k->copy(x->d, text_rows(p, p->hidden), tensor_rows(p->cond->text, 0, p->rows->text.count));
+    x->k->copy(x->d, text_rows(p, p->hidden), tensor_rows(p->cond->text, p->rows->text.start, p->rows->text.count));
     x->k->linear(x->d, image_rows(p, p->hidden), tokens, &flux_of(m)->embed_image, ACT_NONE);
     p->update = exec_tensor(x, 2, p->hidden.n[0], p->hidden.n[1], 1, 1);
     p->pending = false;
@@ -257,54 +261,52 @@ static void leave(struct dit_pass *p, struct tensor text_gate, struct tensor ima
     p->image_gate = image_gate;
 }
 
-// out (rows, dim) = attention of all rows with each other; qkv (rows, 3 * dim) already normed and rotated. A block
-// whose products, as that of w, are of integers attends in 8 bits.
+// out (rows, dim) = attention of all rows with each other; qkv (rows that are projected, 3 * their heads * head_dim)
+// already normed and rotated. A block whose products, as that of w, are of integers attends in 8 bits.
 static void attend(const struct flux *f, struct exec *x, const struct dit_pass *p, int layer, const struct linear *w,
                    struct tensor out, struct tensor qkv)
 {
     exec_attend(x, &(struct attention_call){.layer = layer,
-                                            .out = split_heads(f, out),
-                                            .q = split_heads(f, tensor_cols(qkv, 0, f->dim)),
-                                            .k = split_heads(f, tensor_cols(qkv, f->dim, f->dim)),
-                                            .v = split_heads(f, tensor_cols(qkv, 2 * f->dim, f->dim)),
+                                            .out = tensor_reshape(out, 3, out.n[0], f->heads, f->head_dim, 1),
+                                            .q = part_of(f, qkv, 0),
+                                            .k = part_of(f, qkv, 1),
+                                            .v = part_of(f, qkv, 2),
                                             .rows = p->rows->of_rank,
-                                            .text = p->rows->text_of_rank,
                                             .opts.scale = 1.0F / sqrtf((float)f->head_dim),
                                             .opts.eight_bits = w->w[0].dtype == DT_I8});
 }
 
-static void norm_and_rotate(const struct flux *f, struct exec *x, struct tensor qkv, struct tensor norm_q,
-                            struct tensor norm_k, struct tensor rope_rows)
+// qkv of some rows of the attention's input, which begin there, normed and rotated.
+static void project(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct attention_input *in,
+                    int64_t first, struct tensor qkv, const struct linear *w, struct tensor norm_q,
+                    struct tensor norm_k)
 {
-    x->k->qk_norm_rope(x->d, split_heads(f, tensor_cols(qkv, 0, f->dim)),
-                       split_heads(f, tensor_cols(qkv, f->dim, f->dim)), norm_q, norm_k, EPS, rope_rows);
+    const int64_t rows = qkv.n[0];
+    const struct linear mine = linear_slice(w, 3, in->first_head * f->head_dim, in->heads * f->head_dim);
+    x->k->linear(x->d, qkv, tensor_rows(in->rows, first, rows), &mine, ACT_NONE);
+    x->k->qk_norm_rope(x->d, part_of(f, qkv, 0), part_of(f, qkv, 1), norm_q, norm_k, EPS,
+                       tensor_rows(p->rows->rope, first, rows));
+}
+
+static struct tensor projected(const struct flux *f, struct exec *x, const struct attention_input *in)
+{
+    return exec_tensor(x, 2, in->rows.n[0], 3 * in->heads * f->head_dim, 1, 1);
 }
 
 // One stream's rows of what a double block works on.
 struct stream_rows {
-    struct tensor h, update, gate, qkv, rope, attention;
+    struct tensor h, update, gate, normed, attention;
 };
 
-static struct stream_rows stream_rows(const struct dit_pass *p, bool text, struct tensor qkv, struct tensor attention)
+static struct stream_rows stream_rows(const struct dit_pass *p, bool text, struct tensor normed,
+                                      struct tensor attention)
 {
     struct tensor (*of)(const struct dit_pass *, struct tensor) = text ? text_rows : image_rows;
     return (struct stream_rows){.h = of(p, p->hidden),
                                 .update = of(p, p->update),
                                 .gate = text ? p->text_gate : p->image_gate,
-                                .qkv = of(p, qkv),
-                                .rope = of(p, p->rows->rope),
+                                .normed = of(p, normed),
                                 .attention = of(p, attention)};
-}
-
-static void stream_in(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct stream *s,
-                      const struct stream_rows *r)
-{
-    const size_t mark = arena_mark(x->arena);
-    struct tensor normed = exec_input(x, r->h.n[0], &s->qkv);
-    enter(f, x, p, r->h, r->gate, r->update, normed, s->mod_at, 1, 0);
-    x->k->linear(x->d, r->qkv, normed, &s->qkv, ACT_NONE);
-    norm_and_rotate(f, x, r->qkv, s->norm_q, s->norm_k, r->rope);
-    arena_release(x->arena, mark);
 }
 
 static void stream_out(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct stream *s,
@@ -327,10 +329,19 @@ static void double_block(const struct flux *f, struct exec *x, struct dit_pass *
     const size_t mark = arena_mark(x->arena);
     struct tensor attention = exec_tensor(x, 2, p->hidden.n[0], f->dim, 1, 1);
     const size_t inner = arena_mark(x->arena);
-    struct tensor qkv = exec_tensor(x, 2, p->hidden.n[0], 3 * f->dim, 1, 1);
-    const struct stream_rows text = stream_rows(p, true, qkv, attention), image = stream_rows(p, false, qkv, attention);
-    stream_in(f, x, p, &b->text, &text);
-    stream_in(f, x, p, &b->image, &image);
+    const struct attention_input in =
+        exec_attention_input(x, &b->image.qkv, f->heads, p->hidden.n[0], p->rows->of_rank);
+    const struct stream_rows text = stream_rows(p, true, in.mine, attention),
+                             image = stream_rows(p, false, in.mine, attention);
+    const int64_t texts = p->rows->projected_text;
+    struct tensor qkv = projected(f, x, &in);
+    enter(f, x, p, text.h, text.gate, text.update, text.normed, b->text.mod_at, 1, 0);
+    enter(f, x, p, image.h, image.gate, image.update, image.normed, b->image.mod_at, 1, 0);
+    exec_share_input(x, &in);
+    exec_input_shared(x);
+    project(f, x, p, &in, 0, tensor_rows(qkv, 0, texts), &b->text.qkv, b->text.norm_q, b->text.norm_k);
+    project(f, x, p, &in, texts, tensor_rows(qkv, texts, qkv.n[0] - texts), &b->image.qkv, b->image.norm_q,
+            b->image.norm_k);
     attend(f, x, p, i, &b->image.qkv, attention, qkv);
     arena_release(x->arena, inner);
     stream_out(f, x, p, &b->text, &text);
@@ -357,13 +368,14 @@ static void single_block(const struct flux *f, struct exec *x, struct dit_pass *
     const int64_t rows = p->hidden.n[0];
     const size_t mark = arena_mark(x->arena);
     struct tensor both = exec_tensor(x, 2, rows, (1 + MLP_RATIO) * f->dim, 1, 1); // [attention | mlp]
-    struct tensor normed = exec_input(x, rows, &b->qkv);
-    struct tensor qkv = exec_tensor(x, 2, rows, 3 * f->dim, 1, 1);
-    single_enter(f, x, p, normed, b->mod_at);
-    x->k->linear(x->d, qkv, normed, &b->qkv, ACT_NONE);
-    norm_and_rotate(f, x, qkv, b->norm_q, b->norm_k, p->rows->rope);
+    const struct attention_input in = exec_attention_input(x, &b->qkv, f->heads, rows, p->rows->of_rank);
+    struct tensor qkv = projected(f, x, &in);
+    single_enter(f, x, p, in.mine, b->mod_at);
+    exec_share_input(x, &in); // while other ranks' rows come:
+    x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), in.mine, &b->up, ACT_GELU_TANH);
+    exec_input_shared(x);
+    project(f, x, p, &in, 0, qkv, &b->qkv, b->norm_q, b->norm_k);
     attend(f, x, p, (int)f->n_double + i, &b->qkv, tensor_cols(both, 0, f->dim), qkv);
-    x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), normed, &b->up, ACT_GELU_TANH);
     x->k->linear(x->d, p->update, both, &b->out, ACT_NONE);
     leave(p, chunk(f, p, b->mod_at, 2), chunk(f, p, b->mod_at, 2));
     arena_release(x->arena, mark);

@@ -1,4 +1,4 @@
-// The attention links that are exact whatever the number of ranks: local, gathered, Ulysses.
+// The attention links that are exact whatever the number of ranks: local, gathered, Ulysses, by heads.
 #include "worker/exec.h"
 
 static void local(const struct attention_link *self, struct exec *x, const struct attention_call *call)
@@ -49,8 +49,14 @@ const struct attention_link attention_gathered = {.attend = gathered};
 struct party {
     struct comm *comm;
     int ranks;
-    const int64_t *rows, *text; // (ranks), as in the call; text may be NULL
+    const int64_t *rows; // (ranks), as in the call
 };
+
+static struct party party_of(const struct ulysses_groups *g, const struct attention_call *call)
+{
+    const int ranks = comm_size(g->inside);
+    return (struct party){g->inside, ranks, call->rows + comm_rank(g->across) * ranks};
+}
 
 // Pieces that go out, and pieces that come in.
 struct parcel {
@@ -64,30 +70,19 @@ static void put(struct link_piece *list, int *n, int rank, struct tensor t)
         list[(*n)++] = (struct link_piece){rank, t};
 }
 
-// To every rank my rows of its heads; from every rank its rows of mine. Keys and values are put in the order of the
-// whole sequence, all text before all image, whatever the number of ranks: so a query's sums are added in the same
-// order, and its result has the same bits, on one rank and on many. Queries stay in the order in which their results go
-// back.
-static void share_heads(const struct party *p, int me, const struct tensor mine[3], const struct tensor whole[3],
+// To every rank my rows of its heads; from every rank its rows of mine. They come in the order of the whole sequence:
+// so a query's sums are added in the same order, and its result has the same bits, on one rank and on many.
+static void share_heads(const struct party *p, const struct tensor mine[3], const struct tensor whole[3],
                         struct parcel *parcel)
 {
-    const int64_t width = whole[0].n[1], text = p->text ? p->text[me] : 0;
-    int64_t at = 0, text_at = 0, image_at = p->text ? sum_rows(p->text, p->ranks) : 0;
+    const int64_t width = whole[0].n[1];
+    int64_t at = 0;
     parcel->outs = parcel->ins = 0;
-    for (int r = 0; r < p->ranks; at += p->rows[r++]) {
-        const int64_t rows = p->rows[r], theirs = p->text ? p->text[r] : 0;
-        put(parcel->out, &parcel->outs, r, tensor_cols(mine[0], r * width, width));
-        put(parcel->in, &parcel->ins, r, tensor_rows(whole[0], at, rows));
-        for (int i = 1; i < 3; i++) {
-            const struct tensor t = tensor_cols(mine[i], r * width, width);
-            put(parcel->out, &parcel->outs, r, tensor_rows(t, 0, text));
-            put(parcel->out, &parcel->outs, r, tensor_rows(t, text, t.n[0] - text));
-            put(parcel->in, &parcel->ins, r, tensor_rows(whole[i], text_at, theirs));
-            put(parcel->in, &parcel->ins, r, tensor_rows(whole[i], image_at, rows - theirs));
+    for (int r = 0; r < p->ranks; at += p->rows[r++])
+        for (int i = 0; i < 3; i++) {
+            put(parcel->out, &parcel->outs, r, tensor_cols(mine[i], r * width, width));
+            put(parcel->in, &parcel->ins, r, tensor_rows(whole[i], at, p->rows[r]));
         }
-        text_at += theirs;
-        image_at += rows - theirs;
-    }
 }
 
 // Results of my heads to the ranks that have the rows; of my rows from the ranks that have the heads.
@@ -104,47 +99,59 @@ static void share_rows(const struct party *p, struct tensor heads, struct tensor
 
 // The next link sees each party as one rank, which holds the rows of all its members.
 static void attend_across(const struct attention_link *self, struct exec *x, const struct attention_call *call,
-                          const struct tensor whole[3], struct tensor out)
+                          struct tensor out)
 {
     const struct ulysses_groups *g = self->state;
     const int members = comm_size(g->inside);
-    int64_t rows[COMM_MAX_RANKS], text[COMM_MAX_RANKS];
-    for (int i = 0; i < comm_size(g->across); i++) {
+    int64_t rows[COMM_MAX_RANKS];
+    for (int i = 0; i < comm_size(g->across); i++)
         rows[i] = sum_rows(call->rows + i * members, members);
-        text[i] = call->text ? sum_rows(call->text + i * members, members) : 0;
-    }
     struct exec across = *x;
     across.comm = g->across;
     struct attention_call inner = *call;
-    inner.q = whole[0], inner.k = whole[1], inner.v = whole[2], inner.out = out;
+    inner.out = out;
     inner.rows = rows;
-    inner.text = call->text ? text : NULL;
     self->next->attend(self->next, &across, &inner);
 }
+
+// q, k and v have all rows of the party and my heads; out has my rows and all heads.
+static void by_heads(const struct attention_link *self, struct exec *x, const struct attention_call *call)
+{
+    const struct party party = party_of(self->state, call);
+    const int64_t rows = call->q.n[0], heads = call->q.n[1], dim = call->q.n[2];
+    const size_t mark = arena_mark(x->arena);
+    struct tensor out = arena_tensor(x->arena, call->q.dtype, 3, rows, heads, dim, 1);
+    struct tensor mine = tensor_reshape(call->out, 2, call->out.n[0], call->out.n[1] * dim, 1, 1);
+    struct parcel parcel;
+    attend_across(self, x, call, out);
+    share_rows(&party, tensor_reshape(out, 2, rows, heads * dim, 1, 1), mine, &parcel);
+    exec_exchange(x, party.comm, parcel.outs, parcel.out, parcel.ins, parcel.in);
+    arena_release(x->arena, mark);
+}
+
+const struct attention_link attention_by_heads = {.attend = by_heads, .next = &attention_local};
 
 // q, k and v travel together: one exchange there, one back.
 static void ulysses(const struct attention_link *self, struct exec *x, const struct attention_call *call)
 {
-    const struct ulysses_groups *g = self->state;
-    const int ranks = comm_size(g->inside), first = comm_rank(g->across) * ranks;
-    const struct party party = {g->inside, ranks, call->rows + first, call->text ? call->text + first : NULL};
-    const int64_t rows = call->q.n[0], dim = call->q.n[2], all = call->q.n[1] * dim, heads = call->q.n[1] / ranks;
-    const int64_t total = sum_rows(party.rows, ranks);
+    const struct party party = party_of(self->state, call);
+    const int64_t rows = call->q.n[0], dim = call->q.n[2], all = call->q.n[1] * dim, heads = call->q.n[1] / party.ranks;
+    const int64_t total = sum_rows(party.rows, party.ranks);
     const size_t mark = arena_mark(x->arena);
     const struct tensor mine[3] = {tensor_reshape(call->q, 2, rows, all, 1, 1),
                                    tensor_reshape(call->k, 2, rows, all, 1, 1),
                                    tensor_reshape(call->v, 2, rows, all, 1, 1)};
-    struct tensor flat[4], whole[4]; // q, k, v and the result, of my heads
+    struct tensor flat[3], whole[3]; // q, k and v, of my heads
     struct parcel parcel;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 3; i++) {
         whole[i] = arena_tensor(x->arena, call->q.dtype, 3, total, heads, dim, 1);
         flat[i] = tensor_reshape(whole[i], 2, total, heads * dim, 1, 1);
     }
-    share_heads(&party, comm_rank(g->inside), mine, flat, &parcel);
-    exec_exchange(x, g->inside, parcel.outs, parcel.out, parcel.ins, parcel.in);
-    attend_across(self, x, call, whole, whole[3]);
-    share_rows(&party, flat[3], tensor_reshape(call->out, 2, rows, all, 1, 1), &parcel);
-    exec_exchange(x, g->inside, parcel.outs, parcel.out, parcel.ins, parcel.in);
+    share_heads(&party, mine, flat, &parcel);
+    exec_exchange(x, party.comm, parcel.outs, parcel.out, parcel.ins, parcel.in);
+    struct attention_call inner = *call;
+    inner.q = whole[0], inner.k = whole[1], inner.v = whole[2];
+    by_heads(self, x, &inner);
     arena_release(x->arena, mark);
 }
 

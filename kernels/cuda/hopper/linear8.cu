@@ -39,12 +39,20 @@ struct tiles {
     int down, across, depth; // of a cluster, two below each other; in stages
 };
 
+// Where w has a column of y: runs of columns follow each other in y, and not in w.
+struct columns {
+    int run, gap;
+
+    __device__ int operator()(int column) const { return column + column / run * gap; }
+};
+
 template <typename T> struct result {
     T *y;
     int64_t ld;
     int m, n;
     const T *bias;                  // or NULL
     const float *x_scale, *w_scale; // of rows and columns
+    columns at;
 };
 
 typedef hopper::ring<STAGES> ring;
@@ -92,10 +100,10 @@ template <typename T> struct columns_ahead {
         const int at = min(column + (int)threadIdx.x % GROUP * 2, p.n - 2);
         float t[2];
         if (p.bias) {
-            load(t, p.bias + at);
+            load(t, p.bias + p.at(at));
             bias = {t[0], t[1]};
         }
-        load(t, p.w_scale + at);
+        load(t, p.w_scale + p.at(at));
         factor = {t[0], t[1]};
     }
 
@@ -141,7 +149,8 @@ __device__ static void put_row(const shared &sh, const result<T> &p, const int (
 // ---- the product
 
 // One thread: stages to this block's shared memory, half of w's to the other's, too.
-__device__ static void load_all(shared &sh, const CUtensorMap *x, const CUtensorMap *w, const tiles &t, int block)
+__device__ static void load_all(shared &sh, const CUtensorMap *x, const CUtensorMap *w, const tiles &t, columns at,
+                                int block)
 {
     enum { HALF = TILE_N / CLUSTER };
     ring r;
@@ -153,7 +162,7 @@ __device__ static void load_all(shared &sh, const CUtensorMap *x, const CUtensor
             hopper::barrier_wait(&sh.empty[r.stage], r.phase ^ 1);
             hopper::barrier_expect(&sh.full[r.stage], sizeof to);
             hopper::tile_load(to.x, x, k * DEPTH, (down * CLUSTER + block) * TILE_M, &sh.full[r.stage]);
-            hopper::tile_load_all(to.w + block * HALF * DEPTH, w, k * DEPTH, across * TILE_N + block * HALF,
+            hopper::tile_load_all(to.w + block * HALF * DEPTH, w, k * DEPTH, at(across * TILE_N) + block * HALF,
                                   &sh.full[r.stage], (1 << CLUSTER) - 1);
         }
     }
@@ -218,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (group == GROUPS) {
         hopper::registers_less<24>();
         if (threadIdx.x % GROUP == 0)
-            load_all(sh, &x, &w, t, block);
+            load_all(sh, &x, &w, t, p.at, block);
     } else {
         hopper::registers_more<240>();
         multiply_all<T, GELU>(sh, t, p, block, group);
@@ -248,21 +257,23 @@ static void launch(cudaStream_t s, int processors, const CUtensorMap &x, const C
 }
 
 bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tensor x, struct tensor w, struct tensor bias,
-                    enum act act)
+                    int64_t apart, enum act act)
 {
-    const int64_t m = y.n[0], n = y.n[1], k = x.n[1];
+    const int64_t m = y.n[0], n = y.n[1], k = x.n[1], run = w.n[0], runs = n / run;
     CUtensorMap x_map, w_map;
+    if (runs > 1 && (run % TILE_N || apart < run))
+        return false;
     if ((act != ACT_NONE && act != ACT_GELU_TANH) || y.dtype == DT_F32 || m > 1 << 24 || !wide(y, 8) || !wide(x, 16) ||
         !wide(w, 16) || n % 8 || k % 16 || (!tensor_none(bias) && bias.dtype != y.dtype) ||
         !hopper::map_of(&x_map, x.data, m, k, x.ld, TILE_M) ||
-        !hopper::map_of(&w_map, w.data, n, k, w.ld, TILE_N / CLUSTER))
+        !hopper::map_of(&w_map, w.data, (runs - 1) * apart + run, k, w.ld, TILE_N / CLUSTER))
         return false;
     const tiles t = {(int)ceil_div(m, TILE_M * CLUSTER), (int)ceil_div(n, TILE_N), (int)ceil_div(k, DEPTH)};
     with_type(y.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
             const result<T> p = {(T *)y.data, y.ld,   (int)m, (int)n, tensor_none(bias) ? nullptr : (const T *)bias.data,
-                                 x.scale,     w.scale};
+                                 x.scale,     w.scale, {(int)run, runs > 1 ? (int)(apart - run) : 0}};
             (act == ACT_NONE ? launch<T, false> : launch<T, true>)(s, processors, x_map, w_map, t, p);
         }
     });
