@@ -122,6 +122,7 @@ struct tensor exec_input(struct exec *x, int64_t rows, const struct linear *w);
 struct attention_input {
     struct tensor mine;        // (rows of this rank, k): to be filled
     struct tensor rows;        // (rows that are projected here, k): these; or where inputs are shared, all the ranks'
+    int64_t first_row;         // of mine among them
     int64_t first_head, heads; // that they are projected to here
     const int64_t *of_rank;
 };

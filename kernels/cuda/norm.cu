@@ -334,7 +334,7 @@ template <typename T> struct qk_of {
     T *x[2];
     row gamma[2];
     const float *rope;
-    int64_t ld[2], rope_ld;
+    int64_t ld[2], rope_ld, rows;
     int heads, dim;
     float eps;
 };
@@ -379,18 +379,19 @@ template <int V> __device__ static float head_rstd(const float (&v)[V], int L, i
     return rsqrtf(square / (float)dim + eps);
 }
 
-// A block takes the queries, or the keys, of a row: it looks at angles and gamma once for all heads. L lanes take a
-// head, V numbers each.
-template <typename T, int V> __global__ void __launch_bounds__(QK_THREADS, 7) qk_kernel(qk_of<T> p, int L)
+// A block takes the queries, or the keys, of a row, or of several where these have few heads. A thread looks at angles
+// and gamma once for all its heads. L lanes take a head, V numbers each; `step` times as many a row.
+template <typename T, int V> __global__ void __launch_bounds__(QK_THREADS, 7) qk_kernel(qk_of<T> p, int L, int step)
 {
     typedef pack<T, V> vector;
-    const int first = (int)threadIdx.x / L, step = QK_THREADS / L, at = ((int)threadIdx.x & (L - 1)) * V;
-    const bool mine = at < p.dim; // the others lend their lanes to the shuffles
+    const int slot = (int)threadIdx.x / L, first = slot & (step - 1), at = ((int)threadIdx.x & (L - 1)) * V;
+    const int64_t row = (int64_t)blockIdx.x * (QK_THREADS / L / step) + slot / step;
+    const bool mine = at < p.dim && row < p.rows; // the others lend their lanes to the shuffles
     const bool keys = blockIdx.y > 0;
-    T *const x = (keys ? p.x[1] : p.x[0]) + blockIdx.x * (keys ? p.ld[1] : p.ld[0]) + at;
+    T *const x = (keys ? p.x[1] : p.x[0]) + row * (keys ? p.ld[1] : p.ld[0]) + at;
     float turn[V] = {}, g[V] = {};
     if (mine) {
-        load(turn, p.rope + blockIdx.x * p.rope_ld + at);
+        load(turn, p.rope + row * p.rope_ld + at);
         load_row(g, keys ? p.gamma[1] : p.gamma[0], at);
     }
     const turning<V> of = turning_of(turn, g);
@@ -437,14 +438,18 @@ void launch_qk_norm_rope(cudaStream_t s, struct tensor q, struct tensor k, struc
         typedef std::remove_pointer_t<decltype(type)> T;
         constexpr int V = 8;
         const qk_of<T> p = {{(T *)q.data, (T *)k.data}, {row_of(gamma_q), row_of(gamma_k)}, (const float *)rope.data,
-                            {q.ld, k.ld},               rope.ld,                            (int)q.n[1],
-                            (int)q.n[2],                eps};
+                            {q.ld, k.ld},               rope.ld,                            q.n[0],
+                            (int)q.n[1],                (int)q.n[2],                        eps};
         int lanes = 1;
         while (lanes < WARP && lanes * V < p.dim)
             lanes *= 2;
+        int step = 1;
+        while (step < QK_THREADS / lanes && step * QK_HEADS < p.heads)
+            step *= 2;
         if (p.dim % V == 0 && p.dim <= WARP * V && wide(q, V) && wide(k, V) && wide(gamma_q, V) && wide(gamma_k, V) &&
             wide(rope, V))
-            qk_kernel<T, V><<<dim3((unsigned)q.n[0], 2), QK_THREADS, 0, s>>>(p, lanes);
+            qk_kernel<T, V><<<dim3((unsigned)ceil_div(q.n[0], QK_THREADS / lanes / step), 2), QK_THREADS, 0, s>>>(
+                p, lanes, step);
         else
             qk_pairs_kernel<T><<<dim3((unsigned)q.n[0], (unsigned)p.heads, 2), WARP, 0, s>>>(p);
     });

@@ -276,16 +276,28 @@ static void attend(const struct flux *f, struct exec *x, const struct dit_pass *
                                             .opts.eight_bits = w->w[0].dtype == DT_I8});
 }
 
-// qkv of some rows of the attention's input, which begin there, normed and rotated.
+// qkv (rows that are projected, ...) of some rows of the attention's input, from first on, normed and rotated.
 static void project(const struct flux *f, struct exec *x, const struct dit_pass *p, const struct attention_input *in,
-                    int64_t first, struct tensor qkv, const struct linear *w, struct tensor norm_q,
+                    struct tensor qkv, int64_t first, int64_t rows, const struct linear *w, struct tensor norm_q,
                     struct tensor norm_k)
 {
-    const int64_t rows = qkv.n[0];
     const struct linear mine = linear_slice(w, 3, in->first_head * f->head_dim, in->heads * f->head_dim);
-    x->k->linear(x->d, qkv, tensor_rows(in->rows, first, rows), &mine, ACT_NONE);
-    x->k->qk_norm_rope(x->d, part_of(f, qkv, 0), part_of(f, qkv, 1), norm_q, norm_k, EPS,
+    const struct tensor to = tensor_rows(qkv, first, rows);
+    if (rows == 0)
+        return;
+    x->k->linear(x->d, to, tensor_rows(in->rows, first, rows), &mine, ACT_NONE);
+    x->k->qk_norm_rope(x->d, part_of(f, to, 0), part_of(f, to, 1), norm_q, norm_k, EPS,
                        tensor_rows(p->rows->rope, first, rows));
+}
+
+// The same, of two streams.
+static void project_both(const struct flux *f, struct exec *x, const struct dit_pass *p,
+                         const struct attention_input *in, struct tensor qkv, int64_t first, int64_t rows,
+                         const struct double_block *b)
+{
+    const int64_t left = p->rows->projected_text - first, text = left < 0 ? 0 : left < rows ? left : rows;
+    project(f, x, p, in, qkv, first, text, &b->text.qkv, b->text.norm_q, b->text.norm_k);
+    project(f, x, p, in, qkv, first + text, rows - text, &b->image.qkv, b->image.norm_q, b->image.norm_k);
 }
 
 static struct tensor projected(const struct flux *f, struct exec *x, const struct attention_input *in)
@@ -333,15 +345,15 @@ static void double_block(const struct flux *f, struct exec *x, struct dit_pass *
         exec_attention_input(x, &b->image.qkv, f->heads, p->hidden.n[0], p->rows->of_rank);
     const struct stream_rows text = stream_rows(p, true, in.mine, attention),
                              image = stream_rows(p, false, in.mine, attention);
-    const int64_t texts = p->rows->projected_text;
+    const int64_t rows = in.mine.n[0], after = in.first_row + rows;
     struct tensor qkv = projected(f, x, &in);
     enter(f, x, p, text.h, text.gate, text.update, text.normed, b->text.mod_at, 1, 0);
     enter(f, x, p, image.h, image.gate, image.update, image.normed, b->image.mod_at, 1, 0);
-    exec_share_input(x, &in);
+    exec_share_input(x, &in); // while other ranks' rows come:
+    project_both(f, x, p, &in, qkv, in.first_row, rows, b);
     exec_input_shared(x);
-    project(f, x, p, &in, 0, tensor_rows(qkv, 0, texts), &b->text.qkv, b->text.norm_q, b->text.norm_k);
-    project(f, x, p, &in, texts, tensor_rows(qkv, texts, qkv.n[0] - texts), &b->image.qkv, b->image.norm_q,
-            b->image.norm_k);
+    project_both(f, x, p, &in, qkv, 0, in.first_row, b);
+    project_both(f, x, p, &in, qkv, after, qkv.n[0] - after, b);
     attend(f, x, p, i, &b->image.qkv, attention, qkv);
     arena_release(x->arena, inner);
     stream_out(f, x, p, &b->text, &text);
@@ -374,7 +386,7 @@ static void single_block(const struct flux *f, struct exec *x, struct dit_pass *
     exec_share_input(x, &in); // while other ranks' rows come:
     x->k->linear(x->d, tensor_cols(both, f->dim, MLP_RATIO * f->dim), in.mine, &b->up, ACT_GELU_TANH);
     exec_input_shared(x);
-    project(f, x, p, &in, 0, qkv, &b->qkv, b->norm_q, b->norm_k);
+    project(f, x, p, &in, qkv, 0, qkv.n[0], &b->qkv, b->norm_q, b->norm_k);
     attend(f, x, p, (int)f->n_double + i, &b->qkv, tensor_cols(both, 0, f->dim), qkv);
     x->k->linear(x->d, p->update, both, &b->out, ACT_NONE);
     leave(p, chunk(f, p, b->mod_at, 2), chunk(f, p, b->mod_at, 2));

@@ -32,15 +32,15 @@ struct attention_input exec_attention_input(struct exec *x, const struct linear 
         in.mine = in.rows = exec_input(x, rows, w);
         return in;
     }
-    int64_t total = 0, before = 0;
+    int64_t total = 0;
     for (int r = 0; r < comm_size(s->comm); r++) {
-        before += r < comm_rank(s->comm) ? of_rank[s->first + r] : 0;
+        in.first_row += r < comm_rank(s->comm) ? of_rank[s->first + r] : 0;
         total += of_rank[s->first + r];
     }
     in.rows = tensor_2d(s->room.data, dtype_quantised(type) ? type : x->k->activation, total, w->k);
     if (dtype_quantised(type))
         in.rows.scale = (float *)((char *)s->room.data + aligned(total * w->k));
-    in.mine = tensor_rows(in.rows, before, rows);
+    in.mine = tensor_rows(in.rows, in.first_row, rows);
     in.heads /= comm_size(s->comm);
     in.first_head = comm_rank(s->comm) * in.heads;
     return in;
