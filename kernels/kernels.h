@@ -189,6 +189,11 @@ struct kernels {
     // While they have imported: an exchange of nothing. What is queued from here on is done after what these ranks, who
     // all call it and of whom this is one, queued before.
     void (*link_meet)(struct device *d, struct link *l, int n, const int *ranks);
+    // While they have imported: attention whose results go straight to ranks: to[0] gets its first rows, and so on; t
+    // is where that rank has it in its memory. It is all there when they have met next. False: not of these operands,
+    // and nothing was done.
+    bool (*link_attention)(struct device *d, struct link *l, int n, const struct link_piece *to, struct tensor q,
+                           struct tensor k, struct tensor v, const struct attention_opts *opts);
     // From any thread: what waits for other ranks ends, whatever it has got; exchanges do nothing from here on.
     void (*link_abort)(struct link *l);
 

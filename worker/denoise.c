@@ -15,16 +15,26 @@ struct loop {
     struct recording *recording; // of predict_all, whose operations and addresses are the same at every step
 };
 
+// What ranks that share heads reach of each other.
+static void share_rooms(struct run *r, const struct share *s)
+{
+    const struct dit_info *info = &r->model->info;
+    const enum dtype type = r->branch.k->activation;
+    const int64_t rows = s->of_rank[comm_rank(r->branch.comm)];
+    if (r->plan.ulysses == 1)
+        return;
+    if (r->branch.sharing)
+        sharing_meet(&r->sharing.room, &r->branch, r->usp.inside, sharing_room(s->rows.rope.n[0], info->hidden, type));
+    sharing_meet(&r->usp.results, &r->branch, r->usp.inside,
+                 rows * info->attention_columns * (int64_t)dtype_size(type));
+    r->branch.results = &r->usp.results;
+}
+
 static int prepare(struct run *r, struct loop *l, const struct prompt prompts[BRANCHES], struct err *err)
 {
     loop_schedule(r, &l->schedule);
     TRY(loop_deal(r, r->text_tokens, (struct span){0, r->image_tokens}, &l->share, err));
-    if (r->branch.sharing) {
-        const int64_t rows = l->share.rows.rope.n[0];
-        r->sharing.room = arena_tensor(r->branch.arena, DT_U8, 1,
-                                       sharing_room(rows, r->model->info.hidden, r->branch.k->activation), 1, 1, 1);
-        sharing_meet(&r->sharing, &r->branch);
-    }
+    share_rooms(r, &l->share);
     loop_condition(r, &l->schedule, prompts, l->cond);
     return 0;
 }

@@ -13,16 +13,21 @@
 
 struct ownership;
 
+// Bytes that lie in one place for a whole loop, so that other ranks can reach them.
+struct shared_room {
+    struct tensor bytes;
+    bool direct; // others' are reached at
+    const void *theirs[COMM_MAX_RANKS];
+};
+
 // Ranks that share heads bring their rows together before these are projected to queries, keys and values, instead of
 // after: a row of the input is a third of what it is projected to, in 8 bits a sixth, and GPUs fetch it beside their
 // work. Each rank then projects all of their rows to its share of the heads. For P ranks that is less to send than
 // Ulysses' P < 3, in 8 bits P < 6; sums do not change, but what was fastest for another shape may add them otherwise.
 struct input_sharing {
-    struct comm *comm;  // these ranks, neighbours in x->comm
-    int first;          // of them, its rank there
-    struct tensor room; // bytes for the rows of all of them, in one place for a whole loop
-    bool direct;        // rooms are where others can fetch from:
-    const void *theirs[COMM_MAX_RANKS];
+    struct comm *comm; // these ranks, neighbours in x->comm
+    int first;         // of them, its rank there
+    struct shared_room room;
 };
 
 struct exec {
@@ -33,6 +38,7 @@ struct exec {
     const struct attention_link *attention; // first link of the chain
     struct ownership *ownership;            // of the model's weights (worker/ownership.h); NULL: this rank has all
     const struct input_sharing *sharing;    // NULL: each rank projects its own rows
+    const struct shared_room *results;      // where attention's results come to; NULL: anywhere
 };
 
 // One attention over the rows of all ranks. This rank holds rows[rank] of them.
@@ -64,6 +70,7 @@ extern const struct attention_link attention_gathered;
 // Copied, with state, and next where it is not local.
 struct ulysses_groups {
     struct comm *inside, *across;
+    struct shared_room results; // of the ranks of inside, who write each other's where they can
 };
 extern const struct attention_link attention_ulysses;
 // Where inputs are shared (struct input_sharing): q, k and v have all rows of the ranks of inside, and this rank's
@@ -131,6 +138,9 @@ struct attention_input {
 // one may lie in the same place.
 struct attention_input exec_attention_input(struct exec *x, const struct linear *w, int64_t heads, int64_t rows,
                                             const int64_t *of_rank);
+// What attention's results come to: an undefined (rows, columns) of the activation type, in which they have the first
+// columns. The next one may lie in the same place.
+struct tensor exec_attention_output(struct exec *x, int64_t rows, int64_t columns);
 // mine is filled: the others may have it. Theirs come beside what is queued from here on, and what is queued after
 // exec_input_shared finds them.
 void exec_share_input(struct exec *x, const struct attention_input *in);

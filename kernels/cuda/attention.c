@@ -72,8 +72,8 @@ static bool room_for_parts(struct device *d, struct tensor q, struct tensor k, v
     return bytes == 0 || *room;
 }
 
-static bool in_halves(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
-                      struct tensor v, const struct attention_opts *opts)
+static bool in_halves(struct device *d, const struct attention_out *out, struct tensor lse, struct tensor q,
+                      struct tensor k, struct tensor v, const struct attention_opts *opts)
 {
     void *room;
     return on_hopper(d, opts) && q.n[2] == HOPPER_HEAD &&
@@ -92,8 +92,8 @@ static struct tensor some_heads(struct tensor t, int64_t first, int64_t count)
 }
 
 // As many heads at a time as fit the scratch memory.
-static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
-                          struct tensor v, const struct attention_opts *opts)
+static bool in_eight_bits(struct device *d, const struct attention_out *out, struct tensor lse, struct tensor q,
+                          struct tensor k, struct tensor v, const struct attention_opts *opts)
 {
     if (!opts->eight_bits || !on_hopper(d, opts))
         return false;
@@ -103,10 +103,13 @@ static bool in_eight_bits(struct device *d, struct tensor out, struct tensor lse
     for (int64_t h = 0; numbers && h < heads; h += most) {
         const int64_t n = min64(most, heads - h);
         const struct tensor q_n = some_heads(q, h, n), k_n = some_heads(k, h, n), v_n = some_heads(v, h, n);
+        struct attention_out out_n = *out;
         void *room;
+        for (int i = 0; i < out->n; i++)
+            out_n.t[i] = some_heads(out->t[i], h, n);
         if (room_for_parts(d, q_n, k_n, &room) &&
-            !launch_flash8(d->stream, d->processors, some_heads(out, h, n), some_heads(lse, h, n), q_n, k_n, v_n,
-                           opts->scale, numbers, room))
+            !launch_flash8(d->stream, d->processors, &out_n, some_heads(lse, h, n), q_n, k_n, v_n, opts->scale, numbers,
+                           room))
             return false; // at the first: all are alike
     }
     return true;
@@ -216,9 +219,10 @@ static void attend(struct device *d, const char *op, struct tensor out, struct t
     if (tensor_count(out) == 0)
         return;
     cuda_enter(d);
+    const struct attention_out here = {1, {out}};
     if (k.n[0] == 0)
         without_keys(d, out, lse);
-    else if (!in_eight_bits(d, out, lse, q, k, v, opts) && !in_halves(d, out, lse, q, k, v, opts) &&
+    else if (!in_eight_bits(d, &here, lse, q, k, v, opts) && !in_halves(d, &here, lse, q, k, v, opts) &&
              !fused(d, out, lse, q, k, v, opts) && !launch_flash(d->stream, out, lse, q, k, v, opts))
         in_products(d, out, lse, q, k, v, opts);
     cuda_launched(d, op);
@@ -229,6 +233,19 @@ void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct
 {
     if (check_attention(&d->check, out, q, k, v, opts))
         attend(d, "attention", out, (struct tensor){0}, q, k, v, opts);
+}
+
+bool cuda_attention_out(struct device *d, const struct attention_out *out, struct tensor q, struct tensor k,
+                        struct tensor v, const struct attention_opts *opts)
+{
+    const struct tensor none = {0};
+    if (q.n[0] == 0 || k.n[0] == 0)
+        return false;
+    cuda_enter(d);
+    if (!in_eight_bits(d, out, none, q, k, v, opts) && !in_halves(d, out, none, q, k, v, opts))
+        return false;
+    cuda_launched(d, "attention");
+    return true;
 }
 
 void cuda_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,

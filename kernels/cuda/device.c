@@ -619,6 +619,7 @@ const struct kernels kernels_cuda = {
     .link_fetch = cuda_link_fetch,
     .link_fetched = cuda_link_fetched,
     .link_meet = cuda_link_meet,
+    .link_attention = cuda_link_attention,
     .profile_start = cuda_profile_start,
     .profile_end = cuda_profile_end,
     .copy = cuda_copy,

@@ -167,6 +167,8 @@ void cuda_link_fetch(struct device *d, struct link *l, int rank, const void *fro
                      bool at_once);
 void cuda_link_fetched(struct device *d, struct link *l, bool at_once);
 void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks);
+bool cuda_link_attention(struct device *d, struct link *l, int n, const struct link_piece *to, struct tensor q,
+                         struct tensor k, struct tensor v, const struct attention_opts *opts);
 // For record.c. What was exchanged since begin is in a recording, which is over now or was given up; each replay is one
 // more round of it.
 struct link_round;
@@ -176,6 +178,10 @@ void cuda_link_replay(struct link *l, const struct link_round *round);
 // ---- attention.c
 void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                     const struct attention_opts *opts);
+// Of one query and one key or more, to several places; false: not on this GPU, or of these operands.
+struct attention_out;
+bool cuda_attention_out(struct device *d, const struct attention_out *out, struct tensor q, struct tensor k,
+                        struct tensor v, const struct attention_opts *opts);
 void cuda_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,
                          struct tensor v, const struct attention_opts *opts);
 void cuda_attention_merge(struct device *d, struct tensor out, struct tensor parts, struct tensor lse);

@@ -162,19 +162,23 @@ bool launch_flash(cudaStream_t s, struct tensor out, struct tensor lse, struct t
 
 // ---- hopper/flash16.cu, for compute capability 9.0 alone, as what follows
 enum { HOPPER_HEAD = 128 };
+struct attention_out { // where results go: rows of all heads, one tensor after the other
+    int n;
+    struct tensor t[PEERS];
+};
 // As launch_flash, without mask and bias: heads of HOPPER_HEAD, one key or more, rows on 16-byte boundaries, a scale
 // above 0. processors: as many as it shall use. room: flash_hopper_room(processors, q, k) bytes, zeros at first and
 // then as it was left: what is left over after each processor has had its share is split among them; NULL: it is not,
 // and a query's result does not depend on how many there are. False: other operands, and nothing was done.
 size_t flash_hopper_room(int processors, struct tensor q, struct tensor k);
-bool launch_flash16(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
+bool launch_flash16(cudaStream_t s, int processors, const struct attention_out *out, struct tensor lse, struct tensor q,
                     struct tensor k, struct tensor v, float scale, void *room);
 
 // ---- hopper/flash8.cu
 // The same in numbers of 8 bits, q and k as integers, weights and values as E4M3; heads of a multiple of 8 numbers up
 // to HOPPER_HEAD. scratch: flash8_scratch(q, k) bytes.
 size_t flash8_scratch(struct tensor q, struct tensor k);
-bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
+bool launch_flash8(cudaStream_t s, int processors, const struct attention_out *out, struct tensor lse, struct tensor q,
                    struct tensor k, struct tensor v, float scale, void *scratch, void *room);
 
 // ---- hopper/linear8.cu

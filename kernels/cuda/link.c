@@ -356,6 +356,21 @@ void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks)
     begun(d, l, "meeting");
 }
 
+bool cuda_link_attention(struct device *d, struct link *l, int n, const struct link_piece *to, struct tensor q,
+                         struct tensor k, struct tensor v, const struct attention_opts *opts)
+{
+    struct attention_out out = {.n = n};
+    if (!enter(d, l) || n > PEERS)
+        return false;
+    for (int i = 0; i < n; i++) {
+        out.t[i] = to[i].t;
+        out.t[i].data = peers_at(l->peers, to[i].rank, to[i].t.data);
+        if (!out.t[i].data)
+            return false;
+    }
+    return cuda_attention_out(d, &out, q, k, v, opts);
+}
+
 // ---- how far it is
 
 int cuda_link_check(struct link *l, struct err *err)

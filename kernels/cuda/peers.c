@@ -211,14 +211,13 @@ static void fetch_more(struct peers *p, int first, bool all)
     }
 }
 
-// Where this process sees what a rank has at that address; NULL: nowhere.
-static const char *seen_at(const struct peers *p, int rank, const void *address)
+void *peers_at(const struct peers *p, int rank, void *address)
 {
-    const char *found = rank == p->rank ? address : NULL;
-    for (int i = 0; i < DEVICE_BLOCKS && !found; i++) {
+    char *found = rank == p->rank ? address : NULL;
+    for (int i = 0; i < DEVICE_BLOCKS && p->ready && !found; i++) {
         const uint64_t at = (uint64_t)(uintptr_t)address - p->seen[rank][i].base; // beyond it, where it is not in it
         if (at < p->seen[rank][i].bytes)
-            found = (const char *)p->seen[rank][i].mapped + at;
+            found = (char *)p->seen[rank][i].mapped + at;
     }
     return found;
 }
@@ -226,7 +225,7 @@ static const char *seen_at(const struct peers *p, int rank, const void *address)
 void peers_fetch(struct peers *p, int rank, const void *from, void *to, int64_t bytes, bool at_once)
 {
     enum { GRAIN = 4096 };
-    const char *seen = p->ready ? seen_at(p, rank, from) : NULL;
+    const char *seen = peers_at(p, rank, (void *)from); // it is only read
     if (seen == to)
         return; // one's own, in its place
     if (!seen || (!at_once && p->fetches == PEERS)) {

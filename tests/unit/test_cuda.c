@@ -741,6 +741,56 @@ static void linear_codes(void **state)
     }
 }
 
+// Some columns of each third of a layer, as one rank of several has them, beside the same columns of all.
+static void slices_of(struct fix *f, const struct linear *l, struct tensor x, double limit)
+{
+    const int64_t m = x.n[0], run = l->n / 3, counts[] = {256, 64, 16}, starts[] = {256, 320, 0};
+    struct pair whole = OUTPUT(f, 0, m, l->n);
+    float *a = malloc((size_t)(m * l->n) * sizeof *a), *b = malloc((size_t)(m * l->n) * sizeof *b);
+    G->linear(f->d, whole.g, x, l, ACT_NONE);
+    G->download(f->d, a, whole.g);
+    for (int s = 0; s < 3; s++) {
+        const int64_t count = counts[s], n = 3 * count;
+        const struct linear slice = linear_slice(l, 3, starts[s], count);
+        struct pair y = OUTPUT(f, 8 * s, m, n);
+        G->linear(f->d, y.g, x, &slice, ACT_NONE);
+        G->download(f->d, b, y.g);
+        assert_int_equal(G->sync(f->d, NULL), 0);
+        for (int64_t i = 0; i < m * n; i++) {
+            const double want = (double)a[i / n * l->n + i % n / count * run + starts[s] + i % count];
+            assert_true(fabs((double)b[i] - want) <= limit);
+        }
+    }
+    free(a);
+    free(b);
+}
+
+static void linear_slices(void **state)
+{
+    struct fix *f = *state;
+    const int64_t m = 300, k = 256, n = 3 * 512;
+    EACH_TYPE(f)
+    {
+        struct pair x = ACTIVE(f, 0, 1, m, k), b = WEIGHT(f, f->type, n);
+        struct tensor w[3], bias[3];
+        for (int i = 0; i < 3; i++) {
+            w[i] = WEIGHT(f, f->type, n / 3, k).c;
+            bias[i] = i == 0 ? tensor_rows(b.c, 0, n / 3) : tensor_rows(b.c, i * n / 3, n / 3);
+        }
+        struct linear l;
+        assert_int_equal(linear_init(&l, 3, w, bias, NULL), 0);
+        assert_int_equal(G->place_linear(f->d, &l, f->type, NULL), 0);
+        slices_of(f, &l, x.g, tolerance(f, 1e-4, 8e-2, 1e-2));
+        EACH_CODES(f)
+        {
+            struct tensor hx, hw, gx = codes_of(f, x.c, &hx);
+            struct pair rows = make(f, DT_F32, DT_F32, SHAPE(n, k), 0, 0.1, 0);
+            const struct linear codes = {.parts = 1, .n = n, .k = k, .w = {codes_of(f, rows.c, &hw)}, .b = {b.g}};
+            slices_of(f, &codes, gx, f->codes == DT_I8 ? 0 : tolerance(f, 1e-4, 2e-2, 2e-3));
+        }
+    }
+}
+
 // A row of a layer of integers gets the same bits however many rows are beside it.
 static void linear_integer_rows(void **state)
 {
@@ -1083,6 +1133,18 @@ static bool hopper(void)
     return major == 9;
 }
 
+// A tensor's rows as `parts` places, as even as can be, of which there may be fewer than rows.
+static struct attention_out places(struct tensor t, int parts)
+{
+    struct attention_out out = {0};
+    for (int i = 0; i < parts; i++) {
+        const int64_t from = t.n[0] * i / parts, to = t.n[0] * (i + 1) / parts;
+        if (to > from)
+            out.t[out.n++] = tensor_rows(t, from, to - from);
+    }
+    return out;
+}
+
 // rise: how much longer than the one before a key is, but for the last ones, which are the first to be looked at: so
 // that scores outgrow what weights were made against, again and again.
 static void flash16_case(struct fix *f, int64_t m, int64_t s, int64_t heads, double scale, double rise, void *room)
@@ -1102,7 +1164,8 @@ static void flash16_case(struct fix *f, int64_t m, int64_t s, int64_t heads, dou
     C->attention_part(f->cpu, out.c, lse.c, q.c, k.c, v.c, &opts);
     assert_int_equal(G->sync(f->d, NULL), 0);
     assert_true(flash_hopper_room(processors, q.g, k.g) <= 4 << 20);
-    assert_true(launch_flash16(0, processors, out.g, lse.g, q.g, k.g, v.g, (float)scale, room));
+    const struct attention_out to = places(out.g, 1 + (int)(m % 4));
+    assert_true(launch_flash16(0, processors, &to, lse.g, q.g, k.g, v.g, (float)scale, room));
     assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
     same(f, "attention of heads of 128", out, tolerance(f, 0, 1.5e-2, 2e-3));
     same(f, "its logarithms", lse, tolerance(f, 0, 2e-3, 1e-3));
@@ -1145,13 +1208,14 @@ static void flash16_rows(void **state)
             h[i] = tensor_reshape(tensor_cols(rows.g, i * n + dim, dim), 3, m, 1, dim, 1); // the second head
         }
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_int_equal(launch_flash16(0, 132, whole.g, none.g, t[0], t[1], t[2], 3, NULL), f->type != DT_F32);
+        const struct attention_out whole_out = places(whole.g, 1), one_out = places(one.g, 1);
+        assert_int_equal(launch_flash16(0, 132, &whole_out, none.g, t[0], t[1], t[2], 3, NULL), f->type != DT_F32);
         for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1) {
             const int64_t now = count < m - first ? count : m - first;
-            launch_flash16(0, 132, tensor_rows(some.g, first, now), none.g, tensor_rows(t[0], first, now), t[1], t[2],
-                           3, NULL);
+            const struct attention_out some_out = places(tensor_rows(some.g, first, now), 1);
+            launch_flash16(0, 132, &some_out, none.g, tensor_rows(t[0], first, now), t[1], t[2], 3, NULL);
         }
-        launch_flash16(0, 132, one.g, none.g, h[0], h[1], h[2], 3, NULL);
+        launch_flash16(0, 132, &one_out, none.g, h[0], h[1], h[2], 3, NULL);
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
         G->download(f->d, a, whole.g);
@@ -1186,7 +1250,8 @@ static void flash16_not_finite(void **state)
             G->upload(f->d, tensor_cols(tensor_reshape(tensor_rows(q.g, 7 + 50 * i, 1), 2, 1, dim, 1, 1), 3, 1),
                       &bad[i]);
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f, NULL));
+        const struct attention_out to = places(out.g, 1);
+        assert_true(launch_flash16(0, 132, &to, none.g, q.g, k.g, v.g, 0.1f, NULL));
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         G->download(f->d, x, out.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
@@ -1194,7 +1259,7 @@ static void flash16_not_finite(void **state)
             assert_int_equal(isfinite(x[i * dim]), i % 50 != 7 || i > 107);
         G->upload(f->d, tensor_cols(tensor_reshape(tensor_rows(k.g, 150, 1), 2, 1, dim, 1, 1), 0, 1), &bad[1]);
         assert_int_equal(G->sync(f->d, NULL), 0);
-        assert_true(launch_flash16(0, 132, out.g, none.g, q.g, k.g, v.g, 0.1f, NULL));
+        assert_true(launch_flash16(0, 132, &to, none.g, q.g, k.g, v.g, 0.1f, NULL));
         assert_int_equal(cudaStreamSynchronize(0), cudaSuccess);
         G->download(f->d, x, out.g);
         assert_int_equal(G->sync(f->d, NULL), 0);
@@ -1601,6 +1666,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(quantise),
         cmocka_unit_test(linear_codes),
         cmocka_unit_test(linear_integer_rows),
+        cmocka_unit_test(linear_slices),
         cmocka_unit_test(algorithms_kept),
     };
     // Algorithms are measured by this run, and forgotten after it.

@@ -295,6 +295,33 @@ static void linear_rows_alone(void **state)
     assert_memory_equal(all.data, part.data, tensor_bytes(all));
 }
 
+// Some columns of each third of a layer in three parts or in one have the bits that they have among all.
+static void linear_slices(void **state)
+{
+    struct fix *f = *state;
+    enum { M = 23, K_ = 40, RUN = 48, START = 16, COUNT = 20 };
+    struct tensor whole = MAKE(f, DT_BF16, 0, 1, 3 * RUN, K_), bias = MAKE(f, DT_F32, 0, 1, 3 * RUN), w[3], b[3];
+    for (int i = 0; i < 3; i++) {
+        w[i] = tensor_rows(whole, i * RUN, RUN);
+        b[i] = tensor_rows(bias, i * RUN, RUN);
+    }
+    struct tensor x = MAKE(f, DT_F32, 0, 1, M, K_), all = MAKE(f, DT_F32, 0, 1, M, 3 * RUN),
+                  some = MAKE(f, DT_F32, 0, 1, M, 3 * COUNT);
+    for (int parts = 1; parts <= 3; parts += 2) {
+        struct linear l;
+        assert_int_equal(linear_init(&l, parts, parts == 1 ? &whole : w, parts == 1 ? &bias : b, NULL), 0);
+        const struct linear same = linear_slice(&l, 3, 0, RUN), slice = linear_slice(&l, 3, START, COUNT);
+        assert_int_equal(same.parts, parts);
+        assert_int_equal(slice.n, 3 * COUNT);
+        K->linear(f->d, all, x, &l, ACT_NONE);
+        K->linear(f->d, some, x, &slice, ACT_NONE);
+        for (int64_t r = 0; r < M; r++)
+            for (int64_t c = 0; c < 3 * COUNT; c++)
+                assert_true(((float *)some.data)[r * 3 * COUNT + c] ==
+                            ((float *)all.data)[r * 3 * RUN + c / COUNT * RUN + START + c % COUNT]);
+    }
+}
+
 static void columns_of_one(void **state) // outputs and inputs that are blocks of columns
 {
     struct fix *f = *state;
@@ -940,6 +967,7 @@ int main(void)
         BOTH(transfers),
         BOTH(linear),
         BOTH(linear_rows_alone),
+        BOTH(linear_slices),
         BOTH(columns_of_one),
         BOTH(activations),
         BOTH(pairs),

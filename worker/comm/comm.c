@@ -266,6 +266,17 @@ void comm_exchange(struct comm *c, int sends, const struct link_piece *send, int
     end(c);
 }
 
+bool comm_attention(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,
+                    struct tensor v, const struct attention_opts *opts)
+{
+    if (c->root->error.code != ERR_NONE || !comm_memory_is_open(c) || !c->ops->attention(c, n, to, q, k, v, opts))
+        return false;
+    for (int i = 0; i < n; i++)
+        if (to[i].rank != c->rank)
+            comm_count_sent(c, (int64_t)tensor_bytes(to[i].t));
+    return true;
+}
+
 void comm_broadcast(struct comm *c, void *buffer, int64_t bytes, int root)
 {
     if (!begin(c, COMM_BROADCAST))

@@ -95,6 +95,10 @@ void comm_fetch(struct comm *c, const struct comm_lot *lots, bool at_once);
 void comm_fetched(struct comm *c, bool at_once);
 // While it is open: what is queued from here on is done after what every rank queued before.
 void comm_meet(struct comm *c);
+// While it is open: attention whose results go straight to ranks (link_attention in kernels.h); there when they have
+// met next. False: not by this device, or not of these operands, and nothing was done; alike on all ranks.
+bool comm_attention(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,
+                    struct tensor v, const struct attention_opts *opts);
 int comm_link_new(struct comm *control, const struct kernels *k, struct device *d, int timeout_ms, struct comm **out,
                   struct err *err);
 

@@ -33,13 +33,15 @@ struct comm_ops {
     // Makes the backend's struct with rank and size set; comm.c links it to root and parent.
     int (*group)(struct comm *c, int first, int stride, int count, struct comm **out, struct err *err);
     struct comm_times (*times)(struct comm *c); // NULL: as the host's clock has them
-    // NULL, as the five after it: there is none
+    // NULL, as the six after it: there is none
     int (*open_memory)(struct comm *c, bool willing, struct err *err);
     int (*close_memory)(struct comm *c, struct err *err);
     bool (*memory_is_open)(struct comm *c);
     void (*fetch)(struct comm *c, const struct comm_lot *lots, bool at_once);
     void (*fetched)(struct comm *c, bool at_once);
     void (*meet)(struct comm *c);
+    bool (*attention)(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,
+                      struct tensor v, const struct attention_opts *opts);
     void (*set_timeout)(struct comm *c, int timeout_ms); // NULL: the backend reads the root's
     void (*wake)(struct comm *c);                        // an abort was noted: nobody may sleep through it. Any thread.
     void (*free)(struct comm *c);

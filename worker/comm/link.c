@@ -222,6 +222,16 @@ static void link_meet(struct comm *c)
     w->k->link_meet(w->d, w->link, c->size, ranks);
 }
 
+static bool link_attention(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,
+                           struct tensor v, const struct attention_opts *opts)
+{
+    const struct link_world *w = link_of(c)->world;
+    struct link_piece pieces[COMM_MAX_RANKS];
+    for (int i = 0; i < n; i++)
+        pieces[i] = (struct link_piece){world_rank(link_of(c), to[i].rank), to[i].t};
+    return w->k->link_attention(w->d, w->link, n, pieces, q, k, v, opts);
+}
+
 static void link_set_timeout(struct comm *c, int timeout_ms)
 {
     atomic_store(&link_of(c)->world->deadline_ms, timeout_ms > 0 ? timeout_ms : DEADLINE_MS);
@@ -254,6 +264,7 @@ static const struct comm_ops link_ops = {
     .fetch = link_fetch,
     .fetched = link_fetched,
     .meet = link_meet,
+    .attention = link_attention,
     .set_timeout = link_set_timeout,
     .free = link_free,
 };

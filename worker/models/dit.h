@@ -45,8 +45,9 @@ struct dit_info {
     int64_t channels;      // of an image token, in and out
     int64_t position_axes; // numbers in a position id
     int64_t text_dim, pooled_dim;
-    bool guidance;   // takes the distilled guidance scale
-    bool eight_bits; // attentions read rows of 8 bits
+    bool guidance;             // takes the distilled guidance scale
+    bool eight_bits;           // attentions read rows of 8 bits
+    int64_t attention_columns; // the most that an exec_attention_output has
 };
 
 struct dit_ops {

@@ -75,7 +75,8 @@ static void info(const struct dit *m, struct dit_info *out)
                              .text_dim = f->text_dim,
                              .pooled_dim = f->pooled_dim,
                              .guidance = f->guidance,
-                             .eight_bits = dtype_quantised(qkv->w[0].dtype)};
+                             .eight_bits = dtype_quantised(qkv->w[0].dtype),
+                             .attention_columns = (1 + MLP_RATIO) * f->dim};
 }
 
 // ---- before the loop
@@ -339,7 +340,7 @@ static void double_block(const struct flux *f, struct exec *x, struct dit_pass *
 {
     const struct double_block *b = &f->doubles[i];
     const size_t mark = arena_mark(x->arena);
-    struct tensor attention = exec_tensor(x, 2, p->hidden.n[0], f->dim, 1, 1);
+    struct tensor attention = exec_attention_output(x, p->hidden.n[0], f->dim);
     const size_t inner = arena_mark(x->arena);
     const struct attention_input in =
         exec_attention_input(x, &b->image.qkv, f->heads, p->hidden.n[0], p->rows->of_rank);
@@ -379,7 +380,7 @@ static void single_block(const struct flux *f, struct exec *x, struct dit_pass *
     const struct single_block *b = &f->singles[i];
     const int64_t rows = p->hidden.n[0];
     const size_t mark = arena_mark(x->arena);
-    struct tensor both = exec_tensor(x, 2, rows, (1 + MLP_RATIO) * f->dim, 1, 1); // [attention | mlp]
+    struct tensor both = exec_attention_output(x, rows, (1 + MLP_RATIO) * f->dim); // [attention | mlp]
     const struct attention_input in = exec_attention_input(x, &b->qkv, f->heads, rows, p->rows->of_rank);
     struct tensor qkv = projected(f, x, &in);
     single_enter(f, x, p, in.mine, b->mod_at);

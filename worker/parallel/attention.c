@@ -114,11 +114,37 @@ static void attend_across(const struct attention_link *self, struct exec *x, con
     self->next->attend(self->next, &across, &inner);
 }
 
+// Straight to where the ranks have their rows. False: that is not to be had, and nothing was done.
+static bool attend_to_all(const struct attention_link *self, struct exec *x, const struct attention_call *call,
+                          const struct party *p)
+{
+    const struct shared_room *results = &((const struct ulysses_groups *)self->state)->results;
+    const int64_t heads = call->q.n[1], dim = call->q.n[2], size = (int64_t)dtype_size(call->out.dtype);
+    const int64_t at = (char *)call->out.data - (char *)results->bytes.data + comm_rank(p->comm) * heads * dim * size;
+    struct link_piece to[COMM_MAX_RANKS];
+    int n = 0;
+    if (!results->direct || x->results != results || self->next != &attention_local)
+        return false;
+    for (int r = 0; r < p->ranks; r++) {
+        struct tensor t = call->out;
+        t.data = (char *)results->theirs[r] + at;
+        t.n[0] = p->rows[r];
+        t.n[1] = heads;
+        put(to, &n, r, t);
+    }
+    if (!comm_attention(p->comm, n, to, call->q, call->k, call->v, &call->opts))
+        return false;
+    comm_meet(p->comm);
+    return true;
+}
+
 // q, k and v have all rows of the party and my heads; out has my rows and all heads.
 static void by_heads(const struct attention_link *self, struct exec *x, const struct attention_call *call)
 {
     const struct party party = party_of(self->state, call);
     const int64_t rows = call->q.n[0], heads = call->q.n[1], dim = call->q.n[2];
+    if (attend_to_all(self, x, call, &party))
+        return;
     const size_t mark = arena_mark(x->arena);
     struct tensor out = arena_tensor(x->arena, call->q.dtype, 3, rows, heads, dim, 1);
     struct tensor mine = tensor_reshape(call->out, 2, call->out.n[0], call->out.n[1] * dim, 1, 1);

@@ -16,10 +16,17 @@ int64_t sharing_room(int64_t rows, int64_t k, enum dtype activation)
     return aligned(rows * k * (int64_t)dtype_size(activation)) + aligned(rows * (int64_t)sizeof(float));
 }
 
-void sharing_meet(struct input_sharing *s, struct exec *x)
+void sharing_meet(struct shared_room *room, struct exec *x, struct comm *c, int64_t bytes)
 {
-    s->direct = comm_memory_is_open(s->comm);
-    exec_tell_address(x, s->comm, s->room.data, s->theirs);
+    room->bytes = arena_tensor(x->arena, DT_U8, 1, bytes, 1, 1, 1);
+    room->direct = comm_memory_is_open(c);
+    exec_tell_address(x, c, room->bytes.data, room->theirs);
+}
+
+struct tensor exec_attention_output(struct exec *x, int64_t rows, int64_t columns)
+{
+    return x->results ? tensor_2d(x->results->bytes.data, x->k->activation, rows, columns)
+                      : exec_tensor(x, 2, rows, columns, 1, 1);
 }
 
 struct attention_input exec_attention_input(struct exec *x, const struct linear *w, int64_t heads, int64_t rows,
@@ -37,9 +44,9 @@ struct attention_input exec_attention_input(struct exec *x, const struct linear 
         in.first_row += r < comm_rank(s->comm) ? of_rank[s->first + r] : 0;
         total += of_rank[s->first + r];
     }
-    in.rows = tensor_2d(s->room.data, dtype_quantised(type) ? type : x->k->activation, total, w->k);
+    in.rows = tensor_2d(s->room.bytes.data, dtype_quantised(type) ? type : x->k->activation, total, w->k);
     if (dtype_quantised(type))
-        in.rows.scale = (float *)((char *)s->room.data + aligned(total * w->k));
+        in.rows.scale = (float *)((char *)s->room.bytes.data + aligned(total * w->k));
     in.mine = tensor_rows(in.rows, in.first_row, rows);
     in.heads /= comm_size(s->comm);
     in.first_head = comm_rank(s->comm) * in.heads;
@@ -50,10 +57,11 @@ struct attention_input exec_attention_input(struct exec *x, const struct linear 
 static void fetch(const struct input_sharing *s, const struct attention_input *in, const void *at, int64_t row_bytes)
 {
     struct comm_lot lots[COMM_MAX_RANKS];
-    int64_t offset = (const char *)at - (const char *)s->room.data;
+    int64_t offset = (const char *)at - (const char *)s->room.bytes.data;
     for (int r = 0; r < comm_size(s->comm); r++) {
         const int64_t bytes = in->of_rank[s->first + r] * row_bytes;
-        lots[r] = (struct comm_lot){(const char *)s->theirs[r] + offset, (char *)s->room.data + offset, bytes};
+        lots[r] =
+            (struct comm_lot){(const char *)s->room.theirs[r] + offset, (char *)s->room.bytes.data + offset, bytes};
         offset += bytes;
     }
     comm_fetch(s->comm, lots, true);
@@ -94,7 +102,7 @@ void exec_share_input(struct exec *x, const struct attention_input *in)
     const struct input_sharing *s = x->sharing;
     if (!s)
         return;
-    if (!s->direct) {
+    if (!s->room.direct) {
         exchange(s, x, in);
         return;
     }
@@ -106,6 +114,6 @@ void exec_share_input(struct exec *x, const struct attention_input *in)
 
 void exec_input_shared(struct exec *x)
 {
-    if (x->sharing && x->sharing->direct)
+    if (x->sharing && x->sharing->room.direct)
         comm_fetched(x->sharing->comm, true);
 }

@@ -7,8 +7,7 @@
 // Bytes for so many rows of k numbers of the activation type or, with their factors, of 8 bits.
 int64_t sharing_room(int64_t rows, int64_t k, enum dtype activation);
 
-// Tells the ranks of s->comm, who all call it, where s->room is. Before a loop; what it takes of the arena it gives
-// back.
-void sharing_meet(struct input_sharing *s, struct exec *x);
+// Bytes in the arena for a loop, of which the ranks of c, who all call it, tell each other where they have them.
+void sharing_meet(struct shared_room *room, struct exec *x, struct comm *c, int64_t bytes);
 
 #endif

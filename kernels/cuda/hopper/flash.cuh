@@ -66,10 +66,16 @@ inline size_t lay_out(meeting &m, uint8_t *at, size_t parts, int processors)
     return tickets + sums + parts * QUERIES * sizeof(float2);
 }
 
+template <typename T> struct place { // of rows up to `end`; row 0 would be there
+    T *row0;
+    int64_t ld;
+    int end;
+};
+
 template <typename T> struct call {
-    T *out;
+    place<T> out[PEERS];
     float *lse; // (m, heads), rows of lse_ld, or NULL
-    int64_t out_ld, lse_ld;
+    int64_t lse_ld;
     int m, s, heads, tiles;       // tiles: of keys
     int head_items, whole, parts; // items of a head; taken whole, of all heads; of each of the others
     int shares;                   // items and parts
@@ -79,12 +85,16 @@ template <typename T> struct call {
 
 // room: of flash_hopper_room bytes, or NULL: all are taken whole.
 template <typename T>
-call<T> call_of(struct tensor out, struct tensor lse, struct tensor q, struct tensor k, int processors, void *room)
+call<T> call_of(const struct attention_out &out, struct tensor lse, struct tensor q, struct tensor k, int processors,
+                void *room)
 {
     call<T> c = {};
-    c.out = (T *)out.data;
+    for (int i = 0, row = 0; i < out.n; i++) {
+        const struct tensor &t = out.t[i];
+        c.out[i] = {(T *)t.data - row * t.ld, t.ld, row + (int)t.n[0]};
+        row += (int)t.n[0];
+    }
     c.lse = tensor_none(lse) ? nullptr : (float *)lse.data;
-    c.out_ld = out.ld;
     c.lse_ld = lse.ld;
     c.m = (int)q.n[0];
     c.s = (int)k.n[0];
@@ -102,9 +112,12 @@ call<T> call_of(struct tensor out, struct tensor lse, struct tensor q, struct te
 }
 
 // Whether counts fit and results can be stored, 8 numbers at once.
-inline bool can_be(struct tensor out, struct tensor q, struct tensor k, float scale)
+inline bool can_be(const struct attention_out &out, struct tensor q, struct tensor k, float scale)
 {
-    return out.dtype != DT_F32 && wide(out, 8) && q.n[2] % 8 == 0 && q.n[2] <= DIM && k.n[0] <= 1 << 20 &&
+    for (int i = 0; i < out.n; i++)
+        if (!wide(out.t[i], 8))
+            return false;
+    return q.dtype != DT_F32 && q.n[2] % 8 == 0 && q.n[2] <= DIM && k.n[0] <= 1 << 20 &&
            ceil_div(q.n[0], QUERIES) * q.n[1] <= INT_MAX / 8 && scale > 0;
 }
 
@@ -215,7 +228,8 @@ __device__ void store_out(staging &room, const call<T> &c, const float (&o)[VALU
                           int warp_row, item at)
 {
     const int lane = (int)threadIdx.x % WARP, first = at.query + warp_row;
-    T *to = reinterpret_cast<T *>(&room[warp_row + lane % 16][lane / 16 * 8]);
+    T *from = reinterpret_cast<T *>(&room[warp_row + lane % 16][lane / 16 * 8]);
+    int to = 0;
     __syncwarp(); // the last item's have been read
 #pragma unroll
     for (int i = 0; i < VALUES; i += 8) {
@@ -224,15 +238,18 @@ __device__ void store_out(staging &room, const call<T> &c, const float (&o)[VALU
         for (int j = 0; j < 4; j++)
             pair_from_f32(reinterpret_cast<T *>(&word[j]), o[i + 2 * j] * scale[j % 2],
                           o[i + 2 * j + 1] * scale[j % 2]);
-        hopper::matrices_store(to + 2 * i, word);
+        hopper::matrices_store(from + 2 * i, word);
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int r = 2 * i + lane / 16, column = lane % 16 * 8;
-        if (first + r < c.m && column < c.dim)
-            *reinterpret_cast<uint4 *>(c.out + (first + r) * c.out_ld + at.head * c.dim + column) =
+        if (first + r < c.m && column < c.dim) {
+            while (first + r >= c.out[to].end)
+                to++;
+            *reinterpret_cast<uint4 *>(c.out[to].row0 + (first + r) * c.out[to].ld + at.head * c.dim + column) =
                 *reinterpret_cast<const uint4 *>(&room[warp_row + r][column]);
+        }
     }
 }
 

@@ -283,18 +283,18 @@ size_t flash_hopper_room(int processors, struct tensor q, struct tensor k)
     return d.parts > 1 ? lay_out(m, nullptr, (size_t)((items - d.whole) * d.parts), processors) : 0;
 }
 
-bool launch_flash16(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
+bool launch_flash16(cudaStream_t s, int processors, const struct attention_out *out, struct tensor lse, struct tensor q,
                     struct tensor k, struct tensor v, float scale, void *room)
 {
     CUtensorMap maps[3];
-    if (!can_be(out, q, k, scale) || q.n[2] != DIM || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) ||
+    if (!can_be(*out, q, k, scale) || q.n[2] != DIM || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) ||
         !map_of(&maps[0], q) || !map_of(&maps[1], k) || !map_of(&maps[2], v))
         return false;
-    with_type(out.dtype, [&](auto *type) {
+    with_type(q.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
             cudaFuncSetAttribute(flash16_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-            const call<T> c = call_of<T>(out, lse, q, k, processors, room);
+            const call<T> c = call_of<T>(*out, lse, q, k, processors, room);
             flash16_kernel<T><<<(unsigned)min(c.shares, processors), THREADS, sizeof(shared), s>>>(
                 maps[0], maps[1], maps[2], c, scale * 1.4426950408889634f);
         }

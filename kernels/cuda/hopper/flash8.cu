@@ -296,10 +296,10 @@ size_t flash8_scratch(struct tensor q, struct tensor k)
     return layout(e, nullptr);
 }
 
-bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct tensor lse, struct tensor q,
+bool launch_flash8(cudaStream_t s, int processors, const struct attention_out *out, struct tensor lse, struct tensor q,
                    struct tensor k, struct tensor v, float scale, void *scratch, void *room)
 {
-    if (!can_be(out, q, k, scale) || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) || q.n[0] > 1 << 20)
+    if (!can_be(*out, q, k, scale) || !wide(q, 8) || !wide(k, 8) || !wide(v, 8) || q.n[0] > 1 << 20)
         return false;
     eight e = eight_of(q, k);
     layout(e, (uint8_t *)scratch);
@@ -310,11 +310,11 @@ bool launch_flash8(cudaStream_t s, int processors, struct tensor out, struct ten
         !hopper::map_of(&maps[2], e.v, width, keys, keys, DIM))
         return false;
     make(s, e, q, k, v, scale);
-    with_type(out.dtype, [&](auto *type) {
+    with_type(q.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
             cudaFuncSetAttribute(flash8_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-            const call<T> c = call_of<T>(out, lse, q, k, processors, room);
+            const call<T> c = call_of<T>(*out, lse, q, k, processors, room);
             flash8_kernel<T><<<(unsigned)min(c.shares, processors), THREADS, sizeof(shared), s>>>(maps[0], maps[1],
                                                                                                 maps[2], e, c);
         }
