@@ -35,6 +35,7 @@ struct linear {
     struct tensor w[LINEAR_MAX_PARTS]; // (n_i, k)
     struct tensor b[LINEAR_MAX_PARTS]; // (n_i), or none
     int64_t n, k;                      // n = sum of n_i
+    int64_t of;                        // outputs of the layer of which this is a slice; 0: of none
 };
 
 // The type that a layer asked for in this one is placed in: numbers of 8 bits want n and k to be multiples of 16.

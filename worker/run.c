@@ -18,12 +18,11 @@ void run_init(struct run *r, const struct model *m, const Ditfleet__V1__Job *job
     r->text_tokens = job->max_sequence_length;
 }
 
-// Whether ranks that share heads send less so (struct input_sharing). Another shape of a product may have another
-// algorithm, and other bits.
+// Whether ranks that share heads send less so (struct input_sharing).
 static bool shares_inputs(const struct run *r)
 {
     const int64_t number = (int64_t)dtype_size(r->branch.k->activation), sent = r->model->info.eight_bits ? 1 : number;
-    return r->plan.ulysses > 1 && r->plan.ulysses * sent < 3 * number && !r->plan.exact && !plan_in_patches(&r->plan);
+    return r->plan.ulysses > 1 && r->plan.ulysses * sent < 3 * number && !plan_in_patches(&r->plan);
 }
 
 // How rows meet and how the blocks are gone through under this plan. A new way to share one picture is a link or a

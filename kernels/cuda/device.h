@@ -122,6 +122,8 @@ struct product {
     int64_t bias_stride; // of a batch with bias
     enum act act;
     const float *x_scale, *w_scale; // E4M3: factors (m) and (n), both 16-byte aligned; or NULL: the bare sums
+    // Exact devices: n of the product whose bits its outputs are to have; 0: its own.
+    int64_t of;
 };
 void cuda_product(struct device *d, const struct product *p);
 // The epilogue that does act(. + bias), or -1 where cuda_epilogue_after must.

@@ -73,6 +73,7 @@ static bool linear_batched(struct device *d, struct tensor y, struct tensor x, c
     p.w_stride = apart * w->w[0].ld;
     p.y_stride = n;
     p.bias_stride = apart;
+    p.of = d->exact ? w->of : 0;
     const int64_t epilogue = cuda_epilogue(&p);
     return epilogue >= 0 && cuda_product_library(d, &p, epilogue, false);
 }
@@ -85,7 +86,8 @@ static void linear_parts(struct device *d, struct tensor y, struct tensor x, con
         struct tensor weight = operand(d, w->w[i]), part = tensor_cols(y, column, w->w[i].n[0]);
         if (!weight.data)
             return;
-        const struct product p = product_of(part, x, weight, w->b[i], act);
+        struct product p = product_of(part, x, weight, w->b[i], act);
+        p.of = d->exact ? w->of : 0;
         if (p.n > 0)
             cuda_product(d, &p);
     }
@@ -162,13 +164,21 @@ static void linear_by_sums(struct device *d, struct tensor y, struct tensor x, s
     }
 }
 
-// False: the library does not have it all, and nothing was done.
-static bool linear_e4m3(struct device *d, struct tensor y, struct tensor x, struct tensor w, struct tensor bias,
-                        enum act act)
+// Integers on Hopper. False: other operands, and nothing was done.
+static bool integers(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
 {
-    const struct product p = product_of(y, x, w, bias, act);
+    return l->w[0].dtype == DT_I8 && cuda_hopper(d) && (l->parts == 1 || rows_apart(l) > 0) &&
+           launch_linear8(d->stream, d->processors, y, x, l->w[0], l->b[0], rows_apart(l), act);
+}
+
+// A layer of one part. False: the library does not have it all, and nothing was done.
+static bool linear_e4m3(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
+{
+    const struct tensor w = l->w[0];
+    struct product p = product_of(y, x, w, l->b[0], act);
     const int64_t epilogue = cuda_epilogue(&p);
-    if (alignment_of(w.scale, 16) != 16)
+    p.of = d->exact ? l->of : 0;
+    if (w.dtype != DT_E4M3 || alignment_of(w.scale, 16) != 16)
         return false;
     if (epilogue >= 0 && in_library(d, &p, epilogue))
         return true;
@@ -183,13 +193,14 @@ static void linear_codes(struct device *d, struct tensor y, struct tensor x, con
     const struct tensor q = quantised(d, x, l->w[0].dtype);
     if (!q.data)
         return;
-    if (l->w[0].dtype == DT_I8 && cuda_hopper(d) &&
-        launch_linear8(d->stream, d->processors, y, q, l->w[0], l->b[0], rows_apart(l), act))
+    if (integers(d, y, q, l, act))
         return;
     for (int64_t i = 0, column = 0; i < l->parts; column += l->w[i++].n[0]) {
-        const struct tensor part = tensor_cols(y, column, l->w[i].n[0]);
-        if (l->w[i].dtype != DT_E4M3 || !linear_e4m3(d, part, q, l->w[i], l->b[i], act))
-            linear_by_sums(d, part, q, l->w[i], l->b[i], act);
+        const struct linear one = {
+            .parts = 1, .n = l->w[i].n[0], .k = l->k, .w = {l->w[i]}, .b = {l->b[i]}, .of = l->of};
+        const struct tensor part = tensor_cols(y, column, one.n);
+        if (!integers(d, part, q, &one, act) && !linear_e4m3(d, part, q, &one, act))
+            linear_by_sums(d, part, q, one.w[0], one.b[0], act);
     }
 }
 

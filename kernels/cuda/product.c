@@ -69,6 +69,7 @@ static struct key key_of(const struct product *p, int64_t epilogue, bool fast)
                         .w_align = alignment_of(p->w, (p->w_ld | p->w_stride) * size),
                         .y_align = alignment_of(p->y, (p->y_ld | p->y_stride) * y_size),
                         .factors = p->x_scale != NULL,
+                        .of = p->of,
                         .fast = fast};
 }
 

@@ -13,6 +13,7 @@ struct key {
     int64_t m, n, k, batch, type, y_type, w_rows, x_ld, w_ld, y_ld, x_stride, w_stride, y_stride, epilogue;
     int64_t x_align, w_align, y_align;
     int64_t factors; // E4M3: the library multiplies by rows' factors
+    int64_t of;      // exact devices: n of the product whose algorithm it gets; 0: its own
     int64_t fast;    // E4M3: sums stay in the tensor cores' own accumulators, of fewer bits than f32
 };
 enum { KEY_NUMBERS = sizeof(struct key) / sizeof(int64_t) };

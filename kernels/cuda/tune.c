@@ -8,7 +8,7 @@
 //
 // An exact device measures nothing. Whatever the rows, a layer gets what the library suggests for EXACT_ROWS of them,
 // with its sums in one part: then tiles and the order within a sum, and so a row's bits, are the same for any number of
-// rows.
+// rows. Some of a layer's outputs get what the whole layer gets.
 #include "kernels/cuda/product.h"
 
 #include <limits.h>
@@ -248,18 +248,28 @@ void products_keep(struct products *p)
         algo_cache_save(p->cache);
 }
 
-static bool with_rows(struct shape *s, int64_t rows)
+// w's outputs are its matrix' columns: it is (k, n) there and transposed.
+static bool with_size(struct shape *s, int64_t rows, int64_t outputs, int64_t y_ld, int64_t batch)
 {
-    const uint64_t n = (uint64_t)rows;
-    return cublasLtMatrixLayoutSetAttribute(&s->x, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) == 0 &&
-           cublasLtMatrixLayoutSetAttribute(&s->y, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) == 0;
+    const uint64_t m = (uint64_t)rows, n = (uint64_t)outputs;
+    const int32_t count = (int32_t)batch;
+    cublasLtMatrixLayoutOpaque_t *all[] = {&s->w, &s->x, &s->y};
+    for (int i = 0; i < 3; i++)
+        if (cublasLtMatrixLayoutSetAttribute(all[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count) != 0)
+            return false;
+    return cublasLtMatrixLayoutSetAttribute(&s->x, CUBLASLT_MATRIX_LAYOUT_COLS, &m, sizeof m) == 0 &&
+           cublasLtMatrixLayoutSetAttribute(&s->y, CUBLASLT_MATRIX_LAYOUT_COLS, &m, sizeof m) == 0 &&
+           cublasLtMatrixLayoutSetAttribute(&s->y, CUBLASLT_MATRIX_LAYOUT_ROWS, &n, sizeof n) == 0 &&
+           cublasLtMatrixLayoutSetAttribute(&s->y, CUBLASLT_MATRIX_LAYOUT_LD, &y_ld, sizeof y_ld) == 0 &&
+           cublasLtMatrixLayoutSetAttribute(&s->w, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) == 0;
 }
 
 static void choose_exact(struct device *d, struct shape *s, const struct product *p)
 {
     candidate list[CANDIDATES];
-    int found = with_rows(s, EXACT_ROWS) ? suggested(d, s, list) : 0;
-    if (!with_rows(s, p->m))
+    const bool slice = p->of > 0;
+    int found = with_size(s, EXACT_ROWS, slice ? p->of : p->n, slice ? p->of : p->y_ld, 1) ? suggested(d, s, list) : 0;
+    if (!with_size(s, p->m, p->n, p->y_ld, p->batch))
         found = 0;
     for (int i = 0; i < found && !s->usable; i++) {
         s->algo = list[i].algo;
@@ -272,7 +282,7 @@ static void choose_exact(struct device *d, struct shape *s, const struct product
 void cuda_product_choose(struct device *d, struct shape *s, const struct product *p)
 {
     candidate list[ALL];
-    if (d->exact && p->batch == 1) {
+    if (d->exact && (p->batch == 1 || p->of > 0)) {
         choose_exact(d, s, p);
         return;
     }
