@@ -17,9 +17,10 @@ enum slot {
     SLOT_QUANTISED,
     SLOT_LINK,
     SLOT_PARTS,
+    SLOT_SUMS,
     SLOTS
 }; // of cuBLASLt and cuDNN; of attention, its numbers of 8 bits, and sums in f32; a converted operand; one converted to
-   // E4M3; rows on their way; parts of an attention (flash_hopper_room)
+   // E4M3; rows on their way; parts of an attention (flash_hopper_room) and of a product (linear8_room)
 
 struct device {
     struct check check;

@@ -184,9 +184,11 @@ bool launch_flash8(cudaStream_t s, int processors, const struct attention_out *o
 // ---- hopper/linear8.cu
 // y (m, n) bf16 or f16 = act(x w^T + bias); x (m, k) and w (n, k) I8 with their factors; n a multiple of 8, k of 16;
 // bias of y's type. Or w is (run, k), the first of several that lie `apart` rows from each other, as do their factors
-// and biases, and n of them all. False: other operands, or another activation than none and gelu_tanh, and nothing was
-// done.
+// and biases, and n of them all. room: linear8_room(processors, m, n, k) bytes, zeros at first and then as it was left:
+// what is left over after each processor has had its share is split among them; NULL: it is not; the result is the
+// same. False: other operands, or another activation than none and gelu_tanh, and nothing was done.
+size_t linear8_room(int processors, int64_t m, int64_t n, int64_t k);
 bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tensor x, struct tensor w,
-                    struct tensor bias, int64_t apart, enum act act);
+                    struct tensor bias, int64_t apart, enum act act, void *room);
 
 #endif

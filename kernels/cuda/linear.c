@@ -167,8 +167,12 @@ static void linear_by_sums(struct device *d, struct tensor y, struct tensor x, s
 // Integers on Hopper. False: other operands, and nothing was done.
 static bool integers(struct device *d, struct tensor y, struct tensor x, const struct linear *l, enum act act)
 {
-    return l->w[0].dtype == DT_I8 && cuda_hopper(d) && (l->parts == 1 || rows_apart(l) > 0) &&
-           launch_linear8(d->stream, d->processors, y, x, l->w[0], l->b[0], rows_apart(l), act);
+    if (l->w[0].dtype != DT_I8 || !cuda_hopper(d) || (l->parts > 1 && rows_apart(l) == 0))
+        return false;
+    const size_t bytes = linear8_room(d->processors, y.n[0], y.n[1], l->k);
+    void *room = bytes ? cuda_scratch(d, SLOT_SUMS, bytes) : NULL;
+    return (bytes && !room) ||
+           launch_linear8(d->stream, d->processors, y, x, l->w[0], l->b[0], rows_apart(l), act, room);
 }
 
 // A layer of one part. False: the library does not have it all, and nothing was done.

@@ -825,7 +825,7 @@ static void linear_integer_rows(void **state)
     struct fix *f = *state;
     EACH_TYPE(f)
     {
-        const int64_t m = 384, k = 256, n = 768;
+        const int64_t m = 2200, k = 3072, n = 2304; // more tiles than multiprocessors, deep enough to be split
         f->codes = DT_I8;
         struct pair x = ACTIVE(f, 0, 1, m, k), w = make(f, DT_F32, DT_F32, SHAPE(n, k), 0, 0.1, 0),
                     whole = OUTPUT(f, 0, m, n), some = OUTPUT(f, 0, m, n);

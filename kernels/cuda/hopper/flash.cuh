@@ -7,6 +7,7 @@
 #ifndef DITFLEET_CUDA_HOPPER_FLASH_CUH
 #define DITFLEET_CUDA_HOPPER_FLASH_CUH
 
+#include "kernels/cuda/hopper/dealing.cuh"
 #include "kernels/cuda/hopper/instructions.cuh"
 #include "kernels/cuda/vec.cuh"
 
@@ -27,27 +28,7 @@ enum {
 };
 static_assert(DIM == TILE && QUERIES == TILE, "tiles of queries, of keys and of values are alike");
 
-// Items that every multiprocessor has one of are taken whole. The rest would leave some idle: where that is a good part
-// of the kernel's time, its keys are dealt to `parts` of them, and who is through last brings the parts' sums together.
-struct dealing {
-    int whole, parts;
-};
-
-inline struct dealing deal(int items, int tiles, int processors)
-{
-    enum { MOST = 6, LEAST_TILES = 4, PRICE = 2, WORTH = 16 }; // PRICE: of a part beside its tiles, in tiles
-    const int rest = items % processors, took_whole = (items / processors + 1) * tiles;
-    dealing best = {items, 1};
-    int least = tiles - took_whole / WORTH; // tiles, instead of a whole item's
-    for (int parts = 2; rest > 0 && parts <= MOST && tiles / parts >= LEAST_TILES; parts++) {
-        const int took = (int)ceil_div(rest * parts, processors) * ((int)ceil_div(tiles, parts) + PRICE);
-        if (took < least) {
-            least = took;
-            best = {items - rest, parts};
-        }
-    }
-    return best;
-}
+enum { PART_PRICE = 2 }; // of a part beside its tiles, in tiles
 
 // Where sums of parts meet. tickets: how many parts of a warp's rows are there, 0 before and after each kernel.
 struct meeting {
@@ -103,7 +84,7 @@ call<T> call_of(const struct attention_out &out, struct tensor lse, struct tenso
     c.head_items = (int)ceil_div(c.m, QUERIES);
     c.dim = (int)q.n[2];
     const int items = c.head_items * c.heads;
-    const dealing d = room ? deal(items, c.tiles, processors) : dealing{items, 1};
+    const dealing d = room ? deal(items, c.tiles, processors, PART_PRICE) : dealing{items, 1};
     c.whole = d.whole;
     c.parts = d.parts;
     c.shares = d.whole + (items - d.whole) * d.parts;
@@ -127,12 +108,11 @@ struct item {
     int part, slot;   // slot: among the parts of all; below 0: whole
 };
 
-template <typename T> __device__ inline item item_of(const call<T> &c, int share)
+template <typename T> __device__ inline item item_of(const call<T> &c, int n)
 {
-    const int slot = share - c.whole, rest = slot / c.parts, part = slot < 0 ? 0 : slot - rest * c.parts;
-    const int i = slot < 0 ? share : c.whole + rest, head = i / c.head_items, parts = slot < 0 ? 1 : c.parts;
-    const int first = c.tiles * part / parts;
-    return {head, (i - head * c.head_items) * QUERIES, first, c.tiles * (part + 1) / parts - first, part, slot};
+    const share s = share_of(n, c.whole, c.parts, c.tiles);
+    const int head = s.item / c.head_items;
+    return {head, (s.item - head * c.head_items) * QUERIES, s.first, s.steps, s.part, s.slot};
 }
 
 // The last tile, which may have fewer keys, has the first place.

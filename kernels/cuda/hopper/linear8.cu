@@ -4,7 +4,8 @@
 // Two blocks of a cluster make two tiles of 128 rows, one below the other: each loads its own rows of x, and half of the
 // rows of w for both. One thread loads, as far ahead as there are stages; two warpgroups multiply, 64 rows each, and go on to
 // the next tile each for itself, so that one multiplies while the other is busy with its sums. Blocks stay, and take tile
-// after tile.
+// after tile. What is left over after whole rounds is split by depth: sums of integers are the same in any order.
+#include "kernels/cuda/hopper/dealing.cuh"
 #include "kernels/cuda/hopper/instructions.cuh"
 #include "kernels/cuda/vec.cuh"
 
@@ -22,6 +23,7 @@ enum {
     THREADS = GROUP * (1 + GROUPS),
     SUMS = GROUP_M * TILE_N / GROUP, // of a thread
     PAIRS = TILE_N / 8,              // of them, in a row
+    PART_PRICE = 8,          // of a part of a tile beside its stages, in stages
     BAND = 8, // tiles of a cluster one below the other that are done before the next column of them: in the L2
 };
 
@@ -32,12 +34,27 @@ struct stage {
 struct shared {
     stage at[STAGES];
     float2 bias[GROUPS][TILE_N / 2], factor[GROUPS][TILE_N / 2]; // of a tile's columns
+    unsigned there[GROUPS];                                      // parts of a tile's rows
     uint64_t full[STAGES], empty[STAGES];
 };
 
 struct tiles {
     int down, across, depth; // of a cluster, two below each other; in stages
+    int whole, parts, shares; // tiles that are taken whole; parts of each other; both
+    // Where parts meet: how many of a warpgroup's rows are there, 0 before and after each kernel; their sums.
+    unsigned *tickets; // (tiles in parts, CLUSTER, GROUPS)
+    int4 *sums;        // (parts of all, CLUSTER, GROUPS, SUMS / 4, GROUP)
 };
+
+// Tickets have their place whatever the product.
+static size_t lay_out(tiles &t, uint8_t *at, int processors)
+{
+    const size_t parts = (size_t)((t.down * t.across - t.whole) * t.parts);
+    const size_t tickets = ((size_t)processors * GROUPS * sizeof(unsigned) + 255) / 256 * 256;
+    t.tickets = (unsigned *)at;
+    t.sums = (int4 *)(at + tickets);
+    return tickets + parts * CLUSTER * GROUPS * SUMS * GROUP * sizeof(int);
+}
 
 // Where w has a column of y: runs of columns follow each other in y, and not in w.
 struct columns {
@@ -154,10 +171,11 @@ __device__ static void load_all(shared &sh, const CUtensorMap *x, const CUtensor
 {
     enum { HALF = TILE_N / CLUSTER };
     ring r;
-    for (int i = (int)blockIdx.x / CLUSTER; i < t.down * t.across; i += (int)gridDim.x / CLUSTER) {
+    for (int i = (int)blockIdx.x / CLUSTER; i < t.shares; i += (int)gridDim.x / CLUSTER) {
         int down, across;
-        place(t, i, &down, &across);
-        for (int k = 0; k < t.depth; k++, r.next()) {
+        const share s = share_of(i, t.whole, t.parts, t.depth);
+        place(t, s.item, &down, &across);
+        for (int k = s.first; k < s.first + s.steps; k++, r.next()) {
             stage &to = sh.at[r.stage];
             hopper::barrier_wait(&sh.empty[r.stage], r.phase ^ 1);
             hopper::barrier_expect(&sh.full[r.stage], sizeof to);
@@ -175,17 +193,52 @@ __device__ static void let_go(shared &sh, unsigned stage)
         hopper::barrier_arrive(&sh.empty[stage], threadIdx.x % WARP);
 }
 
+// Leaves the warpgroup's sums where those of the tile's other parts are. True: all are there, and s is theirs.
+__device__ static bool bring_together(shared &sh, const tiles &t, int (&s)[SUMS], const share &at, int block, int group)
+{
+    const int thread = (int)threadIdx.x % GROUP, mine = block * GROUPS + group, first = at.slot - at.part;
+    const auto sums = [&](int slot, int i) { // of this thread's s[4 * i] and on
+        return t.sums + ((int64_t)(slot * CLUSTER * GROUPS + mine) * (SUMS / 4) + i) * GROUP + thread;
+    };
+#pragma unroll
+    for (int i = 0; i < SUMS / 4; i++)
+        *sums(at.slot, i) = make_int4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
+    __threadfence();
+    hopper::meet(1 + group, GROUP);
+    if (thread == 0)
+        sh.there[group] =
+            atomicInc(&t.tickets[(at.item - t.whole) * CLUSTER * GROUPS + mine], (unsigned)t.parts - 1) + 1;
+    hopper::meet(1 + group, GROUP);
+    if (sh.there[group] < (unsigned)t.parts)
+        return false;
+    __threadfence();
+    for (int p = 0; p < t.parts; p++) {
+        if (p == at.part)
+            continue;
+#pragma unroll
+        for (int i = 0; i < SUMS / 4; i++) {
+            const int4 theirs = __ldcg(sums(first + p, i));
+            s[4 * i] += theirs.x;
+            s[4 * i + 1] += theirs.y;
+            s[4 * i + 2] += theirs.z;
+            s[4 * i + 3] += theirs.w;
+        }
+    }
+    return true;
+}
+
 template <typename T, bool GELU>
 __device__ static void multiply_all(shared &sh, const tiles &t, const result<T> &p, int block, int group)
 {
     const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x % GROUP / WARP;
     ring r;
-    for (int i = (int)blockIdx.x / CLUSTER; i < t.down * t.across; i += (int)gridDim.x / CLUSTER) {
+    for (int i = (int)blockIdx.x / CLUSTER; i < t.shares; i += (int)gridDim.x / CLUSTER) {
         int s[SUMS], down, across;
-        place(t, i, &down, &across);
+        const share at = share_of(i, t.whole, t.parts, t.depth);
+        place(t, at.item, &down, &across);
         const int row = (down * CLUSTER + block) * TILE_M + group * GROUP_M + warp * 16 + lane / 4;
         const columns_ahead<T> columns(p, across * TILE_N);
-        for (int k = 0; k < t.depth; k++, r.next()) {
+        for (int k = 0; k < at.steps; k++, r.next()) {
             hopper::barrier_wait(&sh.full[r.stage], r.phase);
             const uint64_t a = hopper::operand(sh.at[r.stage].x + group * GROUP_M * DEPTH),
                            b = hopper::operand(sh.at[r.stage].w);
@@ -203,6 +256,8 @@ __device__ static void multiply_all(shared &sh, const tiles &t, const result<T> 
         hopper::products_wait<0>();
         hopper::registers_settle(s);
         let_go(sh, (r.stage + STAGES - 1) % STAGES);
+        if (at.slot >= 0 && !bring_together(sh, t, s, at, block, group))
+            continue;
         put_row<T, GELU>(sh, p, s, 0, row, across * TILE_N, upper, group);
         put_row<T, GELU>(sh, p, s, 1, row + 8, across * TILE_N, lower, group);
     }
@@ -242,12 +297,12 @@ static void launch(cudaStream_t s, int processors, const CUtensorMap &x, const C
                    const result<T> &p)
 {
     cudaFuncSetAttribute(linear8_kernel<T, GELU>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(shared));
-    const int clusters = processors / CLUSTER, tiles = t.down * t.across;
+    const int clusters = processors / CLUSTER;
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {CLUSTER, 1, 1};
     cudaLaunchConfig_t how = {};
-    how.gridDim = dim3((unsigned)(clusters < tiles ? clusters : tiles) * CLUSTER);
+    how.gridDim = dim3((unsigned)(clusters < t.shares ? clusters : t.shares) * CLUSTER);
     how.blockDim = dim3(THREADS);
     how.dynamicSmemBytes = sizeof(shared);
     how.stream = s;
@@ -256,8 +311,28 @@ static void launch(cudaStream_t s, int processors, const CUtensorMap &x, const C
     cudaLaunchKernelEx(&how, linear8_kernel<T, GELU>, x, w, t, p);
 }
 
+static tiles tiles_of(int processors, int64_t m, int64_t n, int64_t k, bool in_parts)
+{
+    tiles t = {};
+    t.down = (int)ceil_div(m, TILE_M * CLUSTER);
+    t.across = (int)ceil_div(n, TILE_N);
+    t.depth = (int)ceil_div(k, DEPTH);
+    const int all = t.down * t.across;
+    const dealing d = in_parts ? deal(all, t.depth, processors / CLUSTER, PART_PRICE) : dealing{all, 1};
+    t.whole = d.whole;
+    t.parts = d.parts;
+    t.shares = d.whole + (all - d.whole) * d.parts;
+    return t;
+}
+
+size_t linear8_room(int processors, int64_t m, int64_t n, int64_t k)
+{
+    tiles t = tiles_of(processors, m, n, k, true);
+    return t.parts > 1 ? lay_out(t, nullptr, processors) : 0;
+}
+
 bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tensor x, struct tensor w, struct tensor bias,
-                    int64_t apart, enum act act)
+                    int64_t apart, enum act act, void *room)
 {
     const int64_t m = y.n[0], n = y.n[1], k = x.n[1], run = w.n[0], runs = n / run;
     CUtensorMap x_map, w_map;
@@ -268,7 +343,8 @@ bool launch_linear8(cudaStream_t s, int processors, struct tensor y, struct tens
         !hopper::map_of(&x_map, x.data, m, k, x.ld, TILE_M) ||
         !hopper::map_of(&w_map, w.data, (runs - 1) * apart + run, k, w.ld, TILE_N / CLUSTER))
         return false;
-    const tiles t = {(int)ceil_div(m, TILE_M * CLUSTER), (int)ceil_div(n, TILE_N), (int)ceil_div(k, DEPTH)};
+    tiles t = tiles_of(processors, m, n, k, room);
+    lay_out(t, (uint8_t *)room, processors);
     with_type(y.dtype, [&](auto *type) {
         typedef std::remove_pointer_t<decltype(type)> T;
         if constexpr (sizeof(T) == 2) {
