@@ -15,18 +15,25 @@ struct loop {
     struct recording *recording; // of predict_all, whose operations and addresses are the same at every step
 };
 
-// What ranks that share heads reach of each other.
+// What ranks reach of each other.
 static void share_rooms(struct run *r, const struct share *s)
 {
     const struct dit_info *info = &r->model->info;
     const enum dtype type = r->branch.k->activation;
-    const int64_t rows = s->of_rank[comm_rank(r->branch.comm)];
+    const int64_t size = (int64_t)dtype_size(type), rows = s->of_rank[comm_rank(r->branch.comm)];
+    if (r->plan.ring > 1) { // keys and values of two layers, of the rows of all that share heads
+        const int u = r->plan.ulysses, first = comm_rank(r->usp.across) * u;
+        int64_t together = 0;
+        for (int i = 0; i < u; i++)
+            together += s->of_rank[first + i];
+        sharing_meet(&r->ring.room, &r->branch, r->usp.across, 2 * 2 * together * (info->hidden / u) * size);
+        r->ring.layer = -1;
+    }
     if (r->plan.ulysses == 1)
         return;
     if (r->branch.sharing)
         sharing_meet(&r->sharing.room, &r->branch, r->usp.inside, sharing_room(s->rows.rope.n[0], info->hidden, type));
-    sharing_meet(&r->usp.results, &r->branch, r->usp.inside,
-                 rows * info->attention_columns * (int64_t)dtype_size(type));
+    sharing_meet(&r->usp.results, &r->branch, r->usp.inside, rows * info->attention_columns * size);
     r->branch.results = &r->usp.results;
 }
 

@@ -78,7 +78,11 @@ extern const struct attention_link attention_ulysses;
 // share of the heads. Its state, next and copies as Ulysses'; back from heads to rows as there.
 extern const struct attention_link attention_by_heads;
 // Ring attention (Liu et al. 2023): keys and values go round the ranks of x->comm. Any number of heads. Sums are added
-// slice by slice, so results equal local's to rounding. Needs attention_part of the backend.
+// slice by slice, so results equal local's to rounding. Needs attention_part of the backend. Copied, with state.
+struct ring {
+    struct shared_room room; // for the keys and values of two layers, of the ranks of x->comm
+    int layer;               // the last one; at first -1
+};
 extern const struct attention_link attention_ring;
 
 static inline void exec_attend(struct exec *x, const struct attention_call *call)

@@ -136,7 +136,7 @@ static void gather(struct ownership *o, const struct weights *w, int block)
         const int64_t offset = (char *)s.piece - (char *)weights_sharded(w, 0).piece;
         for (int r = 0; r < o->ranks; r++)
             lots[r] = (struct comm_lot){(const char *)o->theirs[r] + offset, (char *)s.buffer + r * piece, piece};
-        comm_fetch(o->comm, lots, false);
+        comm_fetch(o->comm, lots, piece * (o->ranks - 1), false);
         return;
     }
     for (int r = 0; r < o->ranks; r++)

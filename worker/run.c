@@ -31,8 +31,10 @@ static void choose_ways(struct run *r)
 {
     r->stale = attention_stale;
     r->stale.next = &attention_local;
+    r->ring_link = attention_ring;
+    r->ring_link.state = &r->ring;
     const struct attention_link *over_rows = plan_in_patches(&r->plan) ? &r->stale
-                                             : r->plan.ring > 1        ? &attention_ring
+                                             : r->plan.ring > 1        ? &r->ring_link
                                                                        : &attention_local;
     r->ulysses = shares_inputs(r) ? attention_by_heads : attention_ulysses;
     r->ulysses.next = over_rows;

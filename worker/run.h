@@ -35,6 +35,8 @@ struct run {
     struct comm *pipe;             // the same rows in the other stages, in their order
     struct attention_link stale;   // of a plan with patches
     const struct runner *runner;
+    struct ring ring; // over usp.across
+    struct attention_link ring_link;
     struct ulysses_groups usp;     // within the branch: neighbours share heads, groups of them make a ring
     struct attention_link ulysses; // over usp
     struct input_sharing sharing;  // of a plan that shares inputs, of the ranks of usp.inside

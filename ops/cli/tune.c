@@ -411,7 +411,7 @@ static void layer_and_shards(const struct bed *b, const struct kernels *k, struc
     struct comm_lot lots[COMM_MAX_RANKS];
     for (int r = 0; r < comm_size(b->comm); r++)
         lots[r] = (struct comm_lot){b->theirs[r], (char *)b->mail[FETCHED] + r * b->shards, b->shards};
-    comm_fetch(b->comm, lots, false);
+    comm_fetch(b->comm, lots, b->shards * (comm_size(b->comm) - 1), false);
     layer(b, k, d, rows);
     comm_fetched(b->comm, false);
 }

@@ -223,11 +223,11 @@ static bool memory_is_open(struct comm *c, enum comm_op op)
     return c->root->error.code == ERR_NONE;
 }
 
-void comm_fetch(struct comm *c, const struct comm_lot *lots, bool at_once)
+void comm_fetch(struct comm *c, const struct comm_lot *lots, int64_t lent, bool at_once)
 {
     if (!begin(c, COMM_FETCH) || !memory_is_open(c, COMM_FETCH))
         return;
-    comm_count_sent(c, lots[c->rank].bytes * (c->size - 1)); // each other rank fetches as much from here
+    comm_count_sent(c, lent);
     c->ops->fetch(c, lots, at_once);
     end(c);
 }

@@ -84,14 +84,15 @@ int comm_close_memory(struct comm *c, struct err *err);
 bool comm_memory_is_open(struct comm *c);
 // While it is open: what each rank, this one among them, has at an address of its own comes here, beside what the
 // device does, once what is queued so far is done. Called by all ranks, but none waits for another: what they fetch is
-// not written meanwhile. lots: (ranks). at_once: before anything else; else where there is room between exchanges. What
-// is queued after comm_fetched finds those of its kind; where no memory is open it does nothing.
+// not written meanwhile. lots: (ranks). lent: bytes that others fetch from here. at_once: before anything else; else
+// where there is room between exchanges. What is queued after comm_fetched finds those of its kind; where no memory is
+// open it does nothing.
 struct comm_lot {
     const void *from; // in that rank's memory
     void *to;
     int64_t bytes;
 };
-void comm_fetch(struct comm *c, const struct comm_lot *lots, bool at_once);
+void comm_fetch(struct comm *c, const struct comm_lot *lots, int64_t lent, bool at_once);
 void comm_fetched(struct comm *c, bool at_once);
 // While it is open: what is queued from here on is done after what every rank queued before.
 void comm_meet(struct comm *c);

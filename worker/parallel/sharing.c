@@ -64,7 +64,7 @@ static void fetch(const struct input_sharing *s, const struct attention_input *i
             (struct comm_lot){(const char *)s->room.theirs[r] + offset, (char *)s->room.bytes.data + offset, bytes};
         offset += bytes;
     }
-    comm_fetch(s->comm, lots, true);
+    comm_fetch(s->comm, lots, in->mine.n[0] * row_bytes * (comm_size(s->comm) - 1), true);
 }
 
 // Through the communicator: t (rows of all, ...) gets the others' rows.
