@@ -22,9 +22,8 @@ struct shared_room {
 
 // Ranks that share heads bring their rows together before these are projected to queries, keys and values, instead of
 // after: a row of the input is a third of what it is projected to, in 8 bits a sixth, and GPUs fetch it beside their
-// work. Each rank then projects all of their rows to its share of the heads. For P ranks that is less to send than
-// Ulysses' P < 3, in 8 bits P < 6; the bits of an exact device do not
-// change.
+// work. Each rank then projects all of their rows to its share of the heads. That is less to send than Ulysses'
+// for P ranks where P < 3, in 8 bits P < 6. The bits of an exact device do not change.
 struct input_sharing {
     struct comm *comm; // these ranks, neighbours in x->comm
     int first;         // of them, its rank there

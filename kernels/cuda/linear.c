@@ -45,7 +45,7 @@ static struct product product_of(struct tensor y, struct tensor x, struct tensor
                             .w_scale = w.scale};
 }
 
-// Elements between parts that lie evenly apart, biases as the weights' rows do; 0: they do not.
+// Rows from each part to the next, where all lie evenly apart, factors and biases as the rows do; 0: they do not.
 static int64_t rows_apart(const struct linear *w)
 {
     const int64_t row = w->w[0].ld * (int64_t)dtype_size(w->w[0].dtype);
