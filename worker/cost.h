@@ -11,7 +11,8 @@
 // however small, the bytes that are sent, and what each collective costs however small (the one more tells whether to
 // go on). These numbers are measured with all ranks at it (`ditfleet tune`), for ranks share cores, caches and
 // memory. Sums, not maxima: a rank waits for what it receives, and on CPU ranks nothing overlaps. Of the bytes of
-// shards that GPUs fetch beside their work, a part counts, measured as well.
+// shards that GPUs fetch beside their work, a part counts, measured as well; rows that they fetch so count as if they
+// were waited for, since most of what that saves is taken back by the power cap.
 //
 // PipeFusion's stages wait for each other: compute is that of the slowest stage in a tick, times the ticks a step takes
 // (pipefusion.c), warm-up steps included in the mean. Parts of a group that make a picture each do not wait for each
