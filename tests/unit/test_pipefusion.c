@@ -243,8 +243,8 @@ static void stale_steps_are_the_definitions(void **state)
                                       PIPE(2, 1, 1, 2, 2, 1),
                                       PIPE(3, 1, 1, 3, 2, 1),
                                       PIPE(6, 1, 1, 6, 2, 1),
-                                      PIPE(4, 1, 2, 2, 2, 1),
                                       UNEVEN,
+                                      PIPE(4, 1, 2, 2, 2, 1),
                                       {0}};
     static const struct plan three[] = {PIPE(1, 1, 1, 1, 3, 1), PIPE(2, 1, 1, 2, 3, 1), PIPE(4, 1, 1, 4, 3, 1),
                                         PIPE(6, 1, 2, 3, 3, 1), PIPE(8, 1, 4, 2, 3, 1), {0}};
