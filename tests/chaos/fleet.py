@@ -15,6 +15,9 @@ from wire import Wire  # noqa: E402
 NODES = {"a": 1, "b": 2, "q": 0}  # ranks of the node's group; 0: it has none
 TENANTS = ("default", "beta")
 LEASE_S, STAGE_S, PREFIX = 3, 2, "dit:{default}:"
+# What redis-py 4.3 (Debian 12's) says of a broken connection asks for both, which one by a Unix socket lacks.
+redis.connection.UnixDomainSocketConnection.host = redis.connection.UnixDomainSocketConnection.port = "unix"
+
 SETTINGS = """[redis]
 url = redis://%(host)s:%(port)d
 [fleet]
