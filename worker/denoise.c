@@ -26,14 +26,15 @@ static void share_rooms(struct run *r, const struct share *s)
         int64_t together = 0;
         for (int i = 0; i < u; i++)
             together += s->of_rank[first + i];
-        sharing_meet(&r->ring.room, &r->branch, r->usp.across, 2 * 2 * together * (info->hidden / u) * size);
+        sharing_make_room(&r->ring.room, &r->branch, r->usp.across, 2 * 2 * together * (info->hidden / u) * size);
         r->ring.layer = -1;
     }
     if (r->plan.ulysses == 1)
         return;
     if (r->branch.sharing)
-        sharing_meet(&r->sharing.room, &r->branch, r->usp.inside, sharing_room(s->rows.rope.n[0], info->hidden, type));
-    sharing_meet(&r->usp.results, &r->branch, r->usp.inside, rows * info->attention_columns * size);
+        sharing_make_room(&r->sharing.room, &r->branch, r->usp.inside,
+                          sharing_bytes(s->rows.rope.n[0], info->hidden, type));
+    sharing_make_room(&r->usp.results, &r->branch, r->usp.inside, rows * info->attention_columns * size);
     r->branch.results = &r->usp.results;
 }
 

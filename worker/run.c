@@ -36,7 +36,8 @@ static void choose_ways(struct run *r)
     const struct attention_link *over_rows = plan_in_patches(&r->plan) ? &r->stale
                                              : r->plan.ring > 1        ? &r->ring_link
                                                                        : &attention_local;
-    r->ulysses = shares_inputs(r) ? attention_by_heads : attention_ulysses;
+    r->branch.sharing = shares_inputs(r) ? &r->sharing : NULL;
+    r->ulysses = r->branch.sharing ? attention_by_heads : attention_ulysses;
     r->ulysses.next = over_rows;
     r->ulysses.state = &r->usp;
     r->world.attention = r->decoding.attention = &attention_local;
@@ -83,10 +84,7 @@ int run_join(struct run *r, struct comm *group, struct err *err)
     TRY(comm_group(world, in_stage, stage, r->plan.pipe, &r->pipe, err));
     TRY(comm_group(r->branch.comm, place / u * u, 1, u, &r->usp.inside, err));
     TRY(comm_group(r->branch.comm, place % u, u, r->plan.ring, &r->usp.across, err));
-    if (shares_inputs(r)) {
-        r->sharing = (struct input_sharing){.comm = r->usp.inside, .first = place / u * u};
-        r->branch.sharing = &r->sharing;
-    }
+    r->sharing = (struct input_sharing){.comm = r->usp.inside, .first = place / u * u};
     return r->plan.cfg == 2 ? comm_group(world, me - in_stage + place, ranks, 2, &r->pair, err) : 0;
 }
 

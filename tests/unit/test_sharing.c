@@ -75,7 +75,7 @@ static int rounds(struct exec *x, struct input_sharing *s, struct err *err)
         int64_t total = 0;
         for (int r = 0; r < comm_size(s->comm); r++)
             total += shares[i][s->first + r];
-        sharing_meet(&s->room, x, s->comm, sharing_room(total, K_, DT_F32));
+        sharing_make_room(&s->room, x, s->comm, sharing_bytes(total, K_, DT_F32));
         for (int round = 0; round < 6; round++)
             TRY(share(x, s, shares[i], round % 2 ? DT_I8 : DT_F32, round, err));
         arena_release(x->arena, mark);

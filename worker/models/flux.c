@@ -282,10 +282,10 @@ static void project(const struct flux *f, struct exec *x, const struct dit_pass 
                     struct tensor qkv, int64_t first, int64_t rows, const struct linear *w, struct tensor norm_q,
                     struct tensor norm_k)
 {
+    if (rows == 0)
+        return; // none of this stream, or none but one's own
     const struct linear mine = linear_slice(w, 3, in->first_head * f->head_dim, in->heads * f->head_dim);
     const struct tensor to = tensor_rows(qkv, first, rows);
-    if (rows == 0)
-        return;
     x->k->linear(x->d, to, tensor_rows(in->rows, first, rows), &mine, ACT_NONE);
     x->k->qk_norm_rope(x->d, part_of(f, to, 0), part_of(f, to, 1), norm_q, norm_k, EPS,
                        tensor_rows(p->rows->rope, first, rows));

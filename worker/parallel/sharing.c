@@ -11,12 +11,12 @@ static int64_t aligned(int64_t bytes)
     return (bytes + ALIGNED - 1) / ALIGNED * ALIGNED;
 }
 
-int64_t sharing_room(int64_t rows, int64_t k, enum dtype activation)
+int64_t sharing_bytes(int64_t rows, int64_t k, enum dtype activation)
 {
     return aligned(rows * k * (int64_t)dtype_size(activation)) + aligned(rows * (int64_t)sizeof(float));
 }
 
-void sharing_meet(struct shared_room *room, struct exec *x, struct comm *c, int64_t bytes)
+void sharing_make_room(struct shared_room *room, struct exec *x, struct comm *c, int64_t bytes)
 {
     room->bytes = arena_tensor(x->arena, DT_U8, 1, bytes, 1, 1, 1);
     room->direct = comm_memory_is_open(c);
