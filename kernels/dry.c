@@ -97,11 +97,12 @@ static int dry_place(struct device *d, struct tensor host, struct tensor *out, s
     return 0;
 }
 
-static int dry_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
+static int dry_place_linear(struct device *d, struct linear *w, enum dtype type, bool twice, struct err *err)
 {
     (void)err;
     struct linear one = {.parts = 1, .n = w->n, .k = w->k};
     one.w[0] = tensor_2d(w->w[0].data, type, w->n, w->k);
+    one.second = twice && dtype_quantised(type) ? (int64_t)tensor_bytes(one.w[0]) : 0;
     for (int i = 0; i < w->parts; i++)
         if (!tensor_none(w->b[i]))
             one.b[0] = tensor_1d(w->b[i].data, d->check.activation, w->n);

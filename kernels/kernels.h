@@ -36,6 +36,7 @@ struct linear {
     struct tensor b[LINEAR_MAX_PARTS]; // (n_i), or none
     int64_t n, k;                      // n = sum of n_i
     int64_t of;                        // outputs of the layer of which this is a slice; 0: of none
+    int64_t second;                    // bytes from the numbers of w[0], placed twice, to the others; 0: placed once
 };
 
 // The type that a layer asked for in this one is placed in: numbers of 8 bits want n and k to be multiples of 16.
@@ -140,7 +141,11 @@ struct kernels {
     int (*place)(struct device *d, struct tensor host, struct tensor *out, struct err *err);
     // The same for a linear layer, whose parts may become one part there. type: E4M3, I8, or the activation type.
     // It gets linear_placed's. ERR_UNSUPPORTED: this device has no such type.
-    int (*place_linear)(struct device *d, struct linear *w, enum dtype type, struct err *err);
+    // twice: of 8 bits, also rounded a second time, so that the mean of both is nearer to the weight than either: what
+    // is rounded once errs the same way at every step of a loop, and that adds up.
+    int (*place_linear)(struct device *d, struct linear *w, enum dtype type, bool twice, struct err *err);
+    // Which of them linear layers take from here on; at first not the second. NULL: this backend places once.
+    void (*take_second)(struct device *d, bool second);
     // Gives back a placed copy before the device is closed, after all work that reads it. Others: nothing to do.
     void (*displace)(struct device *d, struct tensor placed);
     // Placing may go on behind the caller's back, reading host memory until the next sync.

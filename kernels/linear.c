@@ -34,7 +34,7 @@ int linear_init(struct linear *w, int parts, const struct tensor *weights, const
 struct linear linear_slice(const struct linear *w, int runs, int64_t start, int64_t count)
 {
     const int64_t run = w->n / runs;
-    struct linear slice = {.parts = runs, .n = runs * count, .k = w->k, .of = w->n};
+    struct linear slice = {.parts = runs, .n = runs * count, .k = w->k, .of = w->n, .second = w->second};
     if (count == run)
         return *w;
     for (int i = 0; i < runs; i++) {

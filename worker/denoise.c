@@ -11,8 +11,9 @@ struct loop {
     struct schedule schedule;
     struct share share; // of all rows
     struct dit_cond cond[BRANCHES];
-    struct tensor v[BRANCHES];   // predicted velocities of my rows, side by side
-    struct recording *recording; // of predict_all, whose operations and addresses are the same at every step
+    struct tensor v[BRANCHES]; // predicted velocities of my rows, side by side
+    // Of predict_all, whose operations and addresses are the same at every step, or at every second one.
+    struct recording *recording[2];
 };
 
 // What ranks reach of each other.
@@ -59,16 +60,21 @@ static bool recordable(const struct comm *c)
     return comm_size(c) == 1 || comm_on_device(c);
 }
 
-// Records the second step: the first one has shown the device every shape. Exchanges that are no operations of the
-// device cannot be recorded.
+static struct recording **recording_of(const struct run *r, struct loop *l, int i)
+{
+    return &l->recording[r->model->info.twice ? i % 2 : 0];
+}
+
+// Records the second step, and where weights are placed twice the third: the first one has shown the device every
+// shape. Exchanges that are no operations of the device cannot be recorded.
 static void record(struct run *r, struct loop *l, struct tensor x, int i)
 {
     const struct kernels *k = r->branch.k;
     const bool whole = recordable(r->branch.comm) && (!r->branch.ownership || recordable(r->ownership.comm));
-    if (i != 1 || !k->record || !whole || !k->record(r->branch.d))
+    if (i < 1 || i > 1 + r->model->info.twice || !k->record || !whole || !k->record(r->branch.d))
         return;
     predict_all(r, l, x, i);
-    l->recording = k->recorded(r->branch.d);
+    *recording_of(r, l, i) = k->recorded(r->branch.d);
 }
 
 // v[b] = the velocity that each branch of guidance predicts for my rows
@@ -78,7 +84,8 @@ static void predict(struct run *r, struct loop *l, struct tensor x, int i)
         if (loop_my_branch(r, b))
             dit_step(&r->branch, &l->cond[b], i);
     record(r, l, x, i);
-    if (!l->recording || !r->branch.k->replay(r->branch.d, l->recording))
+    struct recording *recorded = *recording_of(r, l, i);
+    if (!recorded || !r->branch.k->replay(r->branch.d, recorded))
         predict_all(r, l, x, i);
     loop_exchange(r, l->v);
 }
@@ -144,8 +151,9 @@ static int whole(struct run *r, const struct prompt prompts[BRANCHES], const flo
         rc = step(r, l, mine, i, err);
     if (rc == 0)
         exec_gather(x, tokens, mine, &l->share.spread);
-    if (l->recording)
-        x->k->forget(x->d, l->recording);
+    for (int i = 0; i < 2; i++)
+        if (l->recording[i])
+            x->k->forget(x->d, l->recording[i]);
     free(l);
     arena_release(x->arena, mark);
     return rc;

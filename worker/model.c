@@ -228,6 +228,28 @@ static int open_plan(struct model *m, struct home *plan, struct err *err)
     return 0;
 }
 
+static int load_or_plan(struct model *m, enum model_part p, const struct home *home, struct err *err)
+{
+    struct model_parts fresh;
+    TRY(load_part(m, p, home, &fresh, err));
+    use(m, p, &fresh);
+    if (m->plan_kernels)
+        m->plans = parts_of(m);
+    else
+        m->here |= 1U << p;
+    m->placed_bytes[p] = weights_placed_bytes(weights_of(&fresh, p));
+    return 0;
+}
+
+// Whether weights of 8 bits are placed twice: where half of the budget stays free, for pictures and other models.
+static bool room_for_twice(const struct model *m)
+{
+    const struct home *h = m->home;
+    const int64_t once = residency_all_bytes(h->residency) + model_placed_bytes(m, PARTS_ALL);
+    return dtype_quantised(h->codes) && h->held.weights != PLAN_SHARDED &&
+           once + m->placed_bytes[PART_DIT] <= residency_budget(h->residency) / 2;
+}
+
 static int load_parts(struct model *m, struct err *err)
 {
     struct home plan, *home = m->home;
@@ -236,17 +258,14 @@ static int load_parts(struct model *m, struct err *err)
         TRY(open_plan(m, &plan, err));
         home = &plan;
     }
-    for (enum model_part p = 0; p < PARTS; p++) {
-        struct model_parts fresh;
-        TRY(load_part(m, p, home, &fresh, err));
-        use(m, p, &fresh);
-        if (planned)
-            m->plans = parts_of(m);
-        else
-            m->here |= 1U << p;
-        m->placed_bytes[p] = weights_placed_bytes(weights_of(&fresh, p));
-    }
-    return 0;
+    for (enum model_part p = 0; p < PARTS; p++)
+        TRY(load_or_plan(m, p, home, err));
+    if (!planned || !room_for_twice(m))
+        return 0;
+    m->home->twice = plan.twice = true;
+    free_part(&m->plans, PART_DIT);
+    m->plans.dit = m->dit = NULL;
+    return load_or_plan(m, PART_DIT, &plan, err);
 }
 
 static int load(struct model *m, struct err *err)

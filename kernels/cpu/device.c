@@ -190,9 +190,9 @@ static int cpu_place(struct device *d, struct tensor host, struct tensor *out, s
     return 0;
 }
 
-static int cpu_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
+static int cpu_place_linear(struct device *d, struct linear *w, enum dtype type, bool twice, struct err *err)
 {
-    (void)d, (void)w;
+    (void)d, (void)w, (void)twice;
     return type == DT_F32 ? 0 : err_set(err, ERR_UNSUPPORTED, "linear layers of %s: the CPU has F32", dtype_name(type));
 }
 

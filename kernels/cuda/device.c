@@ -600,6 +600,7 @@ const struct kernels kernels_cuda = {
     .download = cuda_download,
     .place = cuda_place,
     .place_linear = cuda_place_linear,
+    .take_second = cuda_take_second,
     .displace = cuda_displace,
     .record = cuda_record,
     .recorded = cuda_recorded,

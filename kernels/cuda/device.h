@@ -27,6 +27,7 @@ struct device {
     int gpu, processors, capability; // capability: ten times its number
     enum dtype type;                 // of activations
     bool exact;                      // as device_options has it
+    bool second;                     // as take_second has it
     cudaStream_t stream;
     cublasLtHandle_t blas;
     cudnnHandle_t dnn;
@@ -106,7 +107,7 @@ int cuda_alloc(struct device *d, size_t bytes, void **out, struct err *err);
 
 // ---- place.c
 int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct err *err);
-int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err);
+int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, bool twice, struct err *err);
 void cuda_displace(struct device *d, struct tensor placed);
 
 // ---- product.c
@@ -140,6 +141,7 @@ struct algo_cache;
 struct algo_cache *cuda_cache(const struct device *d, const char *library, size_t version, int key_n);
 // ---- linear.c
 void cuda_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act);
+void cuda_take_second(struct device *d, bool second);
 
 // ---- record.c
 bool cuda_record(struct device *d);

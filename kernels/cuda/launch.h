@@ -55,6 +55,9 @@ void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const 
 // y E4M3 or I8 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448 or
 // / 127, or 1 for a row of zeros. What is not finite: see codes.cuh.
 void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x);
+// again (m, n), as y lies, of y's type and with its factors: rounded so that the mean of it and y, which x was rounded
+// to before, is nearer to x than y is, or y.
+void launch_quantise_again(cudaStream_t s, void *again, struct tensor y, struct tensor x);
 // y (m, n) f32, bf16 or f16 = the numbers of x (m, n) E4M3 or I8 without their factors, which all three hold exactly
 void launch_codes(cudaStream_t s, struct tensor y, struct tensor x);
 // y (m, n) = act(sums (m, n) * x_scale (m) * w_scale (n) + bias); sums f32, without gaps, 16-byte aligned

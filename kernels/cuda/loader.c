@@ -10,6 +10,7 @@ static const int64_t PIECE_BYTES = 8 << 20;
 
 struct piece {
     struct tensor dst, src; // (rows, n), at most PIECE_BYTES of src
+    int64_t second;         // as loader_put has it
 };
 
 struct buffer {
@@ -79,6 +80,8 @@ static cudaError_t send(struct courier *c, struct buffer *b, const struct piece 
             launch_quantise(c->stream, p->dst, stage);
         else
             launch_convert(c->stream, p->dst, stage);
+        if (p->second)
+            launch_quantise_again(c->stream, (char *)p->dst.data + p->second, p->dst, stage);
         e = cudaGetLastError();
     }
     return e == cudaSuccess ? cudaEventRecord(b->sent, c->stream) : e;
@@ -180,12 +183,12 @@ static struct loader *start(struct device *d, struct err *err)
     return NULL;
 }
 
-static void put(struct loader *l, struct tensor dst, struct tensor src)
+static void put(struct loader *l, struct tensor dst, struct tensor src, int64_t second)
 {
     pthread_mutex_lock(&l->lock);
     while (l->put - l->taken == WAITING)
         pthread_cond_wait(&l->change, &l->lock);
-    l->ring[l->put++ % WAITING] = (struct piece){dst, src};
+    l->ring[l->put++ % WAITING] = (struct piece){dst, src, second};
     pthread_cond_broadcast(&l->change);
     pthread_mutex_unlock(&l->lock);
 }
@@ -201,11 +204,11 @@ static void put_row(struct loader *l, struct tensor dst, struct tensor src)
     const int64_t some = PIECE_BYTES / (int64_t)dtype_size(src.dtype);
     for (int64_t i = 0; i < src.n[1]; i += some) {
         const int64_t n = min64(some, src.n[1] - i);
-        put(l, tensor_cols(dst, i, n), tensor_cols(src, i, n));
+        put(l, tensor_cols(dst, i, n), tensor_cols(src, i, n), 0);
     }
 }
 
-int loader_put(struct device *d, struct tensor dst, struct tensor src, struct err *err)
+int loader_put(struct device *d, struct tensor dst, struct tensor src, int64_t second, struct err *err)
 {
     if (tensor_count(src) == 0)
         return 0;
@@ -226,7 +229,7 @@ int loader_put(struct device *d, struct tensor dst, struct tensor src, struct er
     else
         for (int64_t i = 0; i < rows; i += some) {
             const int64_t n = min64(some, rows - i);
-            put(d->loader, matrix_rows(dst, row, i, n), matrix_rows(src, row, i, n));
+            put(d->loader, matrix_rows(dst, row, i, n), matrix_rows(src, row, i, n), second);
         }
     return 0;
 }

@@ -39,7 +39,7 @@ int cuda_place(struct device *d, struct tensor host, struct tensor *out, struct 
         return 0;
     }
     TRY(keep(d, tensor_bytes(t), &t.data, err));
-    TRY(loader_put(d, t, host, err));
+    TRY(loader_put(d, t, host, 0, err));
     *out = t;
     return 0;
 }
@@ -62,13 +62,18 @@ static int check_codes(const struct device *d, enum dtype type, struct err *err)
 }
 
 // Undefined weights of one part; the factors of 8 bits lie behind the numbers, in the same block.
-static int keep_linear(struct device *d, struct linear *one, enum dtype type, bool bias, struct err *err)
+static int keep_linear(struct device *d, struct linear *one, enum dtype type, bool twice, bool bias, struct err *err)
 {
     const size_t numbers = (size_t)(one->n * one->k) * dtype_size(type);
     one->w[0] = tensor_2d(NULL, type, one->n, one->k);
     TRY(keep(d, numbers + (dtype_quantised(type) ? (size_t)one->n * sizeof(float) : 0), &one->w[0].data, err));
     if (dtype_quantised(type))
         one->w[0].scale = (float *)((char *)one->w[0].data + numbers);
+    if (dtype_quantised(type) && twice) {
+        void *second;
+        TRY(keep(d, numbers, &second, err));
+        one->second = (char *)second - (char *)one->w[0].data;
+    }
     if (!bias)
         return 0;
     one->b[0] = tensor_1d(NULL, d->type, one->n);
@@ -77,7 +82,7 @@ static int keep_linear(struct device *d, struct linear *one, enum dtype type, bo
 }
 
 // All parts in one; rows without a bias get zeros when another part has one.
-int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
+int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, bool twice, struct err *err)
 {
     TRY(check_report(&d->check, err));
     if (dtype_quantised(type))
@@ -86,12 +91,12 @@ int cuda_place_linear(struct device *d, struct linear *w, enum dtype type, struc
     bool bias = false;
     for (int i = 0; i < w->parts; i++)
         bias |= !tensor_none(w->b[i]);
-    TRY(keep_linear(d, &one, linear_placed(w, type, d->type), bias, err));
+    TRY(keep_linear(d, &one, linear_placed(w, type, d->type), twice, bias, err));
     for (int64_t i = 0, row = 0; i < w->parts; row += w->w[i++].n[0]) {
         struct tensor b = bias ? tensor_rows(one.b[0], row, w->w[i].n[0]) : (struct tensor){0};
-        TRY(loader_put(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], err));
+        TRY(loader_put(d, tensor_rows(one.w[0], row, w->w[i].n[0]), w->w[i], one.second, err));
         if (!tensor_none(w->b[i]))
-            TRY(loader_put(d, b, w->b[i], err));
+            TRY(loader_put(d, b, w->b[i], 0, err));
         else if (bias)
             cuda_ok(d, cudaMemsetAsync(b.data, 0, tensor_bytes(b), d->stream), "placing a weight");
     }

@@ -3,6 +3,11 @@
 
 enum { WARP = 32, MAX_THREADS = 1024, POINT_THREADS = 128 };
 
+static dim3 grid_over(int64_t rows, int64_t n)
+{
+    return dim3((unsigned)ceil_div(n, POINT_THREADS), (unsigned)(rows < MAX_GRID_Y ? rows : MAX_GRID_Y));
+}
+
 template <typename T> struct quant_of {
     uint8_t *y;
     float *scale;
@@ -100,6 +105,31 @@ void launch_quantise(cudaStream_t s, struct tensor y, struct tensor x)
     });
 }
 
+// 2 x - y, rounded: y when x is within a quarter of a step of it, else its neighbour on x's side.
+template <typename C, typename T>
+__global__ void __launch_bounds__(POINT_THREADS)
+    quant_again_kernel(uint8_t *again, const uint8_t *y, int64_t y_ld, const float *scale, const T *x, int64_t x_ld, int64_t rows,
+                       int64_t n)
+{
+    const int64_t i = (int64_t)blockIdx.x * POINT_THREADS + threadIdx.x;
+    for (int64_t r = blockIdx.y; i < n && r < rows; r += gridDim.y)
+        again[r * y_ld + i] =
+            C::code(2 * (to_f32(x[r * x_ld + i]) * (1 / scale[r])) - C::number(y[r * y_ld + i]));
+}
+
+void launch_quantise_again(cudaStream_t s, void *again, struct tensor y, struct tensor x)
+{
+    const dim3 grid = grid_over(y.n[0], y.n[1]);
+    with_type(x.dtype, [&](auto *type) {
+        typedef std::remove_pointer_t<decltype(type)> T;
+        with_codes(y.dtype, [&](auto *way) {
+            typedef std::remove_pointer_t<decltype(way)> C;
+            quant_again_kernel<C, T><<<grid, POINT_THREADS, 0, s>>>((uint8_t *)again, (const uint8_t *)y.data, y.ld, y.scale,
+                                                                    (const T *)x.data, x.ld, y.n[0], y.n[1]);
+        });
+    });
+}
+
 // ---- back to floats
 
 template <typename C, typename T, int V>
@@ -115,11 +145,6 @@ __global__ void __launch_bounds__(POINT_THREADS)
             v[j] = C::number(t.v[j]);
         store(y + r * y_ld + i, v);
     }
-}
-
-static dim3 grid_over(int64_t rows, int64_t n)
-{
-    return dim3((unsigned)ceil_div(n, POINT_THREADS), (unsigned)(rows < MAX_GRID_Y ? rows : MAX_GRID_Y));
 }
 
 void launch_codes(cudaStream_t s, struct tensor y, struct tensor x)

@@ -69,6 +69,7 @@ int bench_load(struct bench *b, struct err *err)
     b->memory.loaded = b->memory.peak;
     b->memory.weights = model_bytes(b->model);
     b->memory.transformer = model_placed_bytes(b->model, 1U << PART_DIT);
+    b->twice |= b->model->info.twice;
     TRY(model_resolve_job(b->model, b->job, err));
     struct plan want = plan_keep_to(&b->held, &b->want);
     want.ranks = b->ranks;

@@ -88,6 +88,7 @@ struct bench {
     // in use
     const struct kernels *k;
     struct precision precision;
+    bool twice;                  // its weights are rounded twice (dit_info)
     struct invention *invention; // of the architecture's weights; NULL: the model has its own
     char directory[512];         // of the architecture's configurations; "" when there are none
     struct comm *comm;           // of the ranks

@@ -140,7 +140,7 @@ static int product(struct bed *bed, struct err *err)
     double seconds;
     TRY(invention_tensor(bed->invention, "the product's weight", 2, shape, &w, err));
     TRY(linear_init(&c.w, 1, &w, NULL, err));
-    TRY(bed->k->place_linear(bed->d, &c.w, b->precision.codes, err));
+    TRY(bed->k->place_linear(bed->d, &c.w, b->precision.codes, false, err));
     int rc = make(bed, side, side, &c.y, err);
     if (rc == 0)
         rc = make(bed, side, side, &c.x, err);

@@ -171,9 +171,9 @@ static void print_peer(const struct bench *b)
 void bench_print(struct bench *b)
 {
     const Ditfleet__V1__Job *j = b->job;
-    printf("%s on %s, %s: %u x %u, %u steps, %u text tokens\n", b->architecture ? b->architecture : b->model_dir,
-           b->k->name, precision_name(&b->precision), j->width, j->height, j->num_inference_steps,
-           j->max_sequence_length);
+    printf("%s on %s, %s%s: %u x %u, %u steps, %u text tokens\n", b->architecture ? b->architecture : b->model_dir,
+           b->k->name, precision_name(&b->precision), b->twice ? " (weights rounded twice)" : "", j->width, j->height,
+           j->num_inference_steps, j->max_sequence_length);
     if (b->ranks > 1) {
         char plan[PLAN_TEXT];
         plan_print(&b->plan, plan);
@@ -294,10 +294,10 @@ void bench_print_json(struct bench *b)
 {
     const Ditfleet__V1__Job *j = b->job;
     json_t *root =
-        json_pack("{s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:f}", "model", b->architecture ? b->architecture : b->model_dir,
-                  "device", b->k->name, "precision", precision_name(&b->precision), "width", (int)j->width, "height",
-                  (int)j->height, "num_inference_steps", (int)j->num_inference_steps, "max_sequence_length",
-                  (int)j->max_sequence_length, "loaded_s", b->loaded);
+        json_pack("{s:s,s:s,s:s,s:b,s:i,s:i,s:i,s:i,s:f}", "model", b->architecture ? b->architecture : b->model_dir,
+                  "device", b->k->name, "precision", precision_name(&b->precision), "rounded_twice", b->twice, "width",
+                  (int)j->width, "height", (int)j->height, "num_inference_steps", (int)j->num_inference_steps,
+                  "max_sequence_length", (int)j->max_sequence_length, "loaded_s", b->loaded);
     json_object_set_new(root, "memory", memory_json(&b->memory));
     if (b->what == BENCH_ERROR)
         json_object_set_new(root, "errors", bench_errors_json(b));

@@ -165,7 +165,7 @@ static int make_weights(struct bed *b, enum dtype codes, struct err *err)
         struct tensor t;
         TRY(invention_tensor(b->invention, "a weight", 2, shapes[i], &t, err));
         TRY(linear_init(&b->w[i], 1, &t, NULL, err));
-        TRY(b->k.place_linear(b->d, &b->w[i], codes, err));
+        TRY(b->k.place_linear(b->d, &b->w[i], codes, false, err));
     }
     return 0;
 }

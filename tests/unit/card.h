@@ -1,5 +1,6 @@
 // card.h: a device with memory of its own, which tests can look into: the CPU's, made to copy weights, to count them,
-// and to say how much memory there is. What is given back becomes NaN. Include <cmocka.h> first.
+// and to say how much memory there is. What is given back becomes NaN. Weights asked for in E4M3 stay as they are, and
+// what is placed twice is the same both times. Include <cmocka.h> first.
 #ifndef DITFLEET_TESTS_CARD_H
 #define DITFLEET_TESTS_CARD_H
 
@@ -15,6 +16,8 @@ static struct {
     int64_t taken;           // bytes of memory that was asked for
     size_t total;            // memory of the device
     bool full;               // no weight can be placed any more
+    bool second;             // as take_second has it
+    int used[2];             // layers placed twice that were called: by their first numbers, and by the second
 } card;
 
 static inline size_t bytes_of(struct tensor t)
@@ -57,11 +60,11 @@ static inline int card_place(struct device *d, struct tensor host, struct tensor
     return 0;
 }
 
-static inline int card_place_linear(struct device *d, struct linear *w, enum dtype type, struct err *err)
+static inline int card_place_linear(struct device *d, struct linear *w, enum dtype type, bool twice, struct err *err)
 {
     (void)d;
     struct linear one = {.parts = 1, .n = w->n, .k = w->k};
-    assert_int_equal(type, DT_F32);
+    assert_true(type == DT_F32 || type == DT_E4M3);
     one.w[0] = tensor_2d(NULL, DT_F32, w->n, w->k);
     TRY(card_take(&one.w[0], err));
     if (!tensor_none(w->b[0])) {
@@ -75,8 +78,32 @@ static inline int card_place_linear(struct device *d, struct linear *w, enum dty
         for (int64_t i = 0; bias && i < w->w[p].n[0]; i++)
             *bias++ = number(w->b[p], i);
     }
+    if (twice) { // remembered as bytes
+        struct tensor again = tensor_2d(NULL, DT_U8, w->n, w->k), whole = one.w[0];
+        TRY(card_take(&again, err));
+        again.data = realloc(again.data, tensor_bytes(whole));
+        assert_non_null(again.data);
+        memcpy(again.data, whole.data, tensor_bytes(whole));
+        one.second = (char *)again.data - (char *)whole.data;
+    }
     *w = one;
     return 0;
+}
+
+static inline void card_take_second(struct device *d, bool second)
+{
+    (void)d;
+    card.second = second;
+}
+
+static inline void card_linear(struct device *d, struct tensor y, struct tensor x, const struct linear *w, enum act act)
+{
+    struct linear now = *w;
+    if (w->second) {
+        card.used[card.second]++;
+        now.w[0].data = (char *)now.w[0].data + (card.second ? w->second : 0);
+    }
+    kernels_cpu.linear(d, y, x, &now, act);
 }
 
 static inline void card_displace(struct device *d, struct tensor placed)
@@ -127,6 +154,8 @@ static inline struct kernels card_kernels(void)
     k.name = "card";
     k.place = card_place;
     k.place_linear = card_place_linear;
+    k.take_second = card_take_second;
+    k.linear = card_linear;
     k.displace = card_displace;
     k.memory = card_memory;
     k.alloc = card_alloc;

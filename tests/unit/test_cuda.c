@@ -293,8 +293,8 @@ static void placed_linear(void **state)
             struct linear lc, lg;
             assert_int_equal(linear_init(&lc, 3, w, b, NULL), 0);
             lg = lc;
-            assert_int_equal(C->place_linear(f->cpu, &lc, DT_F32, NULL), 0);
-            assert_int_equal(G->place_linear(f->d, &lg, f->type, NULL), 0);
+            assert_int_equal(C->place_linear(f->cpu, &lc, DT_F32, false, NULL), 0);
+            assert_int_equal(G->place_linear(f->d, &lg, f->type, false, NULL), 0);
             assert_int_equal(lg.parts, 1);
             struct pair x = ACTIVE(f, 0, 1, 50, 64), y = OUTPUT(f, 0, 50, 72);
             C->linear(f->cpu, y.c, x.c, &lc, ACT_GELU_TANH);
@@ -768,6 +768,64 @@ static void slices_of(struct fix *f, const char *what, const struct linear *l, s
     free(b);
 }
 
+// What w[0]'s numbers, or the second ones, stand for.
+static void numbers_of(struct fix *f, const struct linear *l, bool second, float *out)
+{
+    const struct tensor w = l->w[0];
+    const int64_t n = w.n[0], k = w.n[1];
+    uint8_t *codes = malloc((size_t)(n * k));
+    float *factors = malloc((size_t)n * sizeof *factors);
+    G->download(f->d, codes, tensor_2d((char *)w.data + (second ? l->second : 0), DT_U8, n, k));
+    G->download(f->d, factors, tensor_1d(w.scale, DT_F32, n));
+    for (int64_t i = 0; i < n * k; i++)
+        out[i] = (float)of_code(w.dtype, codes[i]) * factors[i / k];
+    free(codes);
+    free(factors);
+}
+
+// Weights placed twice: the mean of both roundings is never farther from a weight than the first is, and of all half as
+// far; take_second says which of them a layer computes with.
+static void placed_twice(void **state)
+{
+    enum { N = 96, K = 128 };
+    static float numbers[2][N * K], result[2][N * K], eye[K * K];
+    struct fix *f = *state;
+    for (int i = 0; i < K; i++)
+        eye[i * K + i] = 1;
+    EACH_TYPE(f)
+    EACH_CODES(f)
+    {
+        struct tensor w = make(f, DT_F32, DT_F32, SHAPE(N, K), 0, 1, 0).c;
+        struct linear l;
+        double off[2] = {0};
+        assert_int_equal(linear_init(&l, 1, &w, NULL, NULL), 0);
+        if (f->type == DT_F32) // which has no numbers of 8 bits
+            continue;
+        assert_int_equal(G->place_linear(f->d, &l, f->codes, true, NULL), 0);
+        struct tensor x = make(f, DT_F32, f->type, SHAPE(K, K), 0, 1, 0).g, y = OUTPUT(f, 0, K, N).g;
+        G->upload(f->d, x, eye);
+        for (int second = 0; second < 2; second++) {
+            numbers_of(f, &l, second, numbers[second]);
+            G->take_second(f->d, second);
+            G->linear(f->d, y, x, &l, ACT_NONE);
+            G->download(f->d, result[second], y);
+        }
+        G->take_second(f->d, false);
+        for (int i = 0; i < N * K; i++) {
+            const double should = get(w, i), one = fabs(numbers[0][i] - should),
+                         mean = fabs(((double)numbers[0][i] + numbers[1][i]) / 2 - should);
+            assert_true(mean <= one + 1e-6);
+            off[0] += one * one;
+            off[1] += mean * mean;
+            for (int second = 0; second < 2; second++) // halves round
+                assert_true(fabsf(result[second][i % K * N + i / K] - numbers[second][i]) <=
+                            fabsf(numbers[second][i]) / 128);
+        }
+        assert_true(sqrt(off[1]) < 0.6 * sqrt(off[0]));
+        release(f);
+    }
+}
+
 static struct linear in_thirds(struct fix *f, int64_t n, int64_t k)
 {
     struct tensor w[3], b[3];
@@ -777,7 +835,7 @@ static struct linear in_thirds(struct fix *f, int64_t n, int64_t k)
         b[i] = WEIGHT(f, f->type, n / 3).c;
     }
     assert_int_equal(linear_init(&l, 3, w, b, NULL), 0);
-    assert_int_equal(G->place_linear(f->d, &l, f->type, NULL), 0);
+    assert_int_equal(G->place_linear(f->d, &l, f->type, false, NULL), 0);
     return l;
 }
 
@@ -1674,6 +1732,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(linear),
         cmocka_unit_test(columns_of_one),
         cmocka_unit_test(placed_linear),
+        cmocka_unit_test(placed_twice),
         cmocka_unit_test(attention),
         cmocka_unit_test(attention_in_products),
         cmocka_unit_test(attention_merge),

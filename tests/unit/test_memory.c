@@ -21,18 +21,23 @@ struct bench {
     struct err err;
 };
 
-static void open_bench(struct bench *b, int64_t budget)
+static void open_codes(struct bench *b, int64_t budget, enum dtype codes)
 {
     *b = (struct bench){.kernels = card_kernels()};
     card.total = (size_t)8 << 30;
     card.largest = card.placed;
     assert_int_equal(comm_self_new(&b->comm, &b->err), 0);
     const struct engine_options options = {
-        .kernels = &b->kernels, .device.threads = 2, .control = b->comm, .memory_budget = budget};
+        .kernels = &b->kernels, .device.threads = 2, .control = b->comm, .memory_budget = budget, .codes = codes};
     assert_int_equal(engine_new(&options, &b->engine, &b->err), 0);
     const struct home home = engine_home(b->engine);
     if (model_load_on(DEMO_MODEL, &home, &b->model, &b->err) != 0)
         fail_msg("%s", b->err.text);
+}
+
+static void open_bench(struct bench *b, int64_t budget)
+{
+    open_codes(b, budget, DT_F32);
 }
 
 static void close_bench(struct bench *b)
@@ -129,6 +134,41 @@ static void everything_fits(void **state)
     assert_int_equal(card.largest, placed(&b, PARTS_ALL));
     free(pixels);
     close_bench(&b);
+}
+
+// Weights of 8 bits are placed twice where half of the budget is left; then even and odd steps take turns.
+static void weights_take_turns(void **state)
+{
+    (void)state;
+    struct bench b;
+    size_t size;
+    const char *const *job = FIELDS("prompt", "a red circle", "seed", "3", "max_sequence_length", "24", "width", "64",
+                                    "height", "48", "num_inference_steps", "5");
+    uint8_t *pixels = reference(job, &size);
+    open_bench(&b, 0);
+    const int64_t as_f32 = placed(&b, DIT);
+    close_bench(&b);
+
+    open_codes(&b, 0, DT_E4M3);
+    assert_true(b.model->info.twice);
+    const int64_t needed = 2 * (placed(&b, PARTS_ALL) + as_f32); // an upper bound
+    memset(card.used, 0, sizeof card.used);
+    expect_run(&b, job);
+    expect_pixels(&b, pixels, size);
+    assert_true(card.used[1] > 0);
+    assert_int_equal(2 * card.used[0], 3 * card.used[1]); // steps 0, 2, 4; 1, 3
+    close_bench(&b);
+
+    open_codes(&b, needed, DT_E4M3);
+    assert_true(b.model->info.twice);
+    const int64_t twice = placed(&b, PARTS_ALL);
+    close_bench(&b);
+    open_codes(&b, twice, DT_E4M3);
+    assert_false(b.model->info.twice);
+    memset(card.used, 0, sizeof card.used);
+    close_bench(&b);
+    assert_int_equal(card.used[0] + card.used[1], 0);
+    free(pixels);
 }
 
 // Room for the transformer and the VAE beside the activations, but not for the encoders as well.
@@ -455,17 +495,12 @@ static void eight_bits_are_planned(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(everything_fits),
-        cmocka_unit_test(encoders_make_way),
-        cmocka_unit_test(one_stage_at_a_time),
-        cmocka_unit_test(stages_take_turns),
-        cmocka_unit_test(models_take_turns),
-        cmocka_unit_test(last_prompts),
-        cmocka_unit_test(stopped_jobs),
-        cmocka_unit_test(traces_are_whole),
-        cmocka_unit_test(too_large),
-        cmocka_unit_test(no_such_memory),
-        cmocka_unit_test(eight_bits_are_planned),
+        cmocka_unit_test(everything_fits),   cmocka_unit_test(weights_take_turns),
+        cmocka_unit_test(encoders_make_way), cmocka_unit_test(one_stage_at_a_time),
+        cmocka_unit_test(stages_take_turns), cmocka_unit_test(models_take_turns),
+        cmocka_unit_test(last_prompts),      cmocka_unit_test(stopped_jobs),
+        cmocka_unit_test(traces_are_whole),  cmocka_unit_test(too_large),
+        cmocka_unit_test(no_such_memory),    cmocka_unit_test(eight_bits_are_planned),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

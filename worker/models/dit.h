@@ -47,6 +47,7 @@ struct dit_info {
     int64_t text_dim, pooled_dim;
     bool guidance;             // takes the distilled guidance scale
     bool eight_bits;           // attentions read rows of 8 bits
+    bool twice;                // its weights are placed twice: even and odd steps compute with other numbers
     int64_t attention_columns; // the most that an exec_attention_output has
 };
 
@@ -78,9 +79,11 @@ void dit_block(const struct dit *m, struct exec *x, struct dit_pass *p, int i);
 struct home;
 int flux_load(const char *dir, const char *file, const struct home *home, struct dit **out, struct err *err);
 
-// Makes step the one that passes with this cond are of.
+// Makes step the one that passes with this cond are of. Weights that are placed twice take turns.
 static inline void dit_step(struct exec *x, const struct dit_cond *cond, int step)
 {
+    if (x->k->take_second)
+        x->k->take_second(x->d, step % 2);
     x->k->copy(x->d, cond->now, tensor_rows(cond->mod, step, 1));
 }
 

@@ -76,6 +76,7 @@ static void info(const struct dit *m, struct dit_info *out)
                              .pooled_dim = f->pooled_dim,
                              .guidance = f->guidance,
                              .eight_bits = dtype_quantised(qkv->w[0].dtype),
+                             .twice = qkv->second != 0,
                              .attention_columns = (1 + MLP_RATIO) * f->dim};
 }
 
