@@ -136,7 +136,7 @@ static void everything_fits(void **state)
     close_bench(&b);
 }
 
-// Weights of 8 bits are placed twice where half of the budget is left; then even and odd steps take turns.
+// E4M3 is placed twice where half of the budget is left; then even and odd steps take turns.
 static void weights_take_turns(void **state)
 {
     (void)state;
