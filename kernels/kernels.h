@@ -193,8 +193,9 @@ struct kernels {
                        bool at_once);
     void (*link_fetched)(struct device *d, struct link *l, bool at_once);
     // While they have imported: an exchange of nothing. What is queued from here on is done after what these ranks, who
-    // all call it and of whom this is one, queued before.
-    void (*link_meet)(struct device *d, struct link *l, int n, const int *ranks);
+    // all call it and of whom this is one, queued before. beside: what is fetched at once from here on is; all else
+    // only after fetched, before which nothing more is exchanged.
+    void (*link_meet)(struct device *d, struct link *l, int n, const int *ranks, bool beside);
     // While they have imported: attention whose results go straight to ranks: to[0] gets its first rows, and so on; t
     // is where that rank has it in its memory. It is all there when they have met next. False: not of these operands,
     // and nothing was done.

@@ -171,7 +171,7 @@ void cuda_link_forget(struct link *l);
 void cuda_link_fetch(struct device *d, struct link *l, int rank, const void *from, void *to, int64_t bytes,
                      bool at_once);
 void cuda_link_fetched(struct device *d, struct link *l, bool at_once);
-void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks);
+void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks, bool beside);
 bool cuda_link_attention(struct device *d, struct link *l, int n, const struct link_piece *to, struct tensor q,
                          struct tensor k, struct tensor v, const struct attention_opts *opts);
 // For record.c. What was exchanged since begin is in a recording, which is over now or was given up; each replay is one

@@ -155,6 +155,16 @@ struct peer_exchange {
     struct peer_recv recv[PEER_PIECES];
 };
 void launch_peer_exchange(cudaStream_t s, const struct peer_exchange *x, int processors);
+struct peer_meeting { // an exchange of nothing
+    int rank;
+    unsigned with; // set of ranks
+    bool beside;   // nobody waits for its end: its time does not count
+    struct link_board *mine, *theirs[PEERS];
+    struct link_counts *counts;
+    struct link_clock *clock;
+    struct link_mark *mark;
+};
+void launch_peer_meeting(cudaStream_t s, const struct peer_meeting *m);
 
 // ---- flash.cu
 // The table's attention, or where lse is given attention_part, in bf16 or f16, with heads of a multiple of 8 numbers up

@@ -348,11 +348,11 @@ void cuda_link_fetched(struct device *d, struct link *l, bool at_once)
     peers_fetched(l->peers, at_once);
 }
 
-void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks)
+void cuda_link_meet(struct device *d, struct link *l, int n, const int *ranks, bool beside)
 {
     if (!enter(d, l))
         return;
-    peers_meet(l->peers, n, ranks);
+    peers_meet(l->peers, n, ranks, beside);
     begun(d, l, "meeting");
 }
 

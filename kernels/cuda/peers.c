@@ -25,6 +25,7 @@ struct peers {
     void *opened[PEERS][EXPORTED];
     struct peer_map seen[PEERS][DEVICE_BLOCKS], *map; // map: the same on the device
     // Where copies go on, beside the device's stream, by its copy engines: those that have time, and those at once.
+    // What these wait for goes before all other work.
     struct lane {
         cudaStream_t stream;
         cudaEvent_t join;
@@ -43,10 +44,14 @@ struct peers {
 
 static bool make_lanes(struct peers *p)
 {
-    bool fine = cudaEventCreateWithFlags(&p->fork, cudaEventDisableTiming) == cudaSuccess;
+    int least = 0, most = 0;
+    bool fine = cudaEventCreateWithFlags(&p->fork, cudaEventDisableTiming) == cudaSuccess &&
+                cudaDeviceGetStreamPriorityRange(&least, &most) == cudaSuccess;
     for (int i = 0; i < 2; i++)
-        fine = fine && cudaStreamCreateWithFlags(&p->lanes[i].stream, cudaStreamNonBlocking) == cudaSuccess &&
-               cudaEventCreateWithFlags(&p->lanes[i].join, cudaEventDisableTiming) == cudaSuccess;
+        fine =
+            fine &&
+            cudaStreamCreateWithPriority(&p->lanes[i].stream, cudaStreamNonBlocking, i ? most : least) == cudaSuccess &&
+            cudaEventCreateWithFlags(&p->lanes[i].join, cudaEventDisableTiming) == cudaSuccess;
     return fine;
 }
 
@@ -186,14 +191,20 @@ bool peers_ready(const struct peers *p)
 // time is made in parts: one at once, one after each exchange but the last, of as many as there were the last time, and
 // the rest, half of it, after that.
 
+static const char fetching[] = "fetching from another rank's memory";
+
+// What is queued in the lane from here on is done after what the device was given so far.
+static bool fork_to(struct peers *p, struct lane *l)
+{
+    l->used = true;
+    return cuda_ok(p->d, cudaEventRecord(p->fork, p->d->stream), fetching) &&
+           cuda_ok(p->d, cudaStreamWaitEvent(l->stream, p->fork, 0), fetching);
+}
+
 static bool copy_beside(struct peers *p, struct lane *l, void *to, const void *from, int64_t bytes)
 {
-    static const char what[] = "fetching from another rank's memory";
-    struct device *d = p->d;
-    l->used = true;
-    return cuda_ok(d, cudaEventRecord(p->fork, d->stream), what) &&
-           cuda_ok(d, cudaStreamWaitEvent(l->stream, p->fork, 0), what) &&
-           cuda_ok(d, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, l->stream), what);
+    return fork_to(p, l) &&
+           cuda_ok(p->d, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, l->stream), fetching);
 }
 
 static void fetch_more(struct peers *p, int first, bool all)
@@ -343,11 +354,14 @@ void peers_exchange(struct peers *p, const char *what, int sends, const struct l
     fetch_more(p, 0, p->exchanges >= p->expected);
 }
 
-void peers_meet(struct peers *p, int n, const int *ranks)
+void peers_meet(struct peers *p, int n, const int *ranks, bool beside)
 {
-    struct peer_exchange x = p->fixed;
+    const struct peer_exchange *x = &p->fixed;
+    struct peer_meeting m = {
+        .rank = p->rank, .beside = beside, .mine = x->mine, .counts = x->counts, .clock = x->clock, .mark = x->mark};
+    memcpy(m.theirs, x->theirs, sizeof m.theirs);
     for (int i = 0; i < n; i++)
-        x.from |= ranks[i] == p->rank ? 0 : 1U << ranks[i];
-    x.to = x.from;
-    launch_peer_exchange(p->d->stream, &x, p->d->processors);
+        m.with |= ranks[i] == p->rank ? 0 : 1U << ranks[i];
+    if (!beside || fork_to(p, &p->lanes[true]))
+        launch_peer_meeting(beside ? p->lanes[true].stream : p->d->stream, &m);
 }

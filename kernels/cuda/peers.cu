@@ -3,10 +3,12 @@
 // ends when everything it was promised is here. So memory is written only when its owner has come to the exchange, and
 // read only after it.
 //
+// A meeting is one warp that flags and waits. It is small enough to find a place beside a kernel that fills the GPU.
+//
 // Flags are numbers of messages between two ranks, each way: they grow for ever, and need no reset.
 #include "kernels/cuda/vec.cuh"
 
-enum { THREADS = 512, LOOKS = 1024 };
+enum { THREADS = 512, LOOKS = 1024, WARP = 32 };
 
 __device__ static unsigned long long now_ns()
 {
@@ -125,6 +127,16 @@ __device__ static bool send(const peer_exchange &x, unsigned *known)
     return true;
 }
 
+// For the host to see.
+__device__ static void one_more(link_clock *clock, link_mark *mark)
+{
+    clock->done++;
+    mark->busy_ns = clock->busy_ns;
+    mark->waited_ns = clock->waited_ns;
+    __threadfence_system();
+    mark->done = clock->done;
+}
+
 // The last block of all: tells the others, and waits for what comes.
 __device__ static void finish(const peer_exchange &x, bool fine)
 {
@@ -143,13 +155,8 @@ __device__ static void finish(const peer_exchange &x, bool fine)
     if (threadIdx.x != 0)
         return;
     x.counts->finished = 0;
-    link_clock *clock = x.clock;
-    clock->busy_ns += now_ns() - clock->began_ns;
-    clock->done++;
-    x.mark->busy_ns = clock->busy_ns;
-    x.mark->waited_ns = clock->waited_ns;
-    __threadfence_system();
-    x.mark->done = clock->done;
+    x.clock->busy_ns += now_ns() - x.clock->began_ns;
+    one_more(x.clock, x.mark);
 }
 
 __global__ static void __launch_bounds__(THREADS) exchange_kernel(const __grid_constant__ peer_exchange x)
@@ -182,6 +189,26 @@ __global__ static void __launch_bounds__(THREADS) exchange_kernel(const __grid_c
     if (last)
         finish(x, fine);
 }
+
+__global__ static void __launch_bounds__(WARP) meeting_kernel(const __grid_constant__ peer_meeting x)
+{
+    const unsigned long long began = now_ns();
+    const int peer = (int)threadIdx.x;
+    if (in(x.with, peer)) {
+        __threadfence_system();
+        release(&x.theirs[peer]->done[x.rank], ++x.counts->out[peer]);
+        wait_for(&x.mine->done[peer], ++x.counts->in[peer], x.mark);
+    }
+    __syncwarp();
+    if (threadIdx.x != 0)
+        return;
+    const unsigned long long took = x.beside ? 0 : now_ns() - began;
+    x.clock->busy_ns += took;
+    x.clock->waited_ns += took;
+    one_more(x.clock, x.mark);
+}
+
+void launch_peer_meeting(cudaStream_t s, const struct peer_meeting *m) { meeting_kernel<<<1, WARP, 0, s>>>(*m); }
 
 void launch_peer_exchange(cudaStream_t s, const struct peer_exchange *x, int processors)
 {

@@ -16,7 +16,7 @@ bool peers_import(struct peers *p, const void *all);
 void peers_forget(struct peers *p);
 void peers_fetch(struct peers *p, int rank, const void *from, void *to, int64_t bytes, bool at_once);
 void peers_fetched(struct peers *p, bool at_once);
-void peers_meet(struct peers *p, int n, const int *ranks);
+void peers_meet(struct peers *p, int n, const int *ranks, bool beside);
 // Where this process sees what a rank has at that address; NULL: nowhere.
 void *peers_at(const struct peers *p, int rank, void *address);
 // Whether all have imported: then each exchange goes this way.

@@ -232,11 +232,11 @@ void comm_fetch(struct comm *c, const struct comm_lot *lots, int64_t lent, bool 
     end(c);
 }
 
-void comm_meet(struct comm *c)
+void comm_meet(struct comm *c, bool beside)
 {
     if (!begin(c, COMM_MEET) || !memory_is_open(c, COMM_MEET))
         return;
-    c->ops->meet(c);
+    c->ops->meet(c, beside);
     end(c);
 }
 

@@ -94,8 +94,9 @@ struct comm_lot {
 };
 void comm_fetch(struct comm *c, const struct comm_lot *lots, int64_t lent, bool at_once);
 void comm_fetched(struct comm *c, bool at_once);
-// While it is open: what is queued from here on is done after what every rank queued before.
-void comm_meet(struct comm *c);
+// While it is open: what is queued from here on is done after what every rank queued before. beside: what is fetched at
+// once from here on is; all else only after comm_fetched, before which there is no other collective.
+void comm_meet(struct comm *c, bool beside);
 // While it is open: attention whose results go straight to ranks (link_attention in kernels.h); there when they have
 // met next. False: not by this device, or not of these operands, and nothing was done; alike on all ranks.
 bool comm_attention(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,

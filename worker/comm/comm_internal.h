@@ -39,7 +39,7 @@ struct comm_ops {
     bool (*memory_is_open)(struct comm *c);
     void (*fetch)(struct comm *c, const struct comm_lot *lots, bool at_once);
     void (*fetched)(struct comm *c, bool at_once);
-    void (*meet)(struct comm *c);
+    void (*meet)(struct comm *c, bool beside);
     bool (*attention)(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,
                       struct tensor v, const struct attention_opts *opts);
     void (*set_timeout)(struct comm *c, int timeout_ms); // NULL: the backend reads the root's

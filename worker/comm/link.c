@@ -213,13 +213,13 @@ static void link_fetched(struct comm *c, bool at_once)
     w->k->link_fetched(w->d, w->link, at_once);
 }
 
-static void link_meet(struct comm *c)
+static void link_meet(struct comm *c, bool beside)
 {
     const struct link_world *w = link_of(c)->world;
     int ranks[COMM_MAX_RANKS];
     for (int r = 0; r < c->size; r++)
         ranks[r] = world_rank(link_of(c), r);
-    w->k->link_meet(w->d, w->link, c->size, ranks);
+    w->k->link_meet(w->d, w->link, c->size, ranks, beside);
 }
 
 static bool link_attention(struct comm *c, int n, const struct link_piece *to, struct tensor q, struct tensor k,

@@ -134,7 +134,7 @@ static bool attend_to_all(const struct attention_link *self, struct exec *x, con
     }
     if (!comm_attention(p->comm, n, to, call->q, call->k, call->v, &call->opts))
         return false;
-    comm_meet(p->comm);
+    comm_meet(p->comm, false);
     return true;
 }
 

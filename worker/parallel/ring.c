@@ -75,7 +75,7 @@ static struct tensor place_of(struct ring *ring, struct exec *x, int layer, int6
 {
     const int64_t bytes = tensor_count(ring->room.bytes) / 2;
     if (ring->room.direct && layer != ring->layer + 1)
-        comm_meet(x->comm);
+        comm_meet(x->comm, false);
     ring->layer = layer;
     return tensor_2d((char *)ring->room.bytes.data + layer % 2 * bytes, x->k->activation, rows, width);
 }
@@ -98,7 +98,7 @@ static void attend(const struct attention_link *self, struct exec *x, const stru
     x->k->copy(x->d, mine.k, call->k);
     x->k->copy(x->d, mine.v, call->v);
     if (ring->room.direct)
-        comm_meet(x->comm);
+        comm_meet(x->comm, false);
     go_round(ring, x, call, &mine, coming, parts, lse);
     x->k->attention_merge(x->d, call->out, parts, lse);
     arena_release(x->arena, mark);

@@ -106,7 +106,7 @@ void exec_share_input(struct exec *x, const struct attention_input *in)
         exchange(s, x, in);
         return;
     }
-    comm_meet(s->comm);
+    comm_meet(s->comm, true);
     fetch(s, in, in->rows.data, in->rows.n[1] * (int64_t)dtype_size(in->rows.dtype));
     if (in->rows.scale)
         fetch(s, in, in->rows.scale, sizeof(float));
