@@ -225,6 +225,7 @@ static int open_plan(struct model *m, struct home *plan, struct err *err)
     plan->k = m->plan_kernels;
     plan->d = m->plan_device;
     plan->plan = true;
+    plan->twice = false;
     return 0;
 }
 
@@ -241,14 +242,13 @@ static int load_or_plan(struct model *m, enum model_part p, const struct home *h
     return 0;
 }
 
-// Whether E4M3 is placed twice: where half of the budget stays free, for pictures and other models. Integers err less,
-// and what attention in 8 bits adds is the same at every step (kernels/NOTES.md).
+// Whether a transformer that was planned once finds room a second time: where half of the budget stays free, for
+// pictures and other models.
 static bool room_for_twice(const struct model *m)
 {
-    const struct home *h = m->home;
-    const int64_t once = residency_all_bytes(h->residency) + model_placed_bytes(m, PARTS_ALL);
-    return h->codes == DT_E4M3 && h->held.weights != PLAN_SHARDED &&
-           once + m->placed_bytes[PART_DIT] <= residency_budget(h->residency) / 2;
+    const struct residency *r = m->home->residency;
+    const int64_t once = residency_all_bytes(r) + model_placed_bytes(m, PARTS_ALL);
+    return once + m->placed_bytes[PART_DIT] <= residency_budget(r) / 2;
 }
 
 static int load_parts(struct model *m, struct err *err)
@@ -261,9 +261,10 @@ static int load_parts(struct model *m, struct err *err)
     }
     for (enum model_part p = 0; p < PARTS; p++)
         TRY(load_or_plan(m, p, home, err));
-    if (!planned || !room_for_twice(m))
+    if (planned && m->home->twice)
+        m->home->twice = plan.twice = room_for_twice(m);
+    if (!planned || !plan.twice)
         return 0;
-    m->home->twice = plan.twice = true;
     free_part(&m->plans, PART_DIT);
     m->plans.dit = m->dit = NULL;
     return load_or_plan(m, PART_DIT, &plan, err);

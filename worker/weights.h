@@ -19,7 +19,7 @@ struct home {
     const struct kernels *k;
     struct device *d;                  // outlives the model
     enum dtype codes;                  // E4M3 or I8: linear layers that the model offers for it become so,
-    bool twice;                        // and are placed twice (place_linear in kernels.h); not where they are sharded
+    bool twice;                        // and are placed twice (place_linear in kernels.h), where the model finds room
     const struct invention *invention; // not NULL: no file is opened, weights are windows into it (worker/invent.h)
     struct residency *residency;       // not NULL: it says which parts are there, and when (worker/residency.h)
     bool plan;                         // shapes and types alone are wanted: k computes nothing

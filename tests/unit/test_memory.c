@@ -21,14 +21,17 @@ struct bench {
     struct err err;
 };
 
-static void open_codes(struct bench *b, int64_t budget, enum dtype codes)
+static void open_codes(struct bench *b, int64_t budget, enum dtype codes, bool exact)
 {
     *b = (struct bench){.kernels = card_kernels()};
     card.total = (size_t)8 << 30;
     card.largest = card.placed;
     assert_int_equal(comm_self_new(&b->comm, &b->err), 0);
-    const struct engine_options options = {
-        .kernels = &b->kernels, .device.threads = 2, .control = b->comm, .memory_budget = budget, .codes = codes};
+    const struct engine_options options = {.kernels = &b->kernels,
+                                           .device = {.threads = 2, .exact = exact},
+                                           .control = b->comm,
+                                           .memory_budget = budget,
+                                           .codes = codes};
     assert_int_equal(engine_new(&options, &b->engine, &b->err), 0);
     const struct home home = engine_home(b->engine);
     if (model_load_on(DEMO_MODEL, &home, &b->model, &b->err) != 0)
@@ -37,7 +40,7 @@ static void open_codes(struct bench *b, int64_t budget, enum dtype codes)
 
 static void open_bench(struct bench *b, int64_t budget)
 {
-    open_codes(b, budget, DT_F32);
+    open_codes(b, budget, DT_F32, false);
 }
 
 static void close_bench(struct bench *b)
@@ -136,7 +139,8 @@ static void everything_fits(void **state)
     close_bench(&b);
 }
 
-// E4M3 is placed twice where half of the budget is left; then even and odd steps take turns.
+// E4M3 is placed twice where half of the budget is left, and bits need not be those of other devices; then even and odd
+// steps take turns.
 static void weights_take_turns(void **state)
 {
     (void)state;
@@ -149,7 +153,7 @@ static void weights_take_turns(void **state)
     const int64_t as_f32 = placed(&b, DIT);
     close_bench(&b);
 
-    open_codes(&b, 0, DT_E4M3);
+    open_codes(&b, 0, DT_E4M3, false);
     assert_true(b.model->info.twice);
     const int64_t needed = 2 * (placed(&b, PARTS_ALL) + as_f32); // an upper bound
     memset(card.used, 0, sizeof card.used);
@@ -159,15 +163,20 @@ static void weights_take_turns(void **state)
     assert_int_equal(2 * card.used[0], 3 * card.used[1]); // steps 0, 2, 4; 1, 3
     close_bench(&b);
 
-    open_codes(&b, needed, DT_E4M3);
+    open_codes(&b, needed, DT_E4M3, false);
     assert_true(b.model->info.twice);
     const int64_t twice = placed(&b, PARTS_ALL);
     close_bench(&b);
-    open_codes(&b, twice, DT_E4M3);
+    open_codes(&b, twice, DT_E4M3, false);
+    assert_false(b.model->info.twice);
+    close_bench(&b);
+    open_codes(&b, 0, DT_E4M3, true);
     assert_false(b.model->info.twice);
     memset(card.used, 0, sizeof card.used);
-    close_bench(&b);
+    expect_run(&b, job);
+    expect_pixels(&b, pixels, size);
     assert_int_equal(card.used[0] + card.used[1], 0);
+    close_bench(&b);
     free(pixels);
 }
 
