@@ -113,8 +113,7 @@ void engine_free(struct engine *e)
 struct home engine_home(const struct engine *e)
 {
     struct home home = {.k = e->k, .d = e->d, .codes = e->codes, .residency = e->residency, .held = e->held};
-    // Integers err less, and what attention in 8 bits adds is the same at every step (kernels/NOTES.md). Exact bits
-    // must not depend on a GPU's memory.
+    // Integers gained nothing by it (kernels/NOTES.md), and exact bits must not depend on a GPU's memory.
     home.twice = e->codes == DT_E4M3 && !e->exact && e->held.weights != PLAN_SHARDED;
     home.rank = comm_rank(e->data);
     if (!e->residency)

@@ -54,7 +54,7 @@ static int place_tensor(struct weights *w, struct tensor *t, struct err *err)
 static int place_linear(struct weights *w, struct linear *l, enum dtype type, struct err *err)
 {
     TRY(make_room(w, 2 * LINEAR_MAX_PARTS + 1, err));
-    TRY(w->home.k->place_linear(w->home.d, l, type, w->home.twice && type == w->home.codes, err));
+    TRY(w->home.k->place_linear(w->home.d, l, type, w->home.twice, err));
     if (l->second)
         remember(w, tensor_2d((char *)l->w[0].data + l->second, DT_U8, l->n, l->k));
     for (int i = 0; i < l->parts; i++) {

@@ -124,7 +124,7 @@ struct product {
     int64_t bias_stride; // of a batch with bias
     enum act act;
     const float *x_scale, *w_scale; // E4M3: factors (m) and (n), both 16-byte aligned; or NULL: the bare sums
-    // Exact devices: n of the product whose bits its outputs are to have; 0: its own.
+    // n of the product whose bits its outputs are to have, on an exact device; 0: its own.
     int64_t of;
 };
 void cuda_product(struct device *d, const struct product *p);
@@ -184,7 +184,6 @@ void cuda_link_replay(struct link *l, const struct link_round *round);
 void cuda_attention(struct device *d, struct tensor out, struct tensor q, struct tensor k, struct tensor v,
                     const struct attention_opts *opts);
 // Of one query and one key or more, to several places; false: not on this GPU, or of these operands.
-struct attention_out;
 bool cuda_attention_out(struct device *d, const struct attention_out *out, struct tensor q, struct tensor k,
                         struct tensor v, const struct attention_opts *opts);
 void cuda_attention_part(struct device *d, struct tensor out, struct tensor lse, struct tensor q, struct tensor k,

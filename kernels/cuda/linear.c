@@ -73,7 +73,7 @@ static bool linear_batched(struct device *d, struct tensor y, struct tensor x, c
     p.w_stride = apart * w->w[0].ld;
     p.y_stride = n;
     p.bias_stride = apart;
-    p.of = d->exact ? w->of : 0;
+    p.of = w->of;
     const int64_t epilogue = cuda_epilogue(&p);
     return epilogue >= 0 && cuda_product_library(d, &p, epilogue, false);
 }
@@ -87,7 +87,7 @@ static void linear_parts(struct device *d, struct tensor y, struct tensor x, con
         if (!weight.data)
             return;
         struct product p = product_of(part, x, weight, w->b[i], act);
-        p.of = d->exact ? w->of : 0;
+        p.of = w->of;
         if (p.n > 0)
             cuda_product(d, &p);
     }
@@ -181,7 +181,7 @@ static bool linear_e4m3(struct device *d, struct tensor y, struct tensor x, cons
     const struct tensor w = l->w[0];
     struct product p = product_of(y, x, w, l->b[0], act);
     const int64_t epilogue = cuda_epilogue(&p);
-    p.of = d->exact ? l->of : 0;
+    p.of = l->of;
     if (w.dtype != DT_E4M3 || alignment_of(w.scale, 16) != 16)
         return false;
     if (epilogue >= 0 && in_library(d, &p, epilogue))

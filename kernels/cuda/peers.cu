@@ -3,7 +3,7 @@
 // ends when everything it was promised is here. So memory is written only when its owner has come to the exchange, and
 // read only after it.
 //
-// A meeting is one warp that flags and waits. It is small enough to find a place beside a kernel that fills the GPU.
+// A meeting is one warp that flags and waits: small, to find a place beside a kernel that fills the GPU.
 //
 // Flags are numbers of messages between two ranks, each way: they grow for ever, and need no reset.
 #include "kernels/cuda/vec.cuh"

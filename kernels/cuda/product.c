@@ -185,7 +185,9 @@ static struct product sound(struct product p)
 
 bool cuda_product_library(struct device *d, const struct product *given, int64_t epilogue, bool fast)
 {
-    const struct product p = sound(*given);
+    struct product p = sound(*given);
+    if (!d->exact)
+        p.of = 0;
     struct shape *s = shape_of(d, &p, epilogue, fast);
     if (!s)
         return true;

@@ -78,7 +78,7 @@ static inline int card_place_linear(struct device *d, struct linear *w, enum dty
         for (int64_t i = 0; bias && i < w->w[p].n[0]; i++)
             *bias++ = number(w->b[p], i);
     }
-    if (twice) { // remembered as bytes
+    if (twice && type == DT_E4M3) { // remembered as bytes
         struct tensor again = tensor_2d(NULL, DT_U8, w->n, w->k), whole = one.w[0];
         TRY(card_take(&again, err));
         again.data = realloc(again.data, tensor_bytes(whole));

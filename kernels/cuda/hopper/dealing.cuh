@@ -9,21 +9,21 @@
 // some idle: where that is a good part of the kernel's time, its steps are dealt to `parts` of them, and who is through
 // last brings the parts' sums together.
 struct dealing {
-    int whole, parts;
+    int whole, parts, shares; // shares: whole items and parts of the others
 };
 
-// price: of a part beside its steps, in steps.
-inline dealing deal(int items, int steps, int workers, int price)
+// price: of a part beside its steps, in steps. in_parts: else all are taken whole.
+inline dealing deal(int items, int steps, int workers, int price, bool in_parts)
 {
     enum { MOST = 6, LEAST_STEPS = 4, WORTH = 16 };
     const int rest = items % workers, took_whole = (items / workers + 1) * steps;
-    dealing best = {items, 1};
+    dealing best = {items, 1, items};
     int least = steps - took_whole / WORTH; // steps, instead of a whole item's
-    for (int parts = 2; rest > 0 && parts <= MOST && steps / parts >= LEAST_STEPS; parts++) {
+    for (int parts = 2; in_parts && rest > 0 && parts <= MOST && steps / parts >= LEAST_STEPS; parts++) {
         const int took = (int)ceil_div(rest * parts, workers) * ((int)ceil_div(steps, parts) + price);
         if (took < least) {
             least = took;
-            best = {items - rest, parts};
+            best = {items - rest, parts, items - rest + rest * parts};
         }
     }
     return best;

@@ -84,10 +84,10 @@ call<T> call_of(const struct attention_out &out, struct tensor lse, struct tenso
     c.head_items = (int)ceil_div(c.m, QUERIES);
     c.dim = (int)q.n[2];
     const int items = c.head_items * c.heads;
-    const dealing d = room ? deal(items, c.tiles, processors, PART_PRICE) : dealing{items, 1};
+    const dealing d = deal(items, c.tiles, processors, PART_PRICE, room);
     c.whole = d.whole;
     c.parts = d.parts;
-    c.shares = d.whole + (items - d.whole) * d.parts;
+    c.shares = d.shares;
     lay_out(c.parts_at, (uint8_t *)room, (size_t)(c.shares - c.whole), processors);
     return c;
 }

@@ -278,9 +278,9 @@ bool map_of(CUtensorMap *map, struct tensor t)
 size_t flash_hopper_room(int processors, struct tensor q, struct tensor k)
 {
     const int items = (int)(ceil_div(q.n[0], QUERIES) * q.n[1]);
-    const dealing d = deal(items, (int)ceil_div(k.n[0], TILE), processors, PART_PRICE);
+    const dealing d = deal(items, (int)ceil_div(k.n[0], TILE), processors, PART_PRICE, true);
     meeting m;
-    return d.parts > 1 ? lay_out(m, nullptr, (size_t)((items - d.whole) * d.parts), processors) : 0;
+    return d.parts > 1 ? lay_out(m, nullptr, (size_t)(d.shares - d.whole), processors) : 0;
 }
 
 bool launch_flash16(cudaStream_t s, int processors, const struct attention_out *out, struct tensor lse, struct tensor q,

@@ -49,7 +49,7 @@ struct tiles {
 // Tickets have their place whatever the product.
 static size_t lay_out(tiles &t, uint8_t *at, int processors)
 {
-    const size_t parts = (size_t)((t.down * t.across - t.whole) * t.parts);
+    const size_t parts = (size_t)(t.shares - t.whole);
     const size_t tickets = ((size_t)processors * GROUPS * sizeof(unsigned) + 255) / 256 * 256;
     t.tickets = (unsigned *)at;
     t.sums = (int4 *)(at + tickets);
@@ -317,11 +317,10 @@ static tiles tiles_of(int processors, int64_t m, int64_t n, int64_t k, bool in_p
     t.down = (int)ceil_div(m, TILE_M * CLUSTER);
     t.across = (int)ceil_div(n, TILE_N);
     t.depth = (int)ceil_div(k, DEPTH);
-    const int all = t.down * t.across;
-    const dealing d = in_parts ? deal(all, t.depth, processors / CLUSTER, PART_PRICE) : dealing{all, 1};
+    const dealing d = deal(t.down * t.across, t.depth, processors / CLUSTER, PART_PRICE, in_parts);
     t.whole = d.whole;
     t.parts = d.parts;
-    t.shares = d.whole + (all - d.whole) * d.parts;
+    t.shares = d.shares;
     return t;
 }
 
