@@ -116,6 +116,8 @@ static int pictures(struct bench *b, struct err *err)
     if (b->compare && comm_rank(b->comm) == 0)
         TRY(bench_peer_start(b, err));
     for (int i = 0; i <= b->repeat; i++) { // one image before those that count, and the peer between them
+        if (b->compare)
+            comm_barrier(b->comm); // so that no rank's device is busy waiting for another while the peer runs
         TRY(bench_images(b, 1, err));
         if (b->peer)
             TRY(bench_peer_run(b, err));

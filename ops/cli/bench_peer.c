@@ -54,7 +54,7 @@ static bool find_script(const struct bench *b, char path[PATH_MAX])
 
 // What the peer is told of the run, made before the fork: other threads may hold locks of the library at that moment.
 struct told {
-    char width[16], height[16], steps[16], text[16], config[PATH_MAX];
+    char width[16], height[16], steps[16], text[16], ranks[16], config[PATH_MAX];
 };
 
 static void tell(const struct bench *b, struct told *t)
@@ -64,6 +64,7 @@ static void tell(const struct bench *b, struct told *t)
     snprintf(t->height, sizeof t->height, "%u", j->height);
     snprintf(t->steps, sizeof t->steps, "%u", j->num_inference_steps);
     snprintf(t->text, sizeof t->text, "%u", j->max_sequence_length);
+    snprintf(t->ranks, sizeof t->ranks, "%d", b->ranks);
     snprintf(t->config, sizeof t->config, "%s/transformer/config.json", b->architecture ? b->directory : b->model_dir);
 }
 
@@ -74,8 +75,8 @@ static void start_python(const struct bench *b, const struct told *t, const char
     dup2(out, 1);
     dup2(errors, 2);
     execlp("python3", "python3", script, "--config", t->config, "--width", t->width, "--height", t->height, "--steps",
-           t->steps, "--text-tokens", t->text, "--precision", precision_name(&b->precision), "--device", b->device,
-           (char *)NULL);
+           t->steps, "--text-tokens", t->text, "--ranks", t->ranks, "--precision", precision_name(&b->precision),
+           "--device", b->device, (char *)NULL);
     _exit(write(1, none, sizeof none - 1) > 0 ? CLI_FAILED : CLI_UNAVAILABLE);
 }
 

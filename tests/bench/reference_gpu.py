@@ -2,13 +2,14 @@
 """The peer of `ditfleet bench --compare`: the same transformer in compiled PyTorch, with random weights.
 
     python3 reference_gpu.py --config DIR/transformer/config.json --width 1024 --height 1024 --steps 28 \
-        --text-tokens 512 --precision bf16|fp8|int8|fp16|fp32 --device cuda|cpu [--runs N]
+        --text-tokens 512 --precision bf16|fp8|int8|fp16|fp32 --device cuda|cpu [--ranks N] [--runs N]
 
 diffusers' FluxTransformer2DModel where diffusers is installed, else the plain one below, which is the same function.
 On a GPU: torch.compile block by block, which is ready in a minute (--whole and --mode max-autotune-no-cudagraphs take
 many and gain little), and a CUDA graph of one step, attention by cuDNN where it can;
 fp8: the blocks' linear layers by torch._scaled_mm, a factor for each row of activations and each output channel; int8,
-which it has not in one pass, is answered by fp8.
+which it has not in one pass, is answered by fp8. Several ranks, a GPU each, are processes of this script that share the
+picture by DeepSpeed-Ulysses through NCCL (gloo on a CPU), with the plain transformer.
 
 Prints one line of JSON when it is warm, {"name": ...} or {"missing": why}. Then, for every line "run" on stdin (or N
 times), one loop of all steps, synchronised after each: {"step_ms": [...], "loop_s": ..., "peak_bytes": ...}.
@@ -16,7 +17,11 @@ times), one loop of all steps, synchronised after each: {"step_ms": [...], "loop
 import argparse
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 
 
@@ -32,6 +37,7 @@ except ImportError as error:
     say(missing=f"python3 has no PyTorch ({error})")
     sys.exit(0)
 
+RANKS = 1
 PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -68,8 +74,21 @@ class Heads(nn.Module):
         return self.norm_q(q), self.norm_k(k), v
 
 
+def to_each_rank(t):  # (ranks, ...): what each rank gets -> what each sent
+    return exchanges.all_to_all_single(t.contiguous(), None, None, dist.group.WORLD)
+
+
 def attend(q, k, v, rope):
-    return F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(-2)
+    """(1, heads, rows, dim) each -> (1, rows, heads * dim). Where rows are dealt to ranks, each takes some heads of all
+    rows meanwhile (DeepSpeed-Ulysses, Jacobs et al. 2023)."""
+    q, k = rotate(q, rope), rotate(k, rope)
+    if RANKS == 1:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+    mine = torch.stack([q[0], k[0], v[0]]).unflatten(1, (RANKS, -1)).transpose(0, 1)  # (ranks, 3, heads / ranks, rows, dim)
+    q, k, v = to_each_rank(mine).permute(1, 2, 0, 3, 4).flatten(2, 3).unsqueeze(1)
+    heads = F.scaled_dot_product_attention(q, k, v)[0]
+    rows = to_each_rank(heads.unflatten(1, (RANKS, -1)).transpose(0, 1))  # (ranks, heads / ranks, rows, dim)
+    return rows.flatten(0, 1).transpose(0, 1).flatten(1).unsqueeze(0)
 
 
 def modulate(x, scale, shift):
@@ -202,16 +221,17 @@ def turns(config, ids):
 
 
 def build(config, args, kind):
-    """The model and its version in words; call(x, text, pooled, t, guidance) predicts the velocity."""
+    """The model and its version in words; call(x, text, pooled, t, guidance) predicts the velocity of this rank's rows."""
     rows, columns, text = args.height // 16, args.width // 16, args.text_tokens
     ids = positions(config, text, rows, columns, args.device)
+    ids = torch.cat([share(ids[:text], args), share(ids[text:], args)])
     torch.manual_seed(1)
     torch.set_default_dtype(kind)
     try:
         import diffusers
     except ImportError:
         diffusers = None
-    if args.plain:
+    if args.plain or args.ranks > 1:
         diffusers = None
     with torch.device(args.device):
         model = diffusers.FluxTransformer2DModel.from_config(config) if diffusers else Flux(config)
@@ -239,6 +259,12 @@ def build(config, args, kind):
     return lambda x, text_embeds, pooled, t, guidance: model(x, text_embeds, pooled, t, guidance, rope), "plain"
 
 
+def share(t, args, dim=0):
+    """This rank's rows of t."""
+    n = t.shape[dim] // args.ranks
+    return t.narrow(dim, args.rank * n, n)
+
+
 class Loop:
     def __init__(self, config, args):
         kind, device = PRECISIONS[args.precision], args.device
@@ -246,8 +272,10 @@ class Loop:
         call, self.version = build(config, args, kind)
         tokens = (args.height // 16) * (args.width // 16)
         make = lambda *shape: torch.randn(*shape, device=device).to(kind)
-        self.noise, self.x = make(1, tokens, config["in_channels"]), make(1, tokens, config["in_channels"])
-        text, pooled = make(1, args.text_tokens, config["joint_attention_dim"]), make(1, config["pooled_projection_dim"])
+        self.noise = share(make(1, tokens, config["in_channels"]), args, 1)
+        self.x = self.noise.clone()
+        text = share(make(1, args.text_tokens, config["joint_attention_dim"]), args, 1)
+        pooled = make(1, config["pooled_projection_dim"])
         self.t, self.dt = torch.ones(1, device=device), torch.zeros(1, device=device)
         guidance = torch.full((1,), 3.5, device=device)
 
@@ -270,7 +298,7 @@ class Loop:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's watchdog calls CUDA meanwhile
             step()
         self.step = self.graph.replay
 
@@ -292,6 +320,42 @@ class Loop:
             times.append((time.perf_counter() - start) * 1e3)
         return {"step_ms": times, "loop_s": time.perf_counter() - begin,
                 "peak_bytes": torch.cuda.max_memory_allocated() if self.cuda else 0}
+
+
+# ---- several ranks
+
+
+class Others:
+    """The processes of the other ranks, which do all that this one does."""
+
+    def __init__(self, args):
+        self.directory = tempfile.TemporaryDirectory(prefix="peer-")
+        args.meeting = os.path.join(self.directory.name, "meeting")
+        command = [sys.executable, *sys.argv, "--meeting", args.meeting]
+        self.processes = [subprocess.Popen([*command, "--rank", str(r)], stdin=subprocess.PIPE,
+                                           stdout=subprocess.DEVNULL, text=True) for r in range(1, args.ranks)]
+
+    def run(self):
+        for p in self.processes:
+            p.stdin.write("run\n")
+            p.stdin.flush()
+
+    def end(self):
+        for p in self.processes:
+            p.kill()
+            p.wait()
+        self.directory.cleanup()
+
+
+def meet(args):
+    global RANKS, dist, exchanges
+    import torch.distributed as dist
+    import torch.distributed._functional_collectives as exchanges
+    RANKS = args.ranks
+    if args.device == "cuda":
+        torch.cuda.set_device(args.rank)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", init_method=f"file://{args.meeting}",
+                            rank=args.rank, world_size=args.ranks)
 
 
 def attention_by_cudnn():
@@ -318,15 +382,34 @@ def main():
     ap.add_argument("--whole", action="store_true", help="compile the model as one, not block by block")
     ap.add_argument("--mode", default="default", help="of torch.compile")
     ap.add_argument("--runs", type=int, help="loops to run at once, without waiting to be told")
+    ap.add_argument("--ranks", type=int, default=1, help="processes, a GPU each, that make the picture together")
+    ap.add_argument("--rank", type=int, default=0, help="which one this is; the first starts the others")
+    ap.add_argument("--meeting", help="the file where the others find it")
     args = ap.parse_args()
     if args.precision == "int8":
         args.precision = "fp8"
     args.eager |= args.device == "cpu"
     with open(args.config, encoding="utf-8") as f:
         config = {k: v for k, v in json.load(f).items() if not k.startswith("_")}
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return say(missing=f"PyTorch {torch.__version__} sees no GPU")
+    rows = args.height // 16 * (args.width // 16)
+    if any(n % args.ranks for n in (rows, args.text_tokens, config["num_attention_heads"])):
+        return say(missing=f"{args.ranks} ranks: the peer deals rows and heads evenly")
+    gpus = torch.cuda.device_count() if args.device == "cuda" else args.ranks
+    if gpus < args.ranks:
+        return say(missing=f"PyTorch {torch.__version__} sees {gpus} GPUs of {args.ranks}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    others = Others(args) if args.ranks > 1 and args.rank == 0 else None
+    try:
+        serve(config, args, others)
+    finally:
+        if others:
+            others.end()
+
+
+def serve(config, args, others):
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    if args.ranks > 1:
+        meet(args)
     with torch.inference_mode(), attention_by_cudnn():
         try:
             loop = Loop(config, args)
@@ -334,9 +417,11 @@ def main():
             return say(missing="the GPU has no memory left for the peer beside ditfleet")
         how = "eager" if args.eager else f"compiled {'whole' if args.whole else 'by blocks'} ({args.mode})"
         say(name=f"PyTorch {torch.__version__}, {loop.version} transformer, {how}"
-                 f"{', CUDA graph' if loop.graph else ''}, {args.precision}")
+                 f"{', CUDA graph' if loop.graph else ''}{f', Ulysses {args.ranks}' if others else ''}, {args.precision}")
         orders = range(args.runs) if args.runs else (line for line in sys.stdin if line.strip() == "run")
         for _ in orders:
+            if others and not args.runs:
+                others.run()
             say(**loop.run())
 
 

@@ -100,13 +100,14 @@ expect 2 "--write-checkpoint writes an architecture: it goes with --architecture
 cat >"$work/peer.py" <<'PEER'
 import json, sys
 print('a library says hello')
-print(json.dumps({"name": "a peer of " + sys.argv[sys.argv.index("--steps") + 1] + " steps"}), flush=True)
+print(json.dumps({"name": "a peer of {} steps, {} ranks".format(*(sys.argv[sys.argv.index(o) + 1] for o in ("--steps", "--ranks")))}), flush=True)
 for line in sys.stdin:
     print(json.dumps({"step_ms": [2.0, 1.0, 3.0], "loop_s": 0.5}), flush=True)
 PEER
-expect 0 '"name":"a peer of 4 steps"' "${demo[@]}" --repeat 1 --compare --peer "$work/peer.py"
+expect 0 '"name":"a peer of 4 steps, 1 ranks"' "${demo[@]}" --repeat 1 --compare --peer "$work/peer.py"
 check "d['peer']['step_ms'] == {'median': 2, 'min': 1, 'max': 3, 'count': 6} and d['peer']['loop_s'] == 0.5"
-expect 0 "a peer of 4 steps; loop 0.500 s" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/peer.py"
+expect 0 "a peer of 4 steps, 2 ranks; loop 0.500 s" --architecture demo "${small[@]}" --repeat 1 --ranks 2 --compare \
+  --peer "$work/peer.py"
 echo 'print("{\"missing\": \"python3 has no PyTorch\"}")' >"$work/none.py"
 expect 0 "none: python3 has no PyTorch" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/none.py"
 echo 'raise SystemExit("it broke")' >"$work/broken.py"
