@@ -10,12 +10,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "ops/cli/bench.h"
 #include "worker/sampler.h"
 
-enum { PATIENCE = 1200, MAX_RUNS = BENCH_MAX_REPEAT }; // seconds; compiling takes minutes
+enum { PATIENCE = 1200, ENDING = 5 }; // seconds; compiling takes minutes
+enum { MAX_RUNS = BENCH_MAX_REPEAT };
 
 struct peer {
     pid_t pid;
@@ -181,6 +183,20 @@ int bench_peer_run(struct bench *b, struct err *err)
     return 0;
 }
 
+// Its ranks may hold each other up as they end: it has a while for it.
+static void stop(pid_t pid)
+{
+    const struct timespec tick = {.tv_nsec = 10 * 1000 * 1000};
+    kill(pid, SIGTERM);
+    for (int i = 0; i < ENDING * 100; i++) {
+        if (waitpid(pid, NULL, WNOHANG) != 0)
+            return;
+        nanosleep(&tick, NULL);
+    }
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}
+
 void bench_peer_end(struct bench *b)
 {
     struct peer *p = b->peer;
@@ -192,10 +208,8 @@ void bench_peer_end(struct bench *b)
         fclose(p->to);
     if (p->from)
         fclose(p->from);
-    if (p->pid > 0) {
-        kill(p->pid, SIGTERM);
-        waitpid(p->pid, NULL, 0);
-    }
+    if (p->pid > 0)
+        stop(p->pid);
     if (p->errors >= 0)
         close(p->errors);
     free(p);

@@ -347,6 +347,13 @@ class Others:
         self.directory.cleanup()
 
 
+def leave(others):
+    """At once: NCCL's own end would wait for the others."""
+    others.end()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def meet(args):
     global RANKS, dist, exchanges
     import torch.distributed as dist
@@ -397,13 +404,16 @@ def main():
     gpus = torch.cuda.device_count() if args.device == "cuda" else args.ranks
     if gpus < args.ranks:
         return say(missing=f"PyTorch {torch.__version__} sees {gpus} GPUs of {args.ranks}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     others = Others(args) if args.ranks > 1 and args.rank == 0 else None
+    if others:
+        signal.signal(signal.SIGTERM, lambda *_: leave(others))
     try:
         serve(config, args, others)
     finally:
         if others:
             others.end()
+    if others:
+        leave(others)
 
 
 def serve(config, args, others):
