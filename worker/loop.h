@@ -21,9 +21,9 @@ struct share {
 void loop_schedule(const struct run *r, struct schedule *s);
 // Of the two branches of guidance, whether this rank computes b.
 bool loop_my_branch(const struct run *r, int b);
-// Deals text rows, and behind them image rows that lie together, evenly over r->branch.comm, so that each rank has rows
-// that follow each other. The turns of the positions of those it projects are in the arena: text is at the origin,
-// image token (y, x) at (0, y, x). *out stays where it is.
+// Deals text rows, and behind them image rows that lie together, evenly over r->branch.comm (by the time they take), so
+// that each rank has rows that follow each other. The turns of the positions of those it projects are in the arena:
+// text is at the origin, image token (y, x) at (0, y, x). *out stays where it is.
 int loop_deal(struct run *r, int64_t text_rows, struct span image, struct share *out, struct err *err);
 // What the prompts of my branches contribute to every step, in the arena.
 void loop_condition(struct run *r, const struct schedule *s, const struct prompt prompts[BRANCHES],

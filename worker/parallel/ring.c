@@ -44,9 +44,8 @@ static void bring(const struct ring *ring, struct exec *x, int owner, const stru
         comm_shift(x->comm, here->room.data, slice_bytes(here), coming->room.data, slice_bytes(coming));
         return;
     }
-    const int64_t offset = (char *)mine->room.data - (char *)ring->room.bytes.data;
-    lots[owner] =
-        (struct comm_lot){(const char *)ring->room.theirs[owner] + offset, coming->room.data, slice_bytes(coming)};
+    const int64_t bytes = slice_bytes(coming), at = ring->layer % 2 * bytes; // its half of a room is as large as it
+    lots[owner] = (struct comm_lot){(const char *)ring->room.theirs[owner] + at, coming->room.data, bytes};
     comm_fetch(x->comm, lots, slice_bytes(mine), true);
 }
 
