@@ -51,6 +51,15 @@ void launch_group_scales(cudaStream_t s, float *mean, float *scale, struct tenso
 void launch_group_apply(cudaStream_t s, struct tensor y, struct tensor x, const float *mean, const float *scale,
                         struct tensor beta, enum act act);
 
+// ---- digest.cu
+// *sum (zero before) += a number for each 16 bits of y, by its value and its place: equal for equal bits, and for
+// others as good as never. y: batches y_stride apart, of rows `row` apart, of so many columns; all in units of 16 bits.
+struct bits {
+    const void *y;
+    int64_t batch, rows, columns, row, stride;
+};
+void launch_digest(cudaStream_t s, const struct bits *b, unsigned long long *sum);
+
 // ---- quant.cu
 // y E4M3 or I8 (m, n) and y.scale (m) from x (m, n) f32, bf16 or f16: a row's factor is its largest magnitude / 448 or
 // / 127, or 1 for a row of zeros. What is not finite: see codes.cuh.

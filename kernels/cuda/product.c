@@ -144,6 +144,7 @@ static struct shape *shape_of(struct device *d, const struct product *p, int64_t
 {
     struct products *all = d->products;
     struct key key = key_of(p, epilogue, fast);
+    key.exact = d->exact;
     for (size_t i = 0; i < all->count; i++)
         if (memcmp(&all->list[i].key, &key, sizeof key) == 0)
             return &all->list[i];

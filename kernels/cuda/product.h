@@ -15,6 +15,7 @@ struct key {
     int64_t factors; // E4M3: the library multiplies by rows' factors
     int64_t of;      // exact devices: n of the product whose algorithm it gets; 0: its own
     int64_t fast;    // E4M3: sums stay in the tensor cores' own accumulators, of fewer bits than f32
+    int64_t exact;   // of an exact device
 };
 enum { KEY_NUMBERS = sizeof(struct key) / sizeof(int64_t) };
 

@@ -6,89 +6,21 @@
 // the stream is being captured; such a shape gets the library's first suggestion, and keeps it, as every shape keeps
 // its algorithm for the device's life: the same operands give the same bits.
 //
-// An exact device measures nothing. Whatever the rows, a layer gets what the library suggests for EXACT_ROWS of them,
-// with its sums in one part: then tiles and the order within a sum, and so a row's bits, are the same for any number of
-// rows. Some of a layer's outputs get what the whole layer gets.
-#include "kernels/cuda/product.h"
+// On an exact device a row's bits are the same for any number of rows: those of what the library suggests for
+// EXACT_ROWS of them with its sums in one part, so that they are added in one order; of some of a layer's outputs, what
+// it suggests for the whole layer. Other algorithms may run there that give these bits: each that takes part in the
+// race has to, for the operands at hand.
+#include "kernels/cuda/candidates.h"
 
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { CANDIDATES = 24, SPLIT = 4, ALL = CANDIDATES + SPLIT, ROUNDS = 5, FINALISTS = 3, FINAL_ROUNDS = 10 };
+enum { ROUNDS = 5, FINALISTS = 4, FINAL_ROUNDS = 10 };
 static const double TIMED_FLOPS = 2e9; // smaller products gain less than the timing costs
 static const int64_t EXACT_ROWS = 4096;
-static const float HOPELESS = 1.3F;  // times the best: not run again
-static const float NOISE = 0.99F;    // a later candidate must be better by this, so that choices do not wander
-static const float FEW_WAVES = 1.5F; // of blocks over the GPU: then splitting the sums may fill it
-static const int SPLITS[] = {2, 3, 4, 6};
-_Static_assert(sizeof SPLITS / sizeof SPLITS[0] == SPLIT, "one candidate a split");
-
-typedef cublasLtMatmulHeuristicResult_t candidate;
-
-// ---- candidates
-
-static int suggested(struct device *d, struct shape *s, candidate *out)
-{
-    cublasLtMatmulPreferenceOpaque_t want;
-    uint64_t bytes = LIBRARY_BYTES;
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // parts of a sum in f32, never in the halves of y
-    uint32_t w = (uint32_t)s->key.w_align, x = (uint32_t)s->key.x_align, y = (uint32_t)s->key.y_align;
-    int found = 0;
-    bool ok =
-        cublasLtMatmulPreferenceInit(&want) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) ==
-            0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction,
-                                             sizeof reduction) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &w, sizeof w) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &x, sizeof x) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &y, sizeof y) == 0 &&
-        cublasLtMatmulPreferenceSetAttribute(&want, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &y, sizeof y) == 0;
-    if (!ok || cublasLtMatmulAlgoGetHeuristic(d->blas, &s->desc, &s->w, &s->x, &s->y, &s->y, &want, CANDIDATES, out,
-                                              &found) != CUBLAS_STATUS_SUCCESS)
-        return 0;
-    return found;
-}
-
-static uint32_t setting(const cublasLtMatmulAlgo_t *algo, cublasLtMatmulAlgoConfigAttributes_t which)
-{
-    uint32_t value = 0;
-    size_t written;
-    return cublasLtMatmulAlgoConfigGetAttribute(algo, which, &value, sizeof value, &written) == 0 ? value : 0;
-}
-
-// Whether an algorithm from elsewhere than the library's suggestions may run, and by the same rules as those.
-static bool allowed(struct device *d, struct shape *s, const cublasLtMatmulAlgo_t *algo)
-{
-    candidate result;
-    memset(&result, 0, sizeof result);
-    const uint32_t reduction = setting(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
-    return (reduction == CUBLASLT_REDUCTION_SCHEME_NONE || reduction == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) &&
-           cublasLtMatmulAlgoCheck(d->blas, &s->desc, &s->w, &s->x, &s->y, &s->y, algo, &result) ==
-               CUBLAS_STATUS_SUCCESS &&
-           result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= LIBRARY_BYTES;
-}
-
-// The first suggestion with its sums in parts, where it leaves much of the GPU idle; returns how many there are now.
-static int with_splits(struct device *d, struct shape *s, candidate *list, int found)
-{
-    if (list[0].wavesCount >= FEW_WAVES || setting(&list[0].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1)
-        return found;
-    for (int i = 0; i < SPLIT; i++) {
-        const int32_t split = SPLITS[i];
-        const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-        candidate *c = &list[found];
-        *c = list[0];
-        if (cublasLtMatmulAlgoConfigSetAttribute(&c->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split, sizeof split) ==
-                0 &&
-            cublasLtMatmulAlgoConfigSetAttribute(&c->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
-                                                 sizeof reduction) == 0 &&
-            allowed(d, s, &c->algo))
-            found++;
-    }
-    return found;
-}
+static const float HOPELESS = 1.1F; // times the best: not run again
+static const float NOISE = 0.99F;   // a later candidate must be better by this, so that choices do not wander
 
 // ---- measuring
 
@@ -98,16 +30,16 @@ struct race {
     const struct product *p;
     const candidate *list;
     int count;
-    cudaEvent_t event[ALL + 1];
-    float best[ALL], total[ALL]; // milliseconds
-    bool out[ALL];               // does not run, or is too slow to be run again
+    cudaEvent_t event[CANDIDATES + 1];
+    float best[CANDIDATES], total[CANDIDATES]; // milliseconds
+    bool out[CANDIDATES];                      // does not run, or is too slow to be run again
 };
 
 // Each candidate that is still in it, once. False: the device has failed.
 static bool run_round(struct race *r, bool timed)
 {
     struct device *d = r->d;
-    int ran[ALL], n = 0;
+    int ran[CANDIDATES], n = 0;
     cudaEventRecord(r->event[0], d->stream);
     for (int i = 0; i < r->count; i++) {
         if (r->out[i])
@@ -155,7 +87,7 @@ static void drop_slow(struct race *r)
 
 static void keep_finalists(struct race *r)
 {
-    bool final[ALL] = {0};
+    bool final[CANDIDATES] = {0};
     for (int n = 0; n < FINALISTS; n++) {
         const int i = leader(r, r->best);
         if (i < 0)
@@ -184,13 +116,45 @@ static int race_of(struct race *r)
     return ok ? leader(r, r->total) : -1;
 }
 
+// Of what the algorithm gives; false: it does not run, or the device has failed.
+static bool digest(struct race *r, const cublasLtMatmulAlgo_t *algo, unsigned long long *out)
+{
+    enum { UNIT = 2 };
+    struct device *d = r->d;
+    const struct product *p = r->p;
+    const int64_t units = (int64_t)dtype_size(p->y_type) / UNIT;
+    const struct bits bits = {p->y, p->batch, p->m, p->n * units, p->y_ld * units, p->y_stride * units};
+    unsigned long long *sum = cuda_scratch(d, SLOT_SUMS, sizeof *sum);
+    if (!sum || !cuda_ok(d, cudaMemsetAsync(sum, 0, sizeof *sum, d->stream), "linear"))
+        return false;
+    if (!cuda_product_run(d, r->s, algo, p)) {
+        cudaGetLastError();
+        return false;
+    }
+    launch_digest(d->stream, &bits, sum);
+    return cuda_ok(d, cudaGetLastError(), "linear") &&
+           cuda_ok(d, cudaMemcpyAsync(out, sum, sizeof *sum, cudaMemcpyDeviceToHost, d->stream), "linear") &&
+           cuda_ok(d, cudaStreamSynchronize(d->stream), "linear");
+}
+
+// Leaves those in it that give the bits of the shape's algorithm.
+static void keep_exact(struct race *r)
+{
+    unsigned long long wanted = 0, got = 0;
+    const bool known = digest(r, &r->s->algo, &wanted);
+    for (int i = 0; i < r->count; i++)
+        r->out[i] = !known || !digest(r, &r->list[i].algo, &got) || got != wanted;
+}
+
 static int fastest(struct device *d, struct shape *s, const struct product *p, const candidate *list, int found)
 {
     struct race r = {.d = d, .s = s, .p = p, .list = list, .count = found};
     int events = 0, best = -1;
     while (events <= found && cudaEventCreate(&r.event[events]) == cudaSuccess)
         events++;
-    if (events > found)
+    if (events > found && d->exact)
+        keep_exact(&r);
+    if (events > found && !d->check.failure.code)
         best = race_of(&r);
     for (int i = 0; i < events; i++)
         cudaEventDestroy(r.event[i]);
@@ -215,7 +179,7 @@ struct algo_cache *cuda_cache(const struct device *d, const char *library, size_
 static struct algo_cache *cache_of(struct device *d)
 {
     if (!d->products->cache)
-        d->products->cache = cuda_cache(d, "cublaslt", cublasLtGetVersion(), KEY_NUMBERS);
+        d->products->cache = cuda_cache(d, "cublaslt-tiles", cublasLtGetVersion(), KEY_NUMBERS);
     return d->products->cache;
 }
 
@@ -223,14 +187,19 @@ _Static_assert(sizeof(cublasLtMatmulAlgo_t) == ALGO_WORDS * sizeof(uint64_t), "a
 _Static_assert(sizeof(struct key) == KEY_NUMBERS * sizeof(int64_t) && (int)KEY_NUMBERS <= (int)ALGO_KEY_MAX,
                "a key fits the cache");
 
+// False: s->algo is what it was.
 static bool remembered(struct device *d, struct shape *s)
 {
     const struct algo_cache *cache = cache_of(d);
     uint64_t words[ALGO_WORDS];
+    cublasLtMatmulAlgo_t algo;
     if (!cache || !algo_cache_find(cache, (const int64_t *)&s->key, words))
         return false;
-    memcpy(&s->algo, words, sizeof s->algo);
-    return allowed(d, s, &s->algo);
+    memcpy(&algo, words, sizeof algo);
+    if (!candidate_allowed(d, s, &algo))
+        return false;
+    s->algo = algo;
+    return true;
 }
 
 static void remember(struct device *d, const struct shape *s)
@@ -264,43 +233,55 @@ static bool with_size(struct shape *s, int64_t rows, int64_t outputs, int64_t y_
            cublasLtMatrixLayoutSetAttribute(&s->w, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) == 0;
 }
 
-static void choose_exact(struct device *d, struct shape *s, const struct product *p)
+// Sets the algorithm whose bits count.
+static void suggest_exact(struct device *d, struct shape *s, const struct product *p)
 {
-    candidate list[CANDIDATES];
+    candidate list[SUGGESTED];
     const bool slice = p->of > 0;
-    int found = with_size(s, EXACT_ROWS, slice ? p->of : p->n, slice ? p->of : p->y_ld, 1) ? suggested(d, s, list) : 0;
+    int found = with_size(s, EXACT_ROWS, slice ? p->of : p->n, slice ? p->of : p->y_ld, 1)
+                    ? candidates_suggested(d, s, list)
+                    : 0;
     if (!with_size(s, p->m, p->n, p->y_ld, p->batch))
         found = 0;
     for (int i = 0; i < found && !s->usable; i++) {
         s->algo = list[i].algo;
-        s->usable = setting(&s->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
-                    setting(&s->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE &&
-                    allowed(d, s, &s->algo);
+        s->usable =
+            candidate_setting(&s->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1 &&
+            candidate_setting(&s->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) == CUBLASLT_REDUCTION_SCHEME_NONE &&
+            candidate_allowed(d, s, &s->algo);
     }
+}
+
+static void suggest(struct device *d, struct shape *s)
+{
+    candidate list[SUGGESTED];
+    s->usable = candidates_suggested(d, s, list) > 0;
+    s->algo = list[0].algo;
+}
+
+// Another algorithm than it has, where one is faster.
+static void improve(struct device *d, struct shape *s, const struct product *p)
+{
+    candidate list[CANDIDATES] = {{.algo = s->algo}};
+    const int found = 1 + candidates_of(d, s, list + 1), best = fastest(d, s, p, list, found);
+    if (best < 0)
+        return;
+    s->algo = list[best].algo;
+    remember(d, s);
 }
 
 void cuda_product_choose(struct device *d, struct shape *s, const struct product *p)
 {
-    candidate list[ALL];
-    if (d->exact && (p->batch == 1 || p->of > 0)) {
-        choose_exact(d, s, p);
-        return;
-    }
     const double flops = 2.0 * (double)p->m * (double)p->n * (double)p->k * (double)p->batch;
     const bool large = flops >= TIMED_FLOPS && p->type != DT_F32, again = s->from_disk;
     s->from_disk = large && !again && remembered(d, s);
     s->usable = s->from_disk;
     if (s->usable)
         return;
-    int found = suggested(d, s, list), best = -1;
-    if (found == 0)
-        return;
-    if (large && !cuda_capturing(d)) {
-        found = with_splits(d, s, list, found);
-        best = found > 1 ? fastest(d, s, p, list, found) : 0;
-    }
-    s->algo = list[best < 0 ? 0 : best].algo;
-    s->usable = true;
-    if (best >= 0)
-        remember(d, s);
+    if (d->exact && (p->batch == 1 || p->of > 0))
+        suggest_exact(d, s, p);
+    else
+        suggest(d, s);
+    if (s->usable && large && !cuda_capturing(d))
+        improve(d, s, p);
 }

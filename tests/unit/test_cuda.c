@@ -877,31 +877,59 @@ static void linear_slices(void **state)
     }
 }
 
-// A row of a layer of integers gets the same bits however many rows are beside it.
+// A row of the layer gets the same bits however many rows are beside it.
+static void same_rows(struct fix *f, const struct linear *l, struct tensor x)
+{
+    const int64_t m = x.n[0], n = l->n;
+    struct pair whole = OUTPUT(f, 0, m, n), some = OUTPUT(f, 0, m, n);
+    float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
+    G->linear(f->d, whole.g, x, l, ACT_GELU_TANH);
+    for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1) {
+        const int64_t now = count < m - first ? count : m - first;
+        G->linear(f->d, tensor_rows(some.g, first, now), tensor_rows(x, first, now), l, ACT_GELU_TANH);
+    }
+    G->download(f->d, a, whole.g);
+    G->download(f->d, b, some.g);
+    assert_int_equal(G->sync(f->d, NULL), 0);
+    assert_memory_equal(a, b, (size_t)(m * n) * sizeof *a);
+    free(a);
+    free(b);
+}
+
+// More tiles than multiprocessors, deep enough for sums to be split, large enough for algorithms to be raced.
+enum { MANY_ROWS = 2200, DEPTH = 3072, OUTPUTS = 2304 };
+
 static void linear_integer_rows(void **state)
 {
     struct fix *f = *state;
     EACH_TYPE(f)
     {
-        const int64_t m = 2200, k = 3072, n = 2304; // more tiles than multiprocessors, deep enough to be split
         f->codes = DT_I8;
-        struct pair x = ACTIVE(f, 0, 1, m, k), w = make(f, DT_F32, DT_F32, SHAPE(n, k), 0, 0.1, 0),
-                    whole = OUTPUT(f, 0, m, n), some = OUTPUT(f, 0, m, n);
+        struct pair x = ACTIVE(f, 0, 1, MANY_ROWS, DEPTH),
+                    w = make(f, DT_F32, DT_F32, SHAPE(OUTPUTS, DEPTH), 0, 0.1, 0);
         struct tensor hx, hw, gx = codes_of(f, x.c, &hx), gw = codes_of(f, w.c, &hw);
-        const struct linear l = {.parts = 1, .n = n, .k = k, .w = {gw}};
-        float *a = malloc((size_t)(m * n) * sizeof *a), *b = malloc((size_t)(m * n) * sizeof *b);
-        G->linear(f->d, whole.g, gx, &l, ACT_GELU_TANH);
-        for (int64_t first = 0, count = 1; first < m; first += count, count = count * 3 + 1) {
-            const int64_t now = count < m - first ? count : m - first;
-            G->linear(f->d, tensor_rows(some.g, first, now), tensor_rows(gx, first, now), &l, ACT_GELU_TANH);
-        }
-        G->download(f->d, a, whole.g);
-        G->download(f->d, b, some.g);
-        assert_int_equal(G->sync(f->d, NULL), 0);
+        const struct linear l = {.parts = 1, .n = OUTPUTS, .k = DEPTH, .w = {gw}};
         if (f->type != DT_F32)
-            assert_memory_equal(a, b, (size_t)(m * n) * sizeof *a);
-        free(a);
-        free(b);
+            same_rows(f, &l, gx);
+    }
+}
+
+static void linear_exact_rows(void **state)
+{
+    struct fix *f = *state;
+    EACH_TYPE(f)
+    {
+        struct device *usual = f->d;
+        assert_int_equal(G->open(&(struct device_options){.activation = f->type, .exact = true}, &f->d, NULL), 0);
+        const struct linear l = {.parts = 1,
+                                 .n = OUTPUTS,
+                                 .k = DEPTH,
+                                 .w = {WEIGHT(f, f->type, OUTPUTS, DEPTH).g},
+                                 .b = {WEIGHT(f, f->type, OUTPUTS).g}};
+        same_rows(f, &l, ACTIVE(f, 0, 1, MANY_ROWS, DEPTH).g);
+        release(f);
+        G->close(f->d);
+        f->d = usual;
     }
 }
 
@@ -1753,6 +1781,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(quantise),
         cmocka_unit_test(linear_codes),
         cmocka_unit_test(linear_integer_rows),
+        cmocka_unit_test(linear_exact_rows),
         cmocka_unit_test(linear_slices),
         cmocka_unit_test(exact_slices),
         cmocka_unit_test(algorithms_kept),
