@@ -188,13 +188,13 @@ struct machine machine_default(const struct tuned_key *key)
     const double threads = key->threads;
     const bool int8 = strcmp(key->precision, "int8") == 0, fp8 = strcmp(key->precision, "fp8") == 0;
     if (key->threads == 0)
-        return (struct machine){.products = int8 || fp8 ? 1200e12 : 660e12,
-                                .attention = int8 ? 800e12 : 640e12,
+        return (struct machine){.products = int8 || fp8 ? 1200e12 : 690e12,
+                                .attention = int8 ? 800e12 : 660e12,
                                 .rows = 2.6e12,
                                 .copies = 2.9e12,
                                 .operation = 2e-6,
                                 .exchange = 306e9,
-                                .collective = 24e-6,
+                                .collective = 13e-6,
                                 .beside = 0.28};
     return (struct machine){.products = 100e9 * threads,
                             .attention = 60e9 * threads,

@@ -1,8 +1,7 @@
 // candidates.c: the algorithms of cuBLASLt that a shape of products may get.
 //
-// The library suggests few, often not the best: its tiles leave multiprocessors idle in the last round, or tensor cores
-// idle while results are written. So its first suggestion is also tried with other tiles: those that keep the GPU busy
-// by their number and size.
+// The library suggests few, often not the best: their tiles leave multiprocessors idle in the last round. So its first
+// suggestion is also tried with other tiles: those that keep the GPU busy by their number and size.
 #include "kernels/cuda/candidates.h"
 
 #include <math.h>
@@ -154,10 +153,15 @@ static void rank_tile(struct device *d, struct shape *s, struct ranking *r, cand
 
 static int with_tiles(struct device *d, struct shape *s, candidate *list, int found)
 {
+    const uint32_t one = 1, none = CUBLASLT_REDUCTION_SCHEME_NONE;
     struct ranking r = {.best = list + found};
+    candidate whole = list[0]; // its sums in one part
+    if (!set(&whole, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &one, sizeof one) ||
+        !set(&whole, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &none, sizeof none))
+        return found;
     for (int i = 0; i < TILE_KINDS; i++)
         for (int j = 0; j < TILES[i].count; j++)
-            rank_tile(d, s, &r, list[0], TILES[i].first + (uint32_t)j, TILES[i].outputs, TILES[i].rows + 8 * j);
+            rank_tile(d, s, &r, whole, TILES[i].first + (uint32_t)j, TILES[i].outputs, TILES[i].rows + 8 * j);
     return found + r.count;
 }
 
