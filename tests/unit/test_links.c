@@ -43,18 +43,20 @@ static void by(const struct model *m, const char *const *fields, struct plan wan
 
 static void heads_are_shared(void **state)
 {
-    by(*state, ODD, (struct plan)PLAN(2, 1, 2, 1));
-    if (!SANITIZED)
-        by(*state, ODD, (struct plan)PLAN(8, 1, 8, 1));
     by(*state, ODD, (struct plan)PLAN(4, 1, 4, 1));
+    if (SANITIZED)
+        return;
+    by(*state, ODD, (struct plan)PLAN(2, 1, 2, 1));
+    by(*state, ODD, (struct plan)PLAN(8, 1, 8, 1));
 }
 
 static void keys_go_round(void **state)
 {
-    by(*state, ODD, (struct plan)PLAN(2, 1, 1, 2));
     by(*state, ODD, (struct plan)PLAN(3, 1, 1, 3));
-    if (!SANITIZED)
-        by(*state, ODD, (struct plan)PLAN(5, 1, 1, 5));
+    if (SANITIZED)
+        return;
+    by(*state, ODD, (struct plan)PLAN(2, 1, 1, 2));
+    by(*state, ODD, (struct plan)PLAN(5, 1, 1, 5));
 }
 
 static void both(void **state)
@@ -66,23 +68,37 @@ static void both(void **state)
 
 static void branches_are_apart(void **state)
 {
-    by(*state, GUIDED, (struct plan)PLAN(4, 2, 2, 1));
     by(*state, GUIDED, (struct plan)PLAN(4, 2, 1, 2));
+    if (!SANITIZED)
+        by(*state, GUIDED, (struct plan)PLAN(4, 2, 2, 1));
+}
+
+// With warm-up steps only, which are exact.
+static void stages_follow_each_other(void **state)
+{
+    struct plan want = PLAN(4, 1, 2, 1);
+    want.pipe = 2, want.patches = 2, want.warmup = 3;
+    by(*state, ODD, want);
 }
 
 static void weights_are_fetched(void **state)
 {
     struct plan heads = PLAN(4, 1, 4, 1), keys = PLAN(3, 1, 1, 3);
     heads.weights = keys.weights = PLAN_SHARDED;
-    by(*state, ODD, heads);
     by(*state, ODD, keys);
+    if (!SANITIZED)
+        by(*state, ODD, heads);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(heads_are_shared),   cmocka_unit_test(keys_go_round),       cmocka_unit_test(both),
-        cmocka_unit_test(branches_are_apart), cmocka_unit_test(weights_are_fetched),
+        cmocka_unit_test(heads_are_shared),
+        cmocka_unit_test(keys_go_round),
+        cmocka_unit_test(both),
+        cmocka_unit_test(branches_are_apart),
+        cmocka_unit_test(stages_follow_each_other),
+        cmocka_unit_test(weights_are_fetched),
     };
     return cmocka_run_group_tests(tests, ranks_set_up, ranks_tear_down);
 }
