@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -73,6 +74,8 @@ static void tell(const struct bench *b, struct told *t)
 static void start_python(const struct bench *b, const struct told *t, const char *script, int in, int out, int errors)
 {
     static const char none[] = "{\"missing\": \"there is no python3\"}\n";
+    setpgid(0, 0); // whoever waits for the ranks (ranks.c) is not to get it
+    prctl(PR_SET_PDEATHSIG, SIGTERM);
     dup2(in, 0);
     dup2(out, 1);
     dup2(errors, 2);
@@ -126,6 +129,8 @@ static int launch(struct bench *b, const char *script, struct err *err)
     if (p->pid == 0)
         start_python(b, &told, script, in[0], out[1], p->errors);
     const int why = errno;
+    if (p->pid > 0)
+        setpgid(p->pid, p->pid); // or by itself, whoever comes first
     close(in[0]);
     close(out[1]);
     if (p->pid < 0)

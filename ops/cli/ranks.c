@@ -38,13 +38,14 @@ struct watcher {
     int expected; // children still to come
 };
 
-// A rank that dies would leave the others waiting for ever.
+// A rank that dies would leave the others waiting for ever. Ranks are of this process group; what else a command has
+// started is of another.
 static void *watch_children(void *arg)
 {
     struct watcher *w = arg;
     int status;
     for (; w->expected > 0; w->expected--) {
-        pid_t pid = wait(&status);
+        pid_t pid = waitpid(0, &status, 0);
         if (pid < 0)
             break;
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)

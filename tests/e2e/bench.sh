@@ -112,12 +112,13 @@ echo 'print("{\"missing\": \"python3 has no PyTorch\"}")' >"$work/none.py"
 expect 0 "none: python3 has no PyTorch" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/none.py"
 echo 'raise SystemExit("it broke")' >"$work/broken.py"
 expect 0 "none: it broke" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/broken.py"
+expect 0 "none: it broke" --architecture demo "${small[@]}" --repeat 1 --ranks 2 --compare --peer "$work/broken.py"
 echo 'print("{\"name\": \"mute\"}", flush=True)' >"$work/mute.py"
 expect 3 "the peer gave no times" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/mute.py"
 sed '1i import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)' "$work/peer.py" >"$work/stays.py"
 echo 'time.sleep(100)' >>"$work/stays.py"
 begin=$SECONDS
-expect 0 "a peer of 4 steps" --architecture demo "${small[@]}" --repeat 1 --compare --peer "$work/stays.py"
+expect 0 "a peer of 4 steps" --architecture demo "${small[@]}" --repeat 1 --ranks 2 --compare --peer "$work/stays.py"
 ((SECONDS - begin < 30)) || fail "a peer that does not end holds up the command"
 
 # ---- refusals
