@@ -131,7 +131,9 @@ static inline int pieces_of(const struct link_piece *list, int n, int rank)
 static inline void copy_rows(struct tensor to, struct tensor from)
 {
     const int64_t rows = to.dims == 1 ? 1 : to.n[0], size = (int64_t)dtype_size(to.dtype);
-    for (int64_t i = 0; i < rows && to.data != from.data; i++) // in place: others may read it
+    if (tensor_bytes(to) == 0 || to.data == from.data) // in its place others may read it
+        return;
+    for (int64_t i = 0; i < rows; i++)
         memcpy((char *)to.data + i * to.ld * size, (const char *)from.data + i * from.ld * size,
                tensor_bytes(to) / (size_t)rows);
 }
