@@ -45,10 +45,10 @@ static struct span text_within(int64_t start, int64_t end, int64_t text_rows)
     return (struct span){from, to - from};
 }
 
-// The joint sequence, by the time that rows take. A text row counts for more than one of the image: double blocks take
-// text apart, and so few rows take longer each; in 8 bits that is little beside the parts of tiles that even shares
-// avoid.
-static struct spread deal_evenly(const struct run *r, int64_t text_rows, int64_t image_rows)
+// The joint sequence, as evenly as can be by the time that rows take. A text row counts for more than one of the image:
+// double blocks take text apart, and so few rows take longer each. In 8 bits that is little beside the parts of tiles
+// that equal shares avoid.
+static struct spread deal_by_time(const struct run *r, int64_t text_rows, int64_t image_rows)
 {
     const int64_t image = 8, each = r->model->info.eight_bits ? image : 9, text = each * text_rows;
     struct spread s = spread_even(text + image * image_rows, comm_rank(r->branch.comm), comm_size(r->branch.comm));
@@ -60,7 +60,7 @@ static struct spread deal_evenly(const struct run *r, int64_t text_rows, int64_t
 int loop_deal(struct run *r, int64_t text_rows, struct span image, struct share *out, struct err *err)
 {
     const int me = comm_rank(r->branch.comm), ranks = comm_size(r->branch.comm);
-    const struct spread all = deal_evenly(r, text_rows, image.count);
+    const struct spread all = deal_by_time(r, text_rows, image.count);
     const struct input_sharing *together = r->branch.sharing;
     const int first = together ? together->first : me, members = together ? comm_size(together->comm) : 1;
     out->spread = (struct spread){.rank = me, .ranks = ranks};

@@ -43,6 +43,12 @@ uint32_t candidate_setting(const cublasLtMatmulAlgo_t *algo, cublasLtMatmulAlgoC
     return cublasLtMatmulAlgoConfigGetAttribute(algo, which, &value, sizeof value, &written) == 0 ? value : 0;
 }
 
+// Whether c could be told.
+static bool set(candidate *c, cublasLtMatmulAlgoConfigAttributes_t which, const void *value, size_t size)
+{
+    return cublasLtMatmulAlgoConfigSetAttribute(&c->algo, which, value, size) == CUBLAS_STATUS_SUCCESS;
+}
+
 // Whether an algorithm from elsewhere than the library's suggestions may run, and by the same rules as those; then
 // wavesCount is its.
 static bool check(struct device *d, struct shape *s, candidate *c)
@@ -77,11 +83,8 @@ static int with_splits(struct device *d, struct shape *s, candidate *list, int f
         const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
         candidate *c = &list[found];
         *c = list[0];
-        if (cublasLtMatmulAlgoConfigSetAttribute(&c->algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split, sizeof split) ==
-                0 &&
-            cublasLtMatmulAlgoConfigSetAttribute(&c->algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
-                                                 sizeof reduction) == 0 &&
-            check(d, s, c))
+        if (set(c, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &split, sizeof split) &&
+            set(c, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction, sizeof reduction) && check(d, s, c))
             found++;
     }
     return found;
@@ -98,16 +101,16 @@ static const struct tiles {
              {192, 128, 1, 31},  {192, 136, 7, 462}, {192, 192, 1, 209}, {192, 200, 4, 469}, {256, 40, 3, 489},
              {256, 64, 1, 21},   {256, 72, 7, 492},  {256, 128, 1, 24},  {256, 136, 4, 499}, {384, 32, 4, 540},
              {384, 64, 1, 263},  {384, 72, 6, 544}};
+enum { TILE_KINDS = sizeof TILES / sizeof TILES[0], LARGE = 128 * 168, MOST_WAYS = 16 };
 // Larger clusters were slower, but for one tile of one shape.
 static const uint16_t PAIRS[2] = {CUBLASLT_CLUSTER_SHAPE_2x1x1, CUBLASLT_CLUSTER_SHAPE_1x2x1};
-enum { TILE_KINDS = sizeof TILES / sizeof TILES[0] };
 
 // What a multiprocessor has to do, in rounds of which the last is as long as a full one: products, operands that it
 // reads, and the end of a tile, for which large ones alone make it wait. Fitted to the winners of 87 races on an H200:
 // half of them are among the first two tiles by it, nine of ten among the first seven.
 static float work(float waves, int outputs, int rows, int64_t k)
 {
-    const float area = (float)(outputs * rows), end = outputs * rows > 128 * 168 ? 100 * area / (float)k : 0;
+    const float area = (float)(outputs * rows), end = outputs * rows > LARGE ? 100 * area / (float)k : 0;
     return ceilf(waves) * (area + 8 * (float)(outputs + rows) + end);
 }
 
@@ -128,12 +131,6 @@ static void rank(struct ranking *r, const candidate *c, float amount)
     }
     r->best[at] = *c;
     r->work[at] = amount;
-}
-
-// Whether c could be told.
-static bool set(candidate *c, cublasLtMatmulAlgoConfigAttributes_t which, const void *value, size_t size)
-{
-    return cublasLtMatmulAlgoConfigSetAttribute(&c->algo, which, value, size) == CUBLAS_STATUS_SUCCESS;
 }
 
 // A tile comes in some ways that the library does not explain, by two multiprocessors that share rows or outputs.

@@ -4,8 +4,7 @@
 
 #include "kernels/cuda/product.h"
 
-enum { SUGGESTED = 24, SPLIT = 4, TILED = 64, CANDIDATES = 1 + SUGGESTED + SPLIT + TILED }; // 1: what it has
-enum { MOST_WAYS = 16 };
+enum { SUGGESTED = 24, SPLIT = 4, TILED = 64, CANDIDATES = SUGGESTED + SPLIT + TILED + 1 }; // 1: an exact device's
 
 typedef cublasLtMatmulHeuristicResult_t candidate;
 

@@ -18,9 +18,11 @@ enum slot {
     SLOT_LINK,
     SLOT_PARTS,
     SLOT_SUMS,
+    SLOT_DIGEST,
     SLOTS
 }; // of cuBLASLt and cuDNN; of attention, its numbers of 8 bits, and sums in f32; a converted operand; one converted to
-   // E4M3; rows on their way; parts of an attention (flash_hopper_room) and of a product (linear8_room)
+   // E4M3; rows on their way; parts of an attention (flash_hopper_room) and of a product (linear8_room),
+   // who both count on what they left there; tune.c's digest
 
 struct device {
     struct check check;

@@ -124,7 +124,7 @@ static bool digest(struct race *r, const cublasLtMatmulAlgo_t *algo, unsigned lo
     const struct product *p = r->p;
     const int64_t units = (int64_t)dtype_size(p->y_type) / UNIT;
     const struct bits bits = {p->y, p->batch, p->m, p->n * units, p->y_ld * units, p->y_stride * units};
-    unsigned long long *sum = cuda_scratch(d, SLOT_SUMS, sizeof *sum);
+    unsigned long long *sum = cuda_scratch(d, SLOT_DIGEST, sizeof *sum);
     if (!sum || !cuda_ok(d, cudaMemsetAsync(sum, 0, sizeof *sum, d->stream), "linear"))
         return false;
     if (!cuda_product_run(d, r->s, algo, p)) {
@@ -259,11 +259,14 @@ static void suggest(struct device *d, struct shape *s)
     s->algo = list[0].algo;
 }
 
-// Another algorithm than it has, where one is faster.
+// Another algorithm than the suggested one, where one is faster.
 static void improve(struct device *d, struct shape *s, const struct product *p)
 {
-    candidate list[CANDIDATES] = {{.algo = s->algo}};
-    const int found = 1 + candidates_of(d, s, list + 1), best = fastest(d, s, p, list, found);
+    candidate list[CANDIDATES];
+    int found = candidates_of(d, s, list);
+    if (d->exact) // which may be none of them
+        list[found++] = (candidate){.algo = s->algo};
+    const int best = fastest(d, s, p, list, found);
     if (best < 0)
         return;
     s->algo = list[best].algo;

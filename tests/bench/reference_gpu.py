@@ -404,19 +404,19 @@ def main():
     gpus = torch.cuda.device_count() if args.device == "cuda" else args.ranks
     if gpus < args.ranks:
         return say(missing=f"PyTorch {torch.__version__} sees {gpus} GPUs of {args.ranks}")
-    others = Others(args) if args.ranks > 1 and args.rank == 0 else None
-    if others:
-        signal.signal(signal.SIGTERM, lambda *_: leave(others))
+    if args.ranks == 1 or args.rank > 0:
+        return serve(config, args)
+    others = Others(args)
+    signal.signal(signal.SIGTERM, lambda *_: leave(others))
     try:
         serve(config, args, others)
-    finally:
-        if others:
-            others.end()
-    if others:
-        leave(others)
+    except Exception:
+        others.end()
+        raise
+    leave(others)
 
 
-def serve(config, args, others):
+def serve(config, args, others=None):
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     if args.ranks > 1:
         meet(args)

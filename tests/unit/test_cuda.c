@@ -899,18 +899,22 @@ static void same_rows(struct fix *f, const struct linear *l, struct tensor x)
 // More tiles than multiprocessors, deep enough for sums to be split, large enough for algorithms to be raced.
 enum { MANY_ROWS = 2200, DEPTH = 3072, OUTPUTS = 2304 };
 
+static void same_integer_rows(struct fix *f)
+{
+    f->codes = DT_I8;
+    struct pair x = ACTIVE(f, 0, 1, MANY_ROWS, DEPTH), w = make(f, DT_F32, DT_F32, SHAPE(OUTPUTS, DEPTH), 0, 0.1, 0);
+    struct tensor hx, hw, gx = codes_of(f, x.c, &hx), gw = codes_of(f, w.c, &hw);
+    const struct linear l = {.parts = 1, .n = OUTPUTS, .k = DEPTH, .w = {gw}};
+    if (f->type != DT_F32)
+        same_rows(f, &l, gx);
+}
+
 static void linear_integer_rows(void **state)
 {
     struct fix *f = *state;
     EACH_TYPE(f)
     {
-        f->codes = DT_I8;
-        struct pair x = ACTIVE(f, 0, 1, MANY_ROWS, DEPTH),
-                    w = make(f, DT_F32, DT_F32, SHAPE(OUTPUTS, DEPTH), 0, 0.1, 0);
-        struct tensor hx, hw, gx = codes_of(f, x.c, &hx), gw = codes_of(f, w.c, &hw);
-        const struct linear l = {.parts = 1, .n = OUTPUTS, .k = DEPTH, .w = {gw}};
-        if (f->type != DT_F32)
-            same_rows(f, &l, gx);
+        same_integer_rows(f);
     }
 }
 
@@ -926,7 +930,9 @@ static void linear_exact_rows(void **state)
                                  .k = DEPTH,
                                  .w = {WEIGHT(f, f->type, OUTPUTS, DEPTH).g},
                                  .b = {WEIGHT(f, f->type, OUTPUTS).g}};
+        same_integer_rows(f); // its scratch memory is to outlive the race
         same_rows(f, &l, ACTIVE(f, 0, 1, MANY_ROWS, DEPTH).g);
+        same_integer_rows(f);
         release(f);
         G->close(f->d);
         f->d = usual;

@@ -1,4 +1,4 @@
-// test_links.c: jobs by ranks that see each other's memory, as GPUs of one host do: inputs and shards fetched, results
+// test_direct.c: jobs by ranks that see each other's memory, as GPUs of one host do: inputs and shards fetched, results
 // written where the ranks have their rows, keys and values of the ring fetched around. On threads of the CPU
 // (thread_link.h), for any number of ranks; test_gpus.c has two, of GPUs.
 #include <setjmp.h>
